@@ -1,0 +1,4 @@
+"""Adapters into other libraries' models. Import as `retention.integrations`."""
+
+if __name__ != "retention.integrations":
+    raise ImportError(f"import retention.integrations, not {__name__}: pyproject.toml maps the folder there")

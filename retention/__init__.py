@@ -1,0 +1,24 @@
+"""Retention where attention is: the operation, the layer, a language model, and the backends that run them."""
+
+from .backends import register, unregister
+from .errors import BackendError, ShapeError
+from .functional import explain, initial_state, retain, step
+from .layer import MultiScaleRetention
+from .model import RetNet
+from .state import RetentionState
+from .version import __version__
+
+__all__ = [
+    "BackendError",
+    "MultiScaleRetention",
+    "RetNet",
+    "RetentionState",
+    "ShapeError",
+    "__version__",
+    "explain",
+    "initial_state",
+    "register",
+    "retain",
+    "step",
+    "unregister",
+]

@@ -1,0 +1,190 @@
+"""Which code runs a retention call, and why.
+
+A form is mathematics (parallel, chunkwise, recurrent); a backend is code that computes one or more of them. A backend
+is one object with two abilities: to say why it cannot run a call, and to run it. All of them compute the same thing:
+
+    out[n] = scale * sum over m of gamma^|t_n - t_m| (q_n . k_m) v_m
+
+with m <= n if causal, over the real tokens of n's own segment, and out[n] = 0 where n is padding. Normalisers and
+checks of the arguments stand above, in `retention.functional`, once for all backends.
+
+To add one: write an object like those in this folder and `register` it, or name it in the entry-point group
+`retention.backends` of your own distribution.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import BackendError
+from . import chunked, eager
+
+FORMS = ("parallel", "chunkwise", "recurrent")
+
+# What form="auto" tries, by whether the call is a single token. Measured by `python -m benchmarks forms`.
+_PREFERRED = {True: ("recurrent", "chunkwise", "parallel"), False: ("chunkwise", "parallel", "recurrent")}
+
+
+@dataclass(frozen=True)
+class Call:
+    """All a backend may look at to decide: sizes and options, never values. So a choice can be tested without a GPU.
+
+    chunk_size None leaves it to the backend. in_place: the state given is to be overwritten.
+    """
+
+    batch: int
+    heads: int
+    kv_heads: int
+    length: int
+    key_dim: int
+    value_dim: int
+    dtype: torch.dtype
+    device: str
+    scale: float
+    form: str = "auto"
+    causal: bool = True
+    masked: bool = False
+    packed: bool = False
+    has_state: bool = False
+    return_state: bool = False
+    in_place: bool = False
+    needs_grad: bool = False
+    chunk_size: int | None = None
+
+    def __str__(self) -> str:
+        options = ("causal", "masked", "packed", "has_state", "return_state", "in_place", "needs_grad")
+        words = [
+            f"batch {self.batch}, heads {self.heads} (k, v: {self.kv_heads}), length {self.length}",
+            f"key_dim {self.key_dim}, value_dim {self.value_dim}",
+            f"{self.dtype} on {self.device}, form {self.form}",
+            *(name for name in options if getattr(self, name)),
+        ]
+        return f"retain({', '.join(words)})"
+
+
+class Backend(Protocol):
+    def why_not(self, call: Call) -> list[str]:
+        """Every reason this backend cannot run `call`, whose form is a concrete one. Empty means it can."""
+
+    def __call__(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run `call`.
+
+        Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V); log_decay (H,); mask (B, T) bool;
+            cu_seqlens (N + 1,) with B = 1; state (B or N, H, K, V) in `state_dtype(q.dtype)`. All valid already.
+        Returns: out (B, H, T, V) as v; the state after the last token if call.return_state, else None.
+        """
+
+
+class Absent:
+    """Stands in for a backend that could not be loaded, and gives the reason."""
+
+    def __init__(self, reason: str):
+        self.reason = reason
+
+    def why_not(self, call: Call) -> list[str]:
+        return [self.reason]
+
+    def __call__(self, *_: object) -> tuple[Tensor, Tensor | None]:
+        raise BackendError(self.reason)
+
+
+_backends: dict[str, Backend] = {"chunked": chunked.backend, "eager": eager.backend}  # the order of preference
+_plugins_loaded = False
+
+
+def names() -> tuple[str, ...]:
+    """The registered backends, in order of preference."""
+    load_plugins()
+    return tuple(_backends)
+
+
+def register(name: str, backend: Backend, *, before: str | None = None) -> None:
+    """Add a backend: last in the order of preference, or just before another.
+
+    Raises: ValueError if the name is taken (`unregister` it first) or `before` is unknown.
+    """
+    if name in _backends:
+        raise ValueError(f"backend names must be unique; got name {name!r} again; unregister it first")
+    if before is not None and before not in _backends:
+        raise ValueError(f"before must be one of {', '.join(_backends)}; got before {before!r}")
+    after = {} if before is None else {n: _backends.pop(n) for n in list(_backends)[list(_backends).index(before) :]}
+    _backends[name] = backend
+    _backends.update(after)
+
+
+def unregister(name: str) -> None:
+    """Take a backend out again. Raises: ValueError for an unknown name."""
+    if name not in _backends:
+        raise ValueError(f"backend must be one of {', '.join(_backends)}; got name {name!r}")
+    del _backends[name]
+
+
+def load_plugins() -> None:
+    """Register what other distributions offer in the entry-point group `retention.backends`; once."""
+    global _plugins_loaded
+    if _plugins_loaded or torch.compiler.is_compiling():  # a layer has loaded them when it was built
+        return
+    _plugins_loaded = True
+    for plugin in entry_points(group="retention.backends"):
+        try:
+            backend = plugin.load()
+        except (ImportError, OSError) as error:
+            backend = Absent(f"cannot be loaded ({type(error).__name__}: {error})")
+        register(plugin.name, backend)
+
+
+def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
+    """The backend that runs `call`, and the call with its form decided. Never a silent second best.
+
+    Raises: ValueError for an unknown name; BackendError if none can, with every reason.
+    """
+    load_plugins()
+    check_name(backend)
+    for _, candidate, asked, reasons in _answers(call, backend):
+        if not reasons:
+            return candidate, asked
+    refusals = [f"  {name}, {asked.form}: {'; '.join(why)}" for name, _, asked, why in _answers(call, backend)]
+    what = "no backend" if backend == "auto" else f"backend {backend!r}"
+    raise BackendError(
+        "\n".join([f"{what} cannot run {call}", *refusals]).replace("no backend cannot", "no backend can")
+    )
+
+
+def explain(call: Call, backend: str = "auto") -> str:
+    """A line for every form and backend that `choose` would look at, in its order."""
+    load_plugins()
+    check_name(backend)
+    lines, taken = [str(call)], False
+    for name, _, asked, reasons in _answers(call, backend):
+        answer = "cannot: " + "; ".join(reasons) if reasons else "can" if taken else "can, and is chosen"
+        taken = taken or not reasons
+        lines.append(f"  {asked.form:<10} {name:<10} {answer}")
+    return "\n".join(lines)
+
+
+def check_name(backend: str) -> None:
+    if backend != "auto" and backend not in _backends:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {backend!r}")
+
+
+def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
+    for form in _PREFERRED[call.length == 1] if call.form == "auto" else (call.form,):
+        asked = replace(call, form=form)
+        for name in _backends if backend == "auto" else (backend,):
+            yield name, _backends[name], asked, _backends[name].why_not(asked)

@@ -1,0 +1,132 @@
+"""The paper's parallel and recurrent forms, to be read: any device and float dtype, differentiable any number of times.
+
+Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5 (parallel) and Eq. 6 (recurrent). Differs: the normalisers of the
+paper's Section 2.1 are applied by the caller; half precision is computed in float32.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..state import state_dtype
+
+if TYPE_CHECKING:
+    from . import Call
+
+
+class Eager:
+    def why_not(self, call: Call) -> list[str]:
+        reasons = []
+        if call.form not in ("parallel", "recurrent"):
+            reasons.append(f"has the forms parallel and recurrent, not {call.form}")
+        if call.form == "recurrent" and not call.causal:
+            reasons.append("the recurrent form is causal; use parallel or chunkwise")
+        if call.in_place and (call.form != "recurrent" or call.length != 1):
+            reasons.append("overwrites a state only in the recurrent form, one token at a time")
+        return reasons
+
+    def __call__(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if cu_seqlens is not None:
+            return self._packed(call, q, k, v, log_decay, state, cu_seqlens)
+        wide = state_dtype(q.dtype)
+        groups = q.shape[1] // k.shape[1]
+        q, k, v, log_decay = q.to(wide) * call.scale, k.to(wide), v.to(wide), log_decay.to(wide)
+        k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+        if mask is not None:  # 0 * NaN is NaN: what stands in the padding must not count
+            q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
+        if call.form == "parallel":
+            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal)
+        elif call.in_place and state is not None:
+            out, final = _step(q, k, v, log_decay, state, mask)
+        else:
+            out, final = _recurrent(q, k, v, log_decay, state, mask)
+        return out.to(call.dtype), final if call.return_state else None
+
+    def _packed(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each segment as a call of its own."""
+        outs, states = [], []
+        for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            q_i, k_i, v_i = (x[:, :, start:end] for x in (q, k, v))
+            out, after = self(call, q_i, k_i, v_i, log_decay, None if state is None else state[i, None], None, None)
+            outs.append(out)
+            states += [] if after is None else [after]
+        return torch.cat(outs, dim=2), torch.cat(states) if call.return_state else None
+
+
+def scores(
+    q: Tensor, k: Tensor, log_decay: Tensor, *, scale: float = 1.0, causal: bool = True, mask: Tensor | None = None
+) -> Tensor:
+    """R = scale (q k^T) * D, the retention scores (B, H, T, T) of Eq. 5, in float32 at least.
+
+    Shapes: q (B, H, T, K); k (B, Hkv, T, K); log_decay (H,); mask (B, T), True = real token.
+    """
+    wide = state_dtype(q.dtype)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    index = torch.arange(q.shape[2], device=q.device)
+    time = index[None] if mask is None else mask.cumsum(1)  # (B or 1, T): padding does not advance time
+    distance = (time[:, :, None] - time[:, None, :]).abs()
+    decay = (log_decay.to(wide)[:, None, None] * distance[:, None]).exp()  # (B or 1, H, T, T)
+    seen = index[:, None] >= index if causal else torch.ones_like(distance[0], dtype=torch.bool)
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    return torch.where(seen, (q.to(wide) * scale) @ k.to(wide).mT * decay, 0)
+
+
+def _parallel(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    age = torch.ones_like(q[:, 0, :, 0], dtype=torch.long) if mask is None else mask.long()
+    age = age.cumsum(1)[:, None]  # (B, 1, T): real tokens since the state, the own one included
+    count = age[..., -1:] if q.shape[2] else age.new_zeros(len(age), 1, 1)
+    rate = log_decay[:, None]
+
+    out = scores(q, k, log_decay, causal=causal, mask=mask) @ v
+    final = (k * (rate * (count - age)).exp()[..., None]).mT @ v
+    if state is not None:
+        out = out + (q * (rate * age).exp()[..., None]) @ state
+        final = final + (rate * count).exp()[..., None] * state
+    return out, final
+
+
+def _recurrent(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    decay = log_decay.exp()[:, None, None]
+    kv = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
+    out = [v[:, :, :0]]
+    for n in range(q.shape[2]):
+        q_n, k_n, v_n = (x[:, :, n, None] for x in (q, k, v))
+        new = decay * kv + k_n.mT * v_n
+        kv = new if mask is None else torch.where(mask[:, n, None, None, None], new, kv)
+        out.append(q_n @ kv)
+    return torch.cat(out, dim=2), kv
+
+
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """One token; `state` is overwritten."""
+    decay = log_decay.exp()[:, None, None]
+    if mask is not None:
+        decay = torch.where(mask[:, None, :, None], decay, 1)  # k is 0 there already
+    state.mul_(decay).addcmul_(k.mT, v)
+    return q @ state, state
+
+
+backend = Eager()

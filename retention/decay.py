@@ -1,0 +1,91 @@
+"""Decay schedules: how fast each head forgets.
+
+A schedule gives one decay gamma in (0, 1] per head. It is kept as `log_decay`, the natural logarithm of gamma per
+token, as Python floats computed in double precision. In float32, 1 - 2^-25 rounds to 1 and a slow head would
+never forget; log(gamma) stays exact.
+
+Source: Sun et al. 2023, arXiv:2307.08621. Section 3.1 has the schedule "paper", Section 2.3 (parameters) and the
+authors' experiments "log_linear".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SCHEDULES = ("paper", "log_linear")
+
+_on_device: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+
+
+def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...]:
+    """The log-decay of each head, in double precision.
+
+    "paper":      gamma_h = 1 - 2^(-5 - h)
+    "log_linear": gamma_h = 1 - exp(linspace(log 1/32, log 1/512, num_heads)_h)
+    a tensor or sequence of `num_heads` log-decays: itself
+
+    Raises: ValueError for an unknown schedule, another number of heads, or a log-decay above 0 or not finite.
+    """
+    if isinstance(schedule, str):
+        return tuple(math.log1p(-gap) for gap in _gaps(schedule, num_heads))
+    values = schedule.double().tolist() if isinstance(schedule, Tensor) else [float(x) for x in schedule]
+    shape = tuple(schedule.shape) if isinstance(schedule, Tensor) else (len(values),)
+    if shape != (num_heads,):
+        raise ValueError(f"decay must hold one log-decay per head, ({num_heads},); got decay {shape}")
+    wrong = [x for x in values if not -math.inf < x <= 0]
+    if wrong:
+        raise ValueError(
+            f"decay must hold log-decays, finite and at most 0; got {wrong[0]:g}; pass log(gamma), not gamma"
+        )
+    return tuple(values)
+
+
+def _gaps(schedule: str, num_heads: int) -> list[float]:
+    """1 - gamma of each head."""
+    if schedule == "paper":
+        return [2.0 ** (-5 - h) for h in range(num_heads)]
+    if schedule == "log_linear":
+        first, last = math.log(1 / 32), math.log(1 / 512)
+        return [math.exp(first + (last - first) * h / max(num_heads - 1, 1)) for h in range(num_heads)]
+    names = ", ".join(map(repr, SCHEDULES))
+    raise ValueError(f"decay must be one of {names} or {num_heads} log-decays; got decay {schedule!r}")
+
+
+def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The tensor of `values`, made once for each device and dtype.
+
+    Layers hold their constants as floats and ask here, instead of in a buffer: neither `.to(bfloat16)` nor a checkpoint
+    nor initialisation on the meta device can spoil them.
+    """
+    if torch.compiler.is_compiling():
+        return torch.tensor(values, dtype=dtype, device=device)
+    known = _on_device.get((values, device, dtype))
+    if known is not None:
+        return known
+    with torch.inference_mode(False):  # an inference tensor would break the next training step
+        made = torch.tensor(values, dtype=dtype, device=device)
+    if type(made) is Tensor:  # not a fake one of a tracer
+        _on_device[values, device, dtype] = made
+    return made
+
+
+def horizon(log_decay: float, below: float = 1e-6) -> float:
+    """After how many tokens the weight gamma^n falls below `below`; infinite if gamma is 1."""
+    return math.inf if log_decay == 0 else math.log(below) / log_decay
+
+
+def geometric_sum(log_decay: Tensor, count: Tensor) -> Tensor:
+    """sum over i < count of exp(i log_decay): the total weight of `count` tokens. The shapes broadcast.
+
+    (1 - gamma^count) / (1 - gamma) by expm1, and its series where gamma^count is too close to 1.
+    """
+    total = count * log_decay
+    near_one = total.abs() < torch.finfo(total.dtype).eps ** 0.5
+    series = count + log_decay * (count * (count - 1) / 2)
+    safe = torch.where(near_one, -1.0, log_decay)  # keeps 0/0 out of the gradient
+    closed = torch.expm1(torch.where(near_one, -1.0, total)) / torch.expm1(safe)
+    return torch.where(near_one, series, closed)

@@ -1,0 +1,9 @@
+"""The two errors of this library that have a name of their own; everything else is a plain TypeError or ValueError."""
+
+
+class ShapeError(ValueError):
+    """Sizes of tensors or options do not fit together."""
+
+
+class BackendError(RuntimeError):
+    """No backend, or not the one asked for, can run a call. The message holds every reason."""

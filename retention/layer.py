@@ -1,0 +1,337 @@
+"""MultiScaleRetention: the layer that stands where attention stood."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import backends
+from .decay import as_tensor, log_decays
+from .errors import ShapeError
+from .functional import ScoreNorm, initial_state, retain, step, token_times
+from .rotary import frequencies, rotate, rotation
+from .state import RetentionState, state_dtype
+
+GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+}
+NORMS = ("group", "rms")
+
+
+class HeadNorm(nn.Module):
+    """Normalise each head by itself, so that heads of slow decay, whose sums are larger, do not drown the others.
+
+    kind: "group" takes off the mean and divides by the standard deviation (the paper's GroupNorm); "rms" divides by the
+        root mean square (the authors' later code).
+    affine: False; "shared", one weight of head_dim for all heads; "channel", one for every channel of every head.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        kind: str,
+        affine: bool | str,
+        eps: float,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        self.head_dim, self.kind, self.affine, self.eps = head_dim, kind, affine, eps
+        shape = (num_heads, head_dim) if affine == "channel" else (head_dim,)
+        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine else None
+        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine and kind == "group" else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.weight is not None:
+            nn.init.ones_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., heads, head_dim)."""
+        if self.kind == "rms":
+            x = F.rms_norm(x, (self.head_dim,), eps=self.eps)
+        else:
+            x = F.layer_norm(x, (self.head_dim,), eps=self.eps)
+        if self.weight is not None:
+            x = x * self.weight
+        return x if self.bias is None else x + self.bias
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, kind={self.kind!r}, affine={self.affine!r}, eps={self.eps}"
+
+
+class MultiScaleRetention(nn.Module):
+    """Multi-scale retention: projections, rotation, retention, norm of each head, gate, output projection.
+
+        y = (gate(x W_g) * norm(retain(rotate(x W_q), rotate(x W_k), x W_v))) W_o
+
+    Shapes: x (B, T, dim) -> y (B, T, dim); the state is (B, num_heads, key_dim / num_heads, value_dim / num_heads),
+        whatever the length.
+    Args:
+        dim: width of input and output.
+        num_heads: query heads, each with its own decay.
+        num_kv_heads: key and value heads; divides num_heads; default num_heads.
+        key_dim, value_dim: total width of q and of the heads' outputs; default dim and 2 dim, as in the paper.
+        decay: "paper", "log_linear", or num_heads log-decays; see `retention.decay`.
+        learnable_decay: train it, as the parameter `log_gap` = log(1 - gamma), which half precision keeps apart from 0.
+        rotary: "paper", "rope" or None; see `retention.rotary`. interleaved: which channels form a pair.
+        scale: factor of q . k; default 1 / sqrt(key_dim / num_heads).
+        bias: of all five projections.
+        gate: "silu", "gelu", "relu", "sigmoid" or None.
+        norm: "group", "rms" or None; norm_affine False, "shared" or "channel"; norm_eps. See `HeadNorm`.
+        causal: False for encoders: gamma^|distance|, no state.
+        decay_norm, score_norm: the paper's normalisers, see `retain`; without effect under a norm, but for its eps.
+        dropout: of the output, in training.
+        backend, form, chunk_size: as in `retain`; attributes, so they can be changed later.
+    Raises: ValueError or ShapeError that names the option.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8; initialisation as in the authors' code. Decays, angles and states
+        are float32 at least and no buffers: they are computed from integers, so that neither `.to(bfloat16)` nor a
+        checkpoint nor the meta device touches them.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        num_kv_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        decay: str | Tensor | Sequence[float] = "paper",
+        learnable_decay: bool = False,
+        rotary: str | None = "paper",
+        interleaved: bool = True,
+        scale: float | None = None,
+        bias: bool = False,
+        gate: str | None = "silu",
+        norm: str | None = "group",
+        norm_affine: bool | str = False,
+        norm_eps: float = 1e-6,
+        causal: bool = True,
+        decay_norm: bool = False,
+        score_norm: ScoreNorm = False,
+        dropout: float = 0.0,
+        backend: str = "auto",
+        form: str = "auto",
+        chunk_size: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        key_dim = dim if key_dim is None else key_dim
+        value_dim = 2 * dim if value_dim is None else value_dim
+        _check_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
+        _check_choice("gate", gate, (*GATES, None))
+        _check_choice("norm", norm, (*NORMS, None))
+        _check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
+        _check_choice("score_norm", score_norm, (False, True, "absolute"))
+        _check_choice("form", form, (*backends.FORMS, "auto"))
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; got dropout {dropout}")
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1; got chunk_size {chunk_size}")
+        backends.load_plugins()
+        backends.check_name(backend)
+
+        self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
+        self.key_dim, self.value_dim = key_dim, value_dim
+        self.head_key_dim, self.head_value_dim = key_dim // num_heads, value_dim // num_heads
+        self.decays = log_decays(decay, num_heads)
+        self.freqs = None if rotary is None else frequencies(rotary, self.head_key_dim)
+        self.interleaved, self.scale, self.causal = interleaved, scale, causal
+        self.decay_norm, self.score_norm = decay_norm, score_norm
+        self.backend, self.form, self.chunk_size = backend, form, chunk_size
+
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj = nn.Linear(dim, key_dim, bias, **dd)
+        self.k_proj = nn.Linear(dim, num_kv_heads * self.head_key_dim, bias, **dd)
+        self.v_proj = nn.Linear(dim, num_kv_heads * self.head_value_dim, bias, **dd)
+        self.g_proj = nn.Linear(dim, value_dim, bias, **dd) if gate else None
+        self.out_proj = nn.Linear(value_dim, dim, bias, **dd)
+        self.gate = GATES[gate] if gate else None
+        self.norm = (
+            HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.log_gap = nn.Parameter(torch.empty(num_heads, **dd)) if learnable_decay else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the authors' code does: small projections in, Xavier with gain 1/2 out."""
+        for proj, gain in (
+            (self.q_proj, 2**-2.5),
+            (self.k_proj, 2**-2.5),
+            (self.v_proj, 2**-2.5),
+            (self.g_proj, 2**-2.5),
+            (self.out_proj, 2**-1),
+        ):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight, gain)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+        if isinstance(self.norm, HeadNorm):
+            self.norm.reset_parameters()
+        if self.log_gap is not None:
+            gaps = [math.log(max(-math.expm1(x), 1e-12)) for x in self.decays]
+            with torch.no_grad():
+                self.log_gap.copy_(torch.tensor(gaps))
+
+    def log_decay(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The log-decay of each head, (num_heads,)."""
+        if self.log_gap is None:
+            return as_tensor(self.decays, device, dtype)
+        return torch.log1p(-self.log_gap.to(dtype).clamp(max=-1e-4).exp())  # gamma at least 1e-4
+
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RetentionState | None = None,
+        return_state: bool = False,
+        rotation: tuple[Tensor, Tensor] | None = None,
+        form: str | None = None,
+        backend: str | None = None,
+    ) -> Any:
+        """Mix the tokens of x; with `state`, continue the sequence it comes from.
+
+        Shapes: x (B, T, dim); key, value (B, T, dim), what to retain instead of x (value defaults to key, key to x);
+            mask (B, T) bool, True = real token; cu_seqlens (N + 1,) int32 with B = 1.
+        rotation: what `self.rotation` returns, to compute it once for many layers.
+        form, backend: for this call, instead of the layer's own.
+        Returns: y (B, T, dim); with return_state, also the state after the last token.
+        """
+        key = x if key is None else key
+        value = key if value is None else value
+        self._check_inputs(x, key, value)
+        if rotation is None:
+            rotation = self.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
+        q, k, v = self._project(x, key, value, rotation)
+        retained = retain(
+            q,
+            k,
+            v,
+            self.log_decay(q.device, state_dtype(q.dtype)),
+            state=state,
+            scale=self.scale,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            causal=self.causal,
+            decay_norm=self.decay_norm,
+            score_norm=self.score_norm,
+            chunk_size=self.chunk_size,
+            backend=backend or self.backend,
+            form=form or self.form,
+            return_state=return_state,
+        )
+        if isinstance(retained, Tensor):
+            return self._output(retained, x)
+        out, new = retained
+        return self._output(out, x), new
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Any = None) -> Tensor:
+        """Decode one token, x (B, 1, dim) -> y (B, 1, dim); `state` is updated in place, at a cost that never grows."""
+        self._check_inputs(x, x, x)
+        if rotation is None:
+            rotation = self.rotation(x, mask=mask, state=state)
+        q, k, v = self._project(x, x, x, rotation)
+        out = step(
+            q,
+            k,
+            v,
+            self.log_decay(q.device, state_dtype(q.dtype)),
+            state,
+            scale=self.scale,
+            mask=mask,
+            decay_norm=self.decay_norm,
+            score_norm=self.score_norm,
+            backend=self.backend,
+        )
+        return self._output(out, x)
+
+    def initial_state(self, batch: int) -> RetentionState:
+        """The state before the first token, for `step`."""
+        weight = self.q_proj.weight
+        sizes = (batch, self.num_heads, self.head_key_dim, self.head_value_dim)
+        return initial_state(*sizes, score_norm=bool(self.score_norm), device=weight.device, dtype=weight.dtype)
+
+    def rotation(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RetentionState | None = None,
+    ) -> tuple[Tensor, Tensor] | None:
+        """cos and sin for the tokens of x, (B or 1, 1, T, key_dim / num_heads / 2) each; None without rotary."""
+        if self.freqs is None:
+            return None
+        times = token_times(x.shape[0], x.shape[1], x.device, state, mask, cu_seqlens)
+        return rotation(times[:, None], self.freqs, state_dtype(x.dtype))
+
+    def _project(
+        self, x: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.q_proj(x), self.k_proj(key), self.v_proj(value)
+        q = rearrange(q, "b t (h d) -> b h t d", h=self.num_heads)
+        k, v = (rearrange(z, "b t (h d) -> b h t d", h=self.num_kv_heads) for z in (k, v))
+        if rotation is not None:
+            q, k = (rotate(z, *rotation, interleaved=self.interleaved) for z in (q, k))
+        return q, k, v
+
+    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+        y = rearrange(self.norm(out.transpose(1, 2)), "b t h d -> b t (h d)")
+        if self.gate is not None and self.g_proj is not None:
+            y = self.gate(self.g_proj(x)) * y
+        return self.dropout(self.out_proj(y))
+
+    def _check_inputs(self, x: Tensor, key: Tensor, value: Tensor) -> None:
+        for name, z in (("x", x), ("key", key), ("value", value)):
+            if z.dim() != 3 or z.shape[-1] != self.dim:
+                raise ShapeError(f"{name} must be (batch, length, dim {self.dim}); got {name} {tuple(z.shape)}")
+            if z.shape != x.shape:
+                raise ShapeError(
+                    f"x, key and value must agree in (batch, length); got x {tuple(x.shape)}, {name} {tuple(z.shape)}"
+                )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, key_dim={self.key_dim}, "
+            f"value_dim={self.value_dim}, causal={self.causal}, backend={self.backend!r}, form={self.form!r}"
+        )
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name} must be an integer of at least 1; got {name} {size!r}")
+    heads = sizes["num_heads"]
+    for name in ("key_dim", "value_dim"):
+        if sizes[name] % heads:
+            raise ShapeError(f"{name} must be a multiple of num_heads; got {name} {sizes[name]}, num_heads {heads}")
+    if heads % sizes["num_kv_heads"]:
+        raise ShapeError(
+            f"num_kv_heads must divide num_heads; got num_kv_heads {sizes['num_kv_heads']}, num_heads {heads}"
+        )
+
+
+def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
+    if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {name} {value!r}")

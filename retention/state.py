@@ -1,0 +1,60 @@
+"""The recurrent state: all that retention remembers of the tokens so far, always of the same size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class RetentionState:
+    """What follows a sequence, so that the next tokens can be added by any form on any backend.
+
+    kv (B, H, K, V):  sum over m of gamma^(t - t_m) k_m v_m^T after the last token, unscaled, in `state_dtype`.
+    time (B,):        how many real tokens there were, int64.
+    k_sum (B, H, K):  sum over m of gamma^(t - t_m) k_m; only with `score_norm`, which needs it.
+
+    B is the batch, or the number of segments of a packed call. `torch.save` and `torch.load(weights_only=True)` take a
+    state as it is (once `retention` is imported).
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 6.
+    """
+
+    kv: Tensor
+    time: Tensor
+    k_sum: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> RetentionState:
+        """A new state of `function` of each tensor."""
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return replace(self, **{name: function(x) for name, x in tensors if x is not None})
+
+    def __getitem__(self, rows: int | slice | list[int] | Tensor) -> RetentionState:
+        """Rows of the batch, as many as asked for and in that order: `state[beam_indices]` serves beam search."""
+        if isinstance(rows, int):
+            rows = [rows]  # keeps the batch dimension
+        return self.map(lambda x: x[rows])
+
+    def __len__(self) -> int:
+        return self.kv.shape[0]
+
+    def to(self, device: torch.device | str) -> RetentionState:
+        return self.map(lambda x: x.to(device))
+
+    def clone(self) -> RetentionState:
+        return self.map(torch.clone)
+
+    def detach(self) -> RetentionState:
+        """Cut from the graph: between the parts of a sequence in truncated backpropagation."""
+        return self.map(torch.detach)
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, decays and states for inputs of `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+torch.serialization.add_safe_globals([RetentionState])
+torch.export.register_dataclass(RetentionState, serialized_type_name="retention.RetentionState")
