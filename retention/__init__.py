@@ -3,7 +3,7 @@
 from .backends import register, unregister
 from .errors import BackendError, ShapeError
 from .functional import explain, initial_state, retain, step
-from .layer import MultiScaleRetention
+from .layer import MultiScaleRetention, set_backend
 from .model import RetNet
 from .state import RetentionState
 from .version import __version__
@@ -19,6 +19,7 @@ __all__ = [
     "initial_state",
     "register",
     "retain",
+    "set_backend",
     "step",
     "unregister",
 ]

@@ -318,6 +318,17 @@ class MultiScaleRetention(nn.Module):
         )
 
 
+def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> nn.Module:
+    """Let every `MultiScaleRetention` in `model` run on `backend`, in `form`. Raises: ValueError for unknown names."""
+    backends.load_plugins()
+    backends.check_name(backend)
+    _check_choice("form", form, (*backends.FORMS, "auto"))
+    for module in model.modules():
+        if isinstance(module, MultiScaleRetention):
+            module.backend, module.form = backend, form
+    return model
+
+
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:

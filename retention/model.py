@@ -6,7 +6,7 @@ Source: Sun et al. 2023, arXiv:2307.08621, Section 2.4: Y = MSR(LN(X)) + X, X' =
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -250,12 +250,17 @@ class RetNet(nn.Module):
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """tokens (B, T) and what follows, (B, T + max_new_tokens). Options as `stream`."""
-        return torch.cat([tokens, *stream(self, tokens, max_new_tokens, **options)], dim=1)
+        return torch.cat([tokens, *stream(self._prompt, self.step, tokens, max_new_tokens, **options)], dim=1)
+
+    def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
+        x, state = self.backbone(self.embedding(tokens), mask=mask, return_state=True)
+        return self.head(x[:, -1:]), state  # the other logits are not needed
 
 
 @torch.inference_mode()
 def stream(
-    model: Any,
+    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, list[RetentionState]]],
+    step: Callable[[Tensor, list[RetentionState]], Tensor],
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -266,7 +271,8 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the tokens (B, 1) that follow `tokens` (B, T): the prompt in one pass, then one token at a time.
 
-    model: has `forward(tokens, mask=, return_state=True)` -> (logits, state) and `step(tokens, state)` -> logits.
+    prompt: tokens (B, T) and mask to the last token's logits (B, 1, vocab_size) and the state.
+    step: tokens (B, 1) and state, to be updated in place, to logits (B, 1, vocab_size).
     temperature: 0 takes the likeliest token. top_k: draw among the likeliest k only. mask: (B, T), for padded prompts,
     whose last column must be real. generator: where the chance comes from.
     """
@@ -274,12 +280,12 @@ def stream(
         raise ShapeError(f"tokens must be (batch, length) with at least one token; got tokens {tuple(tokens.shape)}")
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0; got temperature {temperature}")
-    logits, state = model(tokens, mask=mask, return_state=True)
+    logits, state = prompt(tokens, mask)
     for n in range(max_new_tokens):
         new = _pick(logits[:, -1], temperature, top_k, generator)
         yield new
         if n + 1 < max_new_tokens:
-            logits = model.step(new, state)
+            logits = step(new, state)
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:

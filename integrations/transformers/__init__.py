@@ -1,0 +1,12 @@
+"""RetNet as a transformers model. Needs transformers; `pip install "multiscale-retention[transformers]"`."""
+
+try:
+    import transformers as _  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        'retention.integrations.transformers needs transformers; pip install "multiscale-retention[transformers]"'
+    ) from error
+
+from .modeling import RetNetConfig, RetNetForCausalLM, RetNetModel
+
+__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel"]

@@ -178,6 +178,12 @@ def explain(call: Call, backend: str = "auto") -> str:
     return "\n".join(lines)
 
 
+def why_not(call: Call, backend: str) -> list[str]:
+    """Every reason why `backend` cannot run `call`, whose form is a concrete one."""
+    check_name(backend)
+    return _backends[backend].why_not(call)
+
+
 def check_name(backend: str) -> None:
     if backend != "auto" and backend not in _backends:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {backend!r}")

@@ -1,0 +1,64 @@
+"""`python -m retention`: versions, devices, and which backend can run here."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+
+import torch
+
+from . import __version__, backends
+from .backends import Call
+
+LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
+
+
+def report() -> str:
+    lines = [f"multiscale-retention {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
+    owners = packages_distributions().get("retention", [])
+    if len(set(owners)) > 1:
+        lines += [f"WARNING: several distributions own the package `retention`: {', '.join(sorted(set(owners)))}", ""]
+    lines += ["libraries", *(f"  {name:<14} {_version(name)}" for name in LIBRARIES), "", "devices"]
+    devices = _devices()
+    lines += [f"  {name:<14} {what}" for name, what in devices.items()]
+    for device in devices:
+        lines += ["", f"backends on {device}, best first"]
+        for name, forms in _answers(device).items():
+            lines += [f"  {name:<14} {forms}"]
+    return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> dict[str, str]:
+    devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"}
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is not None:
+        count = torch.accelerator.device_count()
+        name = torch.cuda.get_device_name() if accelerator.type == "cuda" else accelerator.type
+        devices[accelerator.type] = f"{count} x {name}"
+    return devices
+
+
+def _answers(device: str) -> dict[str, str]:
+    """For each backend the forms it can run on a plain call, and why not the others."""
+    sizes = dict(batch=1, heads=8, kv_heads=8, length=1024, key_dim=64, value_dim=128)
+    answers = {}
+    for name in backends.names():
+        can, cannot = [], []
+        for form in backends.FORMS:
+            call = Call(**sizes, dtype=torch.float32, device=device, scale=1.0, form=form)
+            reasons = backends.why_not(call, name)
+            can += [form] if not reasons else []
+            cannot += reasons
+        answers[name] = f"runs {', '.join(can)}" if can else f"cannot run: {'; '.join(dict.fromkeys(cannot))}"
+    return answers
+
+
+if __name__ == "__main__":
+    print(report())
