@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from typing import Any
 
 import torch
 
-from . import __version__, backends
+from . import backends
 from .backends import Call
+from .version import __version__
 
 LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
 
@@ -47,7 +49,7 @@ def _devices() -> dict[str, str]:
 
 def _answers(device: str) -> dict[str, str]:
     """For each backend the forms it can run on a plain call, and why not the others."""
-    sizes = dict(batch=1, heads=8, kv_heads=8, length=1024, key_dim=64, value_dim=128)
+    sizes: dict[str, Any] = dict(batch=1, heads=8, kv_heads=8, length=1024, key_dim=64, value_dim=128)
     answers = {}
     for name in backends.names():
         can, cannot = [], []

@@ -187,13 +187,13 @@ class MultiScaleRetention(nn.Module):
         if self.log_gap is not None:
             gaps = [math.log(max(-math.expm1(x), 1e-12)) for x in self.decays]
             with torch.no_grad():
-                self.log_gap.copy_(torch.tensor(gaps))
+                self.log_gap.copy_(torch.tensor(gaps, dtype=torch.float64))
 
     def log_decay(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The log-decay of each head, (num_heads,)."""
         if self.log_gap is None:
             return as_tensor(self.decays, device, dtype)
-        return torch.log1p(-self.log_gap.to(dtype).clamp(max=-1e-4).exp())  # gamma at least 1e-4
+        return torch.log1p(-self.log_gap.to(dtype).clamp(max=-1e-4).exp())  # gamma stays above 0
 
     def forward(
         self,

@@ -1,4 +1,4 @@
-"""RetNet in the interface of transformers: config, base model, causal language model, on the blocks of `retention.model`."""
+"""RetNet in the interface of transformers: config, base model and causal language model around `retention.model`."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel):
 def _padding(attention_mask: Tensor, x: Tensor) -> Tensor:
     if attention_mask.shape != x.shape[:2]:
         raise ShapeError(
-            f"attention_mask must be (batch, length) {tuple(x.shape[:2])}; got attention_mask {tuple(attention_mask.shape)}"
+            f"attention_mask must be (batch, length) {tuple(x.shape[:2])}; got {tuple(attention_mask.shape)}"
         )
     return attention_mask.bool()
 

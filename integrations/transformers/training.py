@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import sysconfig
 import time
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
@@ -34,9 +36,9 @@ class Settings:
 
     files: list[str] = field(default_factory=list)  # none: the Python standard library
     preset: str = "tiny"
-    steps: int = 1500
+    steps: int = 1400
     batch: int = 16
-    context: int = 256
+    context: int = 128
     lr: float = 4e-3
     seed: int = 0
     eval_every: int = 250
@@ -129,7 +131,9 @@ class Blocks(Dataset):
 
     def __init__(self, text: bytes, context: int):
         if len(text) < context:
-            raise ValueError(f"a part of the corpus must hold at least context bytes; got {len(text)}, context {context}")
+            raise ValueError(
+                f"a part of the corpus must hold at least context bytes; got {len(text)}, context {context}"
+            )
         self.bytes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.context = context
 
@@ -144,8 +148,8 @@ class Blocks(Dataset):
 def corpus(files: Iterable[str | Path] = (), validation_limit: int = 200_000) -> tuple[bytes, bytes]:
     """Training and validation text, the documents ended by a zero byte.
 
-    files: text files, or folders of them; none: the source of the Python standard library. Of 20 documents or more every
-    20th is held out for validation, of fewer the last 5 % of each. At most `validation_limit` bytes of it are used.
+    files: text files, or folders of them; none: the source of the Python standard library. Of 20 documents or more
+    every 20th is held out for validation, of fewer the last 5 % of each. It is cut to `validation_limit` bytes.
     Raises: ValueError for a path that does not exist or holds no text.
     """
     paths = list(_documents(files)) if files else _standard_library()
@@ -188,9 +192,14 @@ class Progress(ProgressCallback):
         self.last = (0.0, 0)  # time and step of the last report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        self.training_bar.update(state.global_step)  # of a resumed run
-        self.current_step = state.global_step
+        self.current_step = state.global_step  # not 0 in a resumed run
+        self.training_bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 20,  # seconds; a log file wants few lines
+        )
         self.last = time.perf_counter(), state.global_step
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
@@ -206,7 +215,7 @@ class Progress(ProgressCallback):
         elif "loss" in logs:
             now, (then, step) = time.perf_counter(), self.last
             speed = (state.global_step - step) * self.tokens_per_step / (now - then)
-            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s")
+            self.training_bar.set_postfix_str(f"loss {float(logs['loss']):.3f}, {speed:,.0f} tokens/s", refresh=False)
         self.last = time.perf_counter(), state.global_step
 
 

@@ -144,7 +144,7 @@ def _(dout, dfinal, q, k, v, log_decay, state, *_):  # type: ignore[no-untyped-d
 
 
 def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    tensors, ctx.options = inputs[:7], inputs[7:10]
+    tensors, ctx.options, ctx.return_state = inputs[:7], inputs[7:10], inputs[10]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
     ctx.out_shape = output[0].shape
@@ -154,6 +154,8 @@ def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
     q = ctx.saved_tensors[0]
     if dout is None:
         dout = q.new_zeros(ctx.out_shape)
+    if not ctx.return_state:  # an empty tensor then, not a state
+        dfinal = None
     grads = chunkwise_backward(dout, dfinal, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[3])
     used = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return *used, *[None] * 6

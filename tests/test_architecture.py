@@ -1,0 +1,112 @@
+"""The folder layout is the architecture: this file fails when an import or the packaging contradicts it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomllib", reason="in the standard library from Python 3.11 on")
+
+ROOT = Path(__file__).parents[1]
+FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT / top).rglob("*.py"))]
+# Each may import those to its left.
+LEVELS = (
+    ("version", "errors"),
+    ("decay", "rotary", "state"),
+    ("backends",),
+    ("functional",),
+    ("layer",),
+    ("model",),
+    ("integrations",),
+    ("cli", "__main__"),
+)
+DOORS = {
+    "transformers": "transformers",
+    "accelerate": "transformers",
+    "huggingface_hub": "transformers",
+    "typer": "cli",
+}
+
+
+def level(parts):
+    """Where a module stands; `retention/__init__.py` stands above all."""
+    for part in parts[1:] if parts[0] == "retention" else parts:
+        for height, names in enumerate(LEVELS):
+            if part in names:
+                return height
+    return len(LEVELS)
+
+
+def imports(path, source):
+    """Every module a file imports, as the parts of its absolute name."""
+    here = ("retention", *path.parts[:-1]) if path.parts[0] == "integrations" else path.parts[:-1]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            base = here[: len(here) - node.level + 1] if node.level else ()
+            for alias in node.names:
+                yield (*base, *(node.module or alias.name).split("."))
+        elif isinstance(node, ast.Import):
+            yield from (tuple(alias.name.split(".")) for alias in node.names)
+
+
+def pointing_up(path, source):
+    mine = level(path.with_suffix("").parts)
+    return [".".join(t) for t in imports(path, source) if t[0] == "retention" and len(t) > 1 and level(t) > mine]
+
+
+def through_the_wall(path, source):
+    rooms = {*path.with_suffix("").parts}
+    return [".".join(t) for t in imports(path, source) if t[0] in DOORS and DOORS[t[0]] not in rooms]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down_and_outside_libraries_have_one_door(path):
+    inside, source = path.relative_to(ROOT), path.read_text()
+    assert not pointing_up(inside, source)
+    assert not through_the_wall(inside, source)
+
+
+def test_this_test_can_fail():
+    assert pointing_up(Path("retention/decay.py"), "from .layer import MultiScaleRetention") == ["retention.layer"]
+    assert pointing_up(Path("retention/backends/eager.py"), "from ..functional import retain") == [
+        "retention.functional"
+    ]
+    assert pointing_up(Path("integrations/swap.py"), "from retention import cli") == []
+    assert pointing_up(Path("integrations/swap.py"), "import retention.cli") == ["retention.cli"]
+    assert through_the_wall(Path("retention/model.py"), "import transformers.utils") == ["transformers.utils"]
+
+
+def test_backends_do_not_import_each_other():
+    for path in (ROOT / "retention/backends").glob("*.py"):
+        others = {p.stem for p in path.parent.glob("*.py")} - {"__init__", path.stem}
+        if path.stem != "__init__":
+            found = {
+                t[2]
+                for t in imports(path.relative_to(ROOT), path.read_text())
+                if t[:2] == ("retention", "backends") and len(t) > 2
+            }
+            assert not found & others
+
+
+def test_every_package_is_shipped():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}
+    assert set(listed) == {name if name.startswith("retention") else f"retention.{name}" for name in there}
+
+
+def test_import_retention_needs_torch_and_einops_alone():
+    code = "import sys, retention; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    assert {"torch", "einops"} <= loaded
+    assert not loaded & {"transformers", "accelerate", "typer", "xformers", "timm", "triton", "matplotlib"}
+
+
+def test_the_mapped_folder_has_one_name():
+    code = "import integrations"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "import retention.integrations, not integrations" in result.stderr

@@ -1,0 +1,71 @@
+import math
+
+import pytest
+import torch
+
+from retention import decay
+
+
+def test_paper_schedule():
+    gammas = [math.exp(x) for x in decay.log_decays("paper", 3)]
+    assert gammas == pytest.approx([1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128])
+
+
+def test_log_linear_schedule():
+    gammas = [math.exp(x) for x in decay.log_decays("log_linear", 3)]
+    assert gammas == pytest.approx([1 - 1 / 32, 1 - math.exp((math.log(1 / 32) + math.log(1 / 512)) / 2), 1 - 1 / 512])
+    assert decay.log_decays("log_linear", 1) == pytest.approx([math.log(1 - 1 / 32)])
+
+
+def test_slow_heads_keep_a_decay():
+    """In float32, 1 - 2^-25 is 1: computed that way head 20 would not decay at all."""
+    values = decay.log_decays("paper", 48)
+    assert all(x < 0 for x in values)
+    assert decay.as_tensor(values, torch.device("cpu"), torch.float32)[20].item() == pytest.approx(-(2.0**-25))
+
+
+def test_own_values_are_taken_as_they_are():
+    assert decay.log_decays([-0.5, 0.0], 2) == (-0.5, 0.0)
+    assert decay.log_decays(torch.tensor([-0.5, -1.0]), 2) == (-0.5, -1.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ("fast", "decay must be one of 'paper', 'log_linear' or 2 log-decays; got decay 'fast'"),
+        ([-1.0], r"decay must hold one log-decay per head, \(2,\); got decay \(1,\)"),
+        (torch.zeros(2, 2), r"got decay \(2, 2\)"),
+        ([-1.0, 0.9], r"finite and at most 0; got 0.9; pass log\(gamma\)"),
+        ([-1.0, -math.inf], "finite and at most 0; got -inf"),
+        ([-1.0, math.nan], "finite and at most 0; got nan"),
+    ],
+)
+def test_wrong_schedules_are_named(schedule, message):
+    with pytest.raises(ValueError, match=message):
+        decay.log_decays(schedule, 2)
+
+
+def test_a_constant_made_in_inference_mode_can_be_trained_with():
+    values = (-0.123456789,)
+    with torch.inference_mode():
+        decay.as_tensor(values, torch.device("cpu"), torch.float32)
+    x = torch.ones(1, requires_grad=True)
+    (x * decay.as_tensor(values, torch.device("cpu"), torch.float32)).sum().backward()
+    assert x.grad.item() == pytest.approx(-0.123456789)
+
+
+def test_horizon():
+    """Tokens until gamma^n falls below 1e-6."""
+    assert decay.horizon(math.log(1 - 2**-5)) == pytest.approx(435.1, abs=0.1)
+    assert decay.horizon(0.0) == math.inf
+
+
+@pytest.mark.parametrize("log_decay", [0.0, -1e-12, -1e-7, -1e-4, -0.03, -2.0, -700.0])
+@pytest.mark.parametrize("count", [0, 1, 2, 1000])
+def test_geometric_sum_and_its_gradient(log_decay, count):
+    x = torch.tensor(log_decay, dtype=torch.float64, requires_grad=True)
+    got = decay.geometric_sum(x, torch.tensor(count, dtype=torch.float64))
+    got.backward()
+    assert got.item() == pytest.approx(sum(math.exp(i * log_decay) for i in range(count)), rel=1e-12)
+    want = sum(i * math.exp(i * log_decay) for i in range(count))
+    assert x.grad.item() == pytest.approx(want, rel=1e-5, abs=1e-12)

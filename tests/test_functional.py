@@ -1,0 +1,401 @@
+"""`retain` and `step`: every form, backend and option gives the same numbers, those of the definition."""
+
+from itertools import pairwise
+
+import cases
+import oracle
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import retention
+from retention import BackendError, RetentionState, ShapeError, initial_state, retain, step
+
+LOG_DECAY = torch.tensor([-0.01, -0.3], dtype=torch.float64)
+
+
+def qkv(batch=2, heads=2, length=10, key_dim=4, value_dim=3, kv_heads=None, dtype=torch.float64):
+    kv_heads = kv_heads or heads
+    shapes = (heads, key_dim), (kv_heads, key_dim), (kv_heads, value_dim)
+    return [torch.randn(batch, h, length, d, dtype=dtype) for h, d in shapes]
+
+
+# --- the same numbers -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=150)
+@given(cases.calls())
+def test_every_form_and_backend_agrees_with_the_definition(case):
+    args, options = case
+    want = oracle.retain(*args, **options)
+    ways = cases.runnable(args, options)
+    assert {way["form"] for way in ways} == set(cases.FORMS) - (set() if options["causal"] else {"recurrent"})
+    for way in ways:
+        got = retain(*args, **options, **way)
+        assert got.dtype == args[2].dtype
+        assert cases.deviation(got, want) <= cases.BOUNDS[got.dtype], way
+
+
+@settings(max_examples=80)
+@given(cases.calls(causal=True, kinds=("dense", "masked")), st.data())
+def test_a_sequence_may_be_cut_anywhere_and_each_part_run_anyhow(case, data):
+    args, options = case
+    mask = options.pop("mask", None)
+    (q, k, v, log_decay), length = args, args[0].shape[2]
+    want = oracle.retain(*args, mask=mask, **options)
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, length), max_size=4))), length]
+    state, parts = None, []
+    for start, end in pairwise(cuts):
+        part = slice(start, end)
+        options["mask"] = None if mask is None else mask[:, part]
+        options["state"] = state
+        inputs = (*(x[:, :, part] for x in (q, k, v)), log_decay)
+        way = data.draw(st.sampled_from(cases.runnable(inputs, options)))
+        out, state = retain(*inputs, **options, **way, return_state=True)
+        parts.append(out)
+    assert cases.deviation(torch.cat(parts, 2), want) <= cases.BOUNDS[q.dtype]
+    assert state.time.tolist() == [length] * len(q) if mask is None else mask.sum(1).tolist()
+
+
+@settings(max_examples=40)
+@given(cases.calls(causal=True, kinds=("dense",), dtypes=(torch.float32, torch.float64)))
+def test_the_state_is_the_decayed_sum_of_outer_products(case):
+    (q, k, v, log_decay), options = case
+    want = oracle.state(k, v, log_decay, heads=q.shape[1])
+    for way in cases.runnable((q, k, v, log_decay), options):
+        _, state = retain(q, k, v, log_decay, **options, **way, return_state=True)
+        assert cases.deviation(state.kv, want) <= cases.BOUNDS[q.dtype]
+        assert (state.k_sum is not None) == options["score_norm"]
+
+
+def test_packed_segments_continue_from_their_own_states():
+    q, k, v = qkv(batch=1, length=12)
+    first, second = torch.tensor([0, 3, 3, 7]), torch.tensor([0, 2, 5, 5])
+    for form in cases.FORMS:
+        options = {"form": form, "score_norm": True, "decay_norm": True}
+        _, state = retain(*(x[:, :, :7] for x in (q, k, v)), LOG_DECAY, cu_seqlens=first, return_state=True, **options)
+        rest = [x[:, :, 7:] for x in (q, k, v)]
+        out, state = retain(*rest, LOG_DECAY, cu_seqlens=second, state=state, return_state=True, **options)
+        tokens = [0, 1, 2, 7, 8]  # what the first segment consists of
+        alone = oracle.retain(*(x[:, :, tokens] for x in (q, k, v)), LOG_DECAY, score_norm=True, decay_norm=True)
+        torch.testing.assert_close(out[:, :, :2], alone[:, :, 3:], rtol=1e-10, atol=1e-12)
+        assert state.time.tolist() == [5, 3, 4]
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_long_inputs_stay_within_the_float32_bound(form):
+    length, heads = (8192, 2) if form == "chunkwise" else (2048, 2)
+    q, k, v = qkv(batch=1, heads=heads, length=length, key_dim=16, value_dim=8, dtype=torch.float32)
+    log_decay = torch.tensor(retention.decay.log_decays("paper", 9)[::8], dtype=torch.float32)
+    got = retain(q, k, v, log_decay, form=form)
+    want = retain(q.double(), k.double(), v.double(), log_decay.double(), form="chunkwise")
+    assert cases.deviation(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rounds_inputs_and_outputs_only(form, dtype):
+    q, k, v = qkv(length=300, key_dim=32, value_dim=32, dtype=dtype)
+    want = retain(q.double(), k.double(), v.double(), LOG_DECAY, form="parallel")
+    assert cases.deviation(retain(q, k, v, LOG_DECAY, form=form), want) <= 4e-3
+
+
+def test_autocast_leaves_the_sums_in_float32():
+    q, k, v = qkv(length=100, dtype=torch.float32)
+    for form in cases.FORMS:
+        want = retain(q, k, v, LOG_DECAY, form=form)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(retain(q, k, v, LOG_DECAY, form=form), want)
+
+
+def test_absolute_score_norm_is_the_definition_and_has_the_parallel_form_only():
+    q, k, v = qkv(kv_heads=1)
+    mask = torch.rand(2, 10) < 0.7
+    for options in ({}, {"decay_norm": True, "mask": mask}, {"causal": False}):
+        want = oracle.retain(q, k, v, LOG_DECAY, score_norm="absolute", **options)
+        got = retain(q, k, v, LOG_DECAY, score_norm="absolute", **options)
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="'absolute' exists only in the parallel form.*got form 'chunkwise'"):
+        retain(q, k, v, LOG_DECAY, score_norm="absolute", form="chunkwise")
+
+
+# --- properties -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("pad", ["left", "right", "holes"])
+def test_a_padded_row_is_the_same_row_alone(form, pad):
+    q, k, v = qkv(batch=1, length=9)
+    places = {"left": range(4, 13), "right": range(9), "holes": (0, 2, 3, 5, 6, 9, 10, 11, 12)}[pad]
+    mask = torch.zeros(2, 13, dtype=torch.bool)
+    mask[0, list(places)] = True
+    mask[1, :2] = True
+    padded = [torch.full((2, 2, 13, x.shape[-1]), float("nan"), dtype=x.dtype) for x in (q, k, v)]
+    for x, y in zip(padded, (q, k, v), strict=True):
+        x[1] = 7.0
+        x[0, :, list(places)] = y[0]
+    options = {"decay_norm": True, "score_norm": True, "form": form, "return_state": True}
+    alone, state_alone = retain(q, k, v, LOG_DECAY, **options)
+    out, state = retain(*padded, LOG_DECAY, mask=mask, **options)
+    torch.testing.assert_close(out[:1, :, list(places)], alone, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(state[0].kv, state_alone.kv, rtol=1e-10, atol=1e-12)
+    assert torch.equal(out[~mask[:, None].expand(2, 2, 13)], torch.zeros_like(out[~mask[:, None].expand(2, 2, 13)]))
+    assert state.time.tolist() == [9, 2]
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_nothing_leaks_between_segments_or_from_the_future(form):
+    q, k, v = qkv(batch=1, length=20)
+    cu_seqlens = torch.tensor([0, 6, 20], dtype=torch.int32)
+    before = retain(q, k, v, LOG_DECAY, cu_seqlens=cu_seqlens, form=form, chunk_size=4)
+    for x in (q, k, v):
+        x[:, :, :6] += 1
+        x[:, :, 15:] += 1
+    after = retain(q, k, v, LOG_DECAY, cu_seqlens=cu_seqlens, form=form, chunk_size=4)
+    assert torch.equal(before[:, :, 6:15], after[:, :, 6:15])
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_a_nan_stays_in_its_own_batch_row(form):
+    q, k, v = qkv(batch=3)
+    k[1, 0, 4, 2] = torch.nan
+    out = retain(q, k, v, LOG_DECAY, form=form, chunk_size=4)
+    assert out[1].isnan().any()
+    assert not out[::2].isnan().any()
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_decay_of_nothing_sums_and_of_everything_forgets(form):
+    v = torch.randn(2, 1, 10, 3, dtype=torch.float64)
+    ones = torch.ones(2, 1, 10, 1, dtype=torch.float64)
+    torch.testing.assert_close(retain(ones, ones, v, torch.zeros(1), form=form), v.cumsum(2))
+    torch.testing.assert_close(retain(ones, ones, v, torch.full((1,), -800.0), form=form), v)
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("batch", [0, 2])
+@pytest.mark.parametrize("length", [0, 3])
+def test_empty_batches_and_empty_lengths_work(form, batch, length):
+    q, k, v = (x.requires_grad_() for x in qkv(batch=batch, length=length))
+    mask = torch.ones(batch, length, dtype=torch.bool)
+    for more in ({}, {"mask": mask}):
+        out, state = retain(q, k, v, LOG_DECAY, form=form, return_state=True, score_norm=True, **more)
+        assert out.shape == (batch, 2, length, 3)
+        assert state.kv.shape == (batch, 2, 4, 3)
+        (out.sum() + state.kv.sum()).backward()
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"with_state": True},
+        {"with_state": True, "score_norm": True, "decay_norm": True},
+        {"causal": False, "score_norm": True, "decay_norm": True},
+        {"mask": torch.tensor([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]).bool(), "with_state": True},
+        {"cu_seqlens": torch.tensor([0, 3, 3, 7]), "with_state": True},
+        {"cu_seqlens": torch.tensor([0, 2, 7]), "causal": False},
+    ],
+    ids=str,
+)
+def test_gradients_of_everything_are_those_of_finite_differences(form, options):
+    options = dict(options)
+    with_state = options.pop("with_state", False)
+    if form == "recurrent" and not options.get("causal", True):
+        with pytest.raises(BackendError, match="the recurrent form is causal"):
+            retain(*qkv(), LOG_DECAY, form=form, causal=False)
+        return
+    packed = options.get("cu_seqlens")
+    batch, rows = (2, 2) if packed is None else (1, len(packed) - 1)
+    inputs = [*qkv(batch=batch, heads=2, kv_heads=1, length=7, key_dim=2, value_dim=2), LOG_DECAY.clone()]
+    if with_state:
+        inputs += [torch.randn(rows, 2, 2, 2, dtype=torch.float64), torch.randn(rows, 2, 2, dtype=torch.float64)]
+    inputs = [x.requires_grad_() for x in inputs]
+
+    def run(q, k, v, log_decay, kv=None, k_sum=None):
+        if kv is None:
+            return retain(q, k, v, log_decay, form=form, chunk_size=3, **options)
+        k_sum = k_sum if options.get("score_norm") else None
+        state = RetentionState(kv, torch.full((rows,), 2), k_sum)
+        out, new = retain(q, k, v, log_decay, form=form, chunk_size=3, state=state, return_state=True, **options)
+        return (out, new.kv) if k_sum is None else (out, new.kv, new.k_sum)
+
+    if with_state and not options.get("score_norm"):
+        inputs.pop()
+    assert torch.autograd.gradcheck(run, inputs)
+
+
+def test_the_gradient_of_log_decay_is_finite_at_both_ends():
+    for form in cases.FORMS:
+        log_decay = torch.tensor([0.0, -800.0], requires_grad=True)
+        out = retain(*qkv(dtype=torch.float32), log_decay, form=form, decay_norm=True, chunk_size=4)
+        out.sum().backward()
+        assert log_decay.grad.isfinite().all()
+
+
+def test_gradients_in_float32_match_those_in_float64_on_a_long_input():
+    """That of log_decay is the delicate one: a sum over all distances."""
+    args = qkv(batch=1, length=2000, key_dim=8, value_dim=8, dtype=torch.float32)
+    log_decay = torch.tensor(retention.decay.log_decays("paper", 5)[::4], dtype=torch.float32)
+    weight = torch.randn(1, 2, 2000, 8)
+    grads = []
+    for dtype in (torch.float32, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (*args, log_decay)]
+        grads.append(torch.autograd.grad((retain(*inputs) * weight).sum(), inputs))
+    for got, want in zip(*grads, strict=True):
+        assert cases.deviation(got, want) <= 1e-4
+
+
+# --- step -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("norms", [False, True])
+def test_step_is_retain_and_overwrites_the_state(dtype, norms):
+    q, k, v = qkv(kv_heads=1, dtype=dtype)
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    mask[0, 3] = False
+    norm = {"decay_norm": norms, "score_norm": norms}
+    want, final = retain(q, k, v, LOG_DECAY, mask=mask, return_state=True, **norm)
+    state = initial_state(2, 2, 4, 3, score_norm=norms, dtype=dtype)
+    memory = [x.data_ptr() for x in (state.kv, state.time)]
+    parts = [
+        step(*(x[:, :, n, None] for x in (q, k, v)), LOG_DECAY, state, mask=mask[:, n, None], **norm) for n in range(10)
+    ]
+    assert cases.deviation(torch.cat(parts, 2), want) <= cases.BOUNDS[dtype]
+    torch.testing.assert_close(state.kv, final.kv)
+    assert state.time.tolist() == [9, 10]
+    assert memory == [x.data_ptr() for x in (state.kv, state.time)]
+
+
+def test_step_refuses_what_it_cannot_do():
+    q, k, v = (x[:, :, :1] for x in qkv())
+    state = initial_state(2, 2, 4, 3, dtype=torch.float64)
+    with pytest.raises(ShapeError, match=r"step takes one token.*got q \(2, 2, 10, 4\)"):
+        step(*qkv(), LOG_DECAY, state)
+    with pytest.raises(ValueError, match="step overwrites the state and has no gradient"):
+        step(q.requires_grad_(), k, v, LOG_DECAY, state)
+    with pytest.raises(TypeError, match="state must be a RetentionState; got NoneType"):
+        step(q.detach(), k, v, LOG_DECAY, None)
+    with pytest.raises(BackendError, match="does not overwrite a state"):
+        step(q.detach(), k, v, LOG_DECAY, state, backend="chunked")
+    assert not state.kv.any(), "a refused step must leave the state alone"
+
+
+# --- torch.compile, torch.export --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"causal": False}, {"mask": torch.arange(10) > torch.tensor([[2], [0]])}], ids=str
+)
+def test_compiles_to_one_graph_with_gradients(options):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    log_decay = LOG_DECAY.clone().requires_grad_()
+
+    def run(q, k, v, log_decay):
+        return retain(q, k, v, log_decay, decay_norm=True, score_norm=True, **options)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got, want = compiled(q, k, v, log_decay), run(q, k, v, log_decay)
+    torch.testing.assert_close(got, want)
+    inputs = (q, k, v, log_decay)
+    for a, b in zip(torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at it itself
+def test_the_operator_keeps_torchs_contract():
+    q, k, v = (x.requires_grad_() for x in qkv(kv_heads=1))
+    kv = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 10) < 0.5
+    for state, padding, causal in ((kv, None, True), (None, mask, True), (None, None, False)):
+        args = (q, k, v, LOG_DECAY.clone().requires_grad_(), state, padding, None, 0.5, causal, 4, causal)
+        torch.library.opcheck(retention.backends.chunked.chunkwise, args)
+
+
+def test_the_operator_stores_its_inputs_only():
+    q, k, v = (x.requires_grad_() for x in qkv(length=64))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        retain(q, k, v, LOG_DECAY, chunk_size=8)
+    assert {x.data_ptr() for x in saved} <= {x.data_ptr() for x in (q, k, v, LOG_DECAY)}
+
+
+# --- bad input: refused before any computation, naming the argument, what came and what was expected ------------------
+
+Q, K, V = (torch.zeros(2, 2, 10, 4), torch.zeros(2, 2, 10, 4), torch.zeros(2, 2, 10, 3))
+DECAY = torch.full((2,), -0.1)
+STATE = initial_state(2, 2, 4, 3)
+MASK = torch.ones(2, 10, dtype=torch.bool)
+
+BAD = [
+    ({"q": [1.0]}, TypeError, "q must be a tensor; got q list"),
+    ({"q": Q[0]}, ShapeError, r"q must have 4 dimensions \(batch, heads, length, head_dim\); got q \(2, 10, 4\)"),
+    ({"k": K[:, :, 1:]}, ShapeError, r"q and k must agree.*got q \(2, 2, 10, 4\), k \(2, 2, 9, 4\)"),
+    ({"k": K[..., 1:]}, ShapeError, r"q and k must agree.*k \(2, 2, 10, 3\)"),
+    ({"v": V[:1]}, ShapeError, r"k and v must agree.*v \(1, 2, 10, 3\)"),
+    (
+        {"q": Q.repeat(1, 2, 1, 1)[:, :3]},
+        ShapeError,
+        r"heads of q a multiple of those of k and v; got q \(2, 3, 10, 4\)",
+    ),
+    ({"v": V[..., :0]}, ShapeError, r"head dims must be at least 1.*v \(2, 2, 10, 0\)"),
+    ({"q": Q.double()}, TypeError, "one floating-point dtype; got q torch.float64, k torch.float32"),
+    ({"q": Q.int(), "k": K.int(), "v": V.int()}, TypeError, "floating-point dtype; got q torch.int32"),
+    ({"k": K.to("meta")}, ValueError, "on one device; got q cpu, k meta"),
+    ({"log_decay": DECAY[:1]}, ShapeError, r"one value per head of q, \(2,\); got log_decay \(1,\)"),
+    ({"log_decay": DECAY.half()}, TypeError, "log_decay must be float32 or float64.*got torch.float16"),
+    ({"log_decay": -DECAY}, ValueError, r"log_decay must be at most 0; got log_decay \[0.1.*pass log\(gamma\)"),
+    ({"log_decay": DECAY * torch.nan}, ValueError, "log_decay must be at most 0; got log_decay .*nan"),
+    ({"scale": float("inf")}, ValueError, "scale must be finite; got scale inf"),
+    ({"mask": MASK.long()}, TypeError, "mask must be a bool tensor.*got mask torch.int64"),
+    ({"mask": [True]}, TypeError, "mask must be a bool tensor.*got mask list"),
+    ({"mask": MASK[:, 1:]}, ShapeError, r"mask must be \(batch, length\) \(2, 10\) on cpu; got mask \(2, 9\)"),
+    ({"cu_seqlens": torch.tensor([0, 10]), "mask": MASK}, ValueError, "mask and cu_seqlens exclude each other"),
+    ({"cu_seqlens": torch.tensor([0, 10])}, ShapeError, r"packed segments need a batch of 1; got q \(2, 2, 10, 4\)"),
+    (
+        {"cu_seqlens": torch.tensor([0.0, 10.0])},
+        TypeError,
+        "cu_seqlens must be an int32 tensor; got cu_seqlens torch.float32",
+    ),
+    ({"cu_seqlens": torch.tensor(10)}, ShapeError, r"cu_seqlens must be \(segments \+ 1,\)"),
+    ({"rows": 1, "cu_seqlens": torch.tensor([1, 10])}, ValueError, r"start at 0.*got cu_seqlens \[1, 10\]"),
+    ({"rows": 1, "cu_seqlens": torch.tensor([0, 9])}, ValueError, r"end at the length 10; got cu_seqlens \[0, 9\]"),
+    ({"rows": 1, "cu_seqlens": torch.tensor([0, 7, 4, 10])}, ValueError, r"not fall.*got cu_seqlens \[0, 7, 4, 10\]"),
+    ({"state": STATE.kv}, TypeError, "state must be a RetentionState; got Tensor"),
+    ({"state": STATE[:1]}, ShapeError, r"state.kv must be .* \(2, 2, 4, 3\); got state.kv \(1, 2, 4, 3\)"),
+    ({"state": initial_state(2, 2, 5, 3)}, ShapeError, r"got state.kv \(2, 2, 5, 3\)"),
+    (
+        {"state": initial_state(2, 2, 4, 3, dtype=torch.float64)},
+        TypeError,
+        "state.kv must be torch.float32.*torch.float64",
+    ),
+    ({"state": initial_state(2, 2, 4, 3, score_norm=True)}, ValueError, "a state with a k_sum, score_norm False"),
+    ({"state": STATE, "score_norm": True}, ValueError, "a state with no k_sum, score_norm True"),
+    ({"state": RetentionState(STATE.kv, STATE.time[:1])}, ShapeError, r"state.time must be \(rows,\) \(2,\)"),
+    ({"state": STATE, "causal": False}, ValueError, "a state needs causal=True"),
+    ({"return_state": True, "causal": False}, ValueError, "a state needs causal=True"),
+    ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1, or None; got chunk_size 0"),
+    (
+        {"form": "quick"},
+        ValueError,
+        "form must be 'auto' or one of 'parallel', 'chunkwise', 'recurrent'; got form 'quick'",
+    ),
+    ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of chunked, eager; got backend 'fast'"),
+    ({"score_norm": "sum"}, ValueError, "score_norm must be False, True or 'absolute'; got score_norm 'sum'"),
+    ({"backend": "eager", "form": "chunkwise"}, BackendError, "backend 'eager' cannot run retain.*not chunkwise"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda x: None)
+def test_bad_input_gets_a_clear_error(change, error, message):
+    change = dict(change)
+    rows = change.pop("rows", 2)
+    args = {"q": Q[:rows], "k": K[:rows], "v": V[:rows], "log_decay": DECAY, **change}
+    with pytest.raises(error, match=f"(?s){message}"):
+        retain(**args)
