@@ -18,6 +18,8 @@ torch.compile and torch.export see one node, not one per chunk.
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -61,6 +63,8 @@ class Chunked:
 
 backend = Chunked()
 
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None  # Linux only
+
 
 @torch.library.custom_op("retention::chunkwise", mutates_args=())
 def chunkwise(
@@ -86,6 +90,7 @@ def chunkwise(
         return _unpack(out, real, mask), final
 
     out, final = _outputs(q, k, v, state, mask, cu_seqlens, return_state)
+    _ask_for_huge_pages(out)
     decays = _Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
         before = None if state is None else state[states].clone()
@@ -122,6 +127,7 @@ def chunkwise_backward(
         return dq, dk, dv, dlog_decay, dstate
 
     dq, dk, dv, dlog_decay, dstate = _gradients(q, k, v, log_decay, state)
+    _ask_for_huge_pages(dq, dk, dv)
     decays = _Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
         parts = [x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv)]
@@ -194,6 +200,20 @@ def _gradients(
     return dq, dk, dv, torch.zeros_like(log_decay), dstate
 
 
+def _ask_for_huge_pages(*tensors: Tensor) -> None:
+    """Let Linux map large CPU memory 2 MB at a time: by 4 kB, to touch an output first can cost more than computing it.
+
+    Below 32 MB glibc hands out memory that was touched before.
+    """
+    for x in tensors:
+        if x.device.type == "cpu" and _madvise is not None and x.untyped_storage().nbytes() >= 32 * 2**20:
+            start = -(-x.untyped_storage().data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = x.untyped_storage().data_ptr() + x.untyped_storage().nbytes() - start
+            _madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE
+            )  # advice: a refusal does no harm
+
+
 def _pack(x: Tensor, real: tuple[Tensor, ...]) -> Tensor:
     """The real tokens of (B, H, T, D) one after another, (1, H, N, D)."""
     return x.transpose(1, 2)[real].transpose(0, 1)[None]
@@ -227,92 +247,110 @@ def _pieces(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice
 class _Factors(NamedTuple):
     """What a chunk of n tokens multiplies with, in one direction of time. Ages are exponents of gamma, in tokens."""
 
-    read: Tensor  # (H, n, 1)  scale gamma^age of what a token reads from the state
-    write: Tensor  # (H, n, 1)  gamma^age of what a token writes into it
-    carry: Tensor  # (H, 1, 1)  gamma^n
+    inner: Tensor  # (H, n, n)    scale gamma^distance between the chunk's tokens; 0 in the future
+    distance: Tensor  # (n, n)
+    read: Tensor  # (R H, n, 1)  scale gamma^age of what a token reads from the state
+    write: Tensor  # (R H, n, 1)  gamma^age of what a token writes into it
+    carry: Tensor  # (R H, 1, 1)  gamma^n
     read_age: Tensor  # (n, 1)
     write_age: Tensor  # (n, 1)
 
 
 class _Decays:
-    """The powers of gamma for chunks of up to `size` tokens, computed once for all chunks of a call."""
+    """The factors of all chunks of a call: all but a shorter last one have the same."""
 
     def __init__(self, log_decay: Tensor, size: int, scale: float, causal: bool, dtype: torch.dtype):
-        rate = log_decay.to(dtype)[:, None, None]
-        index = torch.arange(size, device=log_decay.device, dtype=dtype)
-        self.size, self.causal = size, causal
-        self.distance = (index[:, None] - index).abs()
-        inner = (rate * self.distance).exp() * scale
-        self.inner = inner.tril() if causal else inner  # (H, C, C)
-        self.age = index[:, None] + 1
-        self.power = (rate * self.age).exp()  # (H, C, 1)  gamma^1 ... gamma^C
-        self.read = self.power * scale
-        self.write = (rate * (size - self.age)).exp()
-
-    def factors(self, n: int, reverse: bool) -> _Factors:
-        """Looking back, token i reads at age i + 1 and writes at age n - 1 - i; looking ahead is the mirror image."""
-        head, tail = slice(0, n), slice(self.size - n, self.size)
-        ages = self.age[head], self.size - self.age[tail]
-        carry = self.power[:, n - 1, None]
-        if not reverse:
-            return _Factors(self.read[:, head], self.write[:, tail], carry, *ages)
-        return _Factors(self.read[:, head].flip(1), self.write[:, tail].flip(1), carry, *(x.flip(0) for x in ages))
-
-    def chunks(self, length: int, reverse: bool) -> list[slice]:
-        starts = range(0, length, max(self.size, 1))
-        chunks = [slice(start, min(start + self.size, length)) for start in starts]
-        return chunks[::-1] if reverse else chunks
+        self.rate, self.size, self.scale, self.causal = log_decay.to(dtype)[:, None, None], size, scale, causal
+        self.known: dict[tuple[int, bool, int], _Factors] = {}
 
     def directions(self) -> tuple[bool, ...]:
-        """The values of `reverse` to walk in."""
+        """The values of `reverse` to walk in: back in time for what lies ahead."""
         return (False,) if self.causal else (False, True)
 
+    def factors(self, n: int, reverse: bool, rows: int) -> _Factors:
+        """For a chunk of n tokens in `rows` rows."""
+        key = n, reverse, rows
+        if key not in self.known:
+            self.known[key] = self._factors(*key)
+        return self.known[key]
 
-class _Heads:
-    """One (R, heads, T, D) tensor, loaded and stored a chunk at a time as (R H, n, D), in the wide dtype.
+    def _factors(self, n: int, reverse: bool, rows: int) -> _Factors:
+        """Looking back, token i reads at age i + 1 and writes at age n - 1 - i; looking ahead is the mirror image."""
+        index = torch.arange(n, device=self.rate.device, dtype=self.rate.dtype)
+        read_age, write_age = index[:, None] + 1, n - 1 - index[:, None]
+        if reverse:
+            read_age, write_age = read_age.flip(0), write_age.flip(0)
+        distance = (index[:, None] - index).abs()
+        inner = (self.rate * distance).exp() * self.scale
+        inner = inner.tril() if self.causal else inner
+        read, write, carry = (
+            (self.rate * age).exp().repeat(rows, 1, 1) for age in (read_age, write_age, index[:1] + n)
+        )
+        return _Factors(inner, distance, read * self.scale, write, carry, read_age, write_age)
 
-    A load is a view where strides, dtype and grouping allow, else a copy the size of a chunk.
+
+class _Chunks:
+    """One (R, heads, T, D) tensor as a list of chunks (R H, n, D) in the wide dtype.
+
+    A chunk is a view where strides, dtype and grouping allow, else a copy when it is asked for.
     """
 
-    def __init__(self, x: Tensor, heads: int):
-        self.x, self.groups, self.wide = x, heads // x.shape[1], state_dtype(x.dtype)
+    def __init__(self, x: Tensor, heads: int, size: int):
+        self.groups, self.wide = heads // x.shape[1], state_dtype(x.dtype)
+        mergeable = x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+        self.direct = self.groups == 1 and x.dtype == self.wide and mergeable
+        self.parts = (x.flatten(0, 1) if self.direct else x).split(size, -2) if x.shape[2] else ()
 
-    def load(self, tokens: slice) -> Tensor:
-        x = self.x[:, :, tokens]
-        if self.groups > 1:
-            x = x.repeat_interleave(self.groups, dim=1)
-        return x.to(self.wide).flatten(0, 1)
+    def __len__(self) -> int:
+        return len(self.parts)
 
-    def store(self, tokens: slice, value: Tensor | None, add: bool = False) -> None:
-        target = self.x[:, :, tokens]
-        if value is None:
-            if not add:
-                target.zero_()
-            return
-        value = value.unflatten(0, (target.shape[0], -1))
+    def __getitem__(self, i: int) -> Tensor:
+        return self.parts[i] if self.direct else self._repeated(self.parts[i]).to(self.wide).flatten(0, 1)
+
+    def _repeated(self, x: Tensor) -> Tensor:
+        return x if self.groups == 1 else x.repeat_interleave(self.groups, dim=1)
+
+
+class _Target:
+    """One (R, heads, T, D) tensor to be filled, or added to, by chunks (R H, n, D); grouped heads are summed."""
+
+    def __init__(self, x: Tensor, heads: int, size: int):
+        self.rows, self.groups = x.shape[0], heads // x.shape[1]
+        self.parts = x.split(size, 2) if x.shape[2] else ()
+
+    def clear(self, i: int) -> None:
+        self.parts[i].zero_()
+
+    def put(self, i: int, value: Tensor, add: bool = False) -> None:
+        value = value.unflatten(0, (self.rows, -1))
         if self.groups > 1:
             value = value.unflatten(1, (-1, self.groups)).sum(2)
         if add:
-            target.add_(value)
+            self.parts[i].add_(value)
         else:
-            target.copy_(value)
+            self.parts[i].copy_(value)
 
 
-def _scaled(x: Tensor, factor: Tensor) -> Tensor:
-    """x (R H, ...) times factor (H, ...)."""
-    if x.shape[0] == factor.shape[0]:
-        return x * factor
-    return (x.unflatten(0, (-1, factor.shape[0])) * factor).flatten(0, 1)
+def _walk(chunks: _Chunks, reverse: bool) -> list[int]:
+    """The numbers of the chunks, in the order of time."""
+    order = list(range(len(chunks)))
+    return order[::-1] if reverse else order
 
 
-def _scale_(x: Tensor, factor: Tensor) -> Tensor:
-    x.unflatten(0, (-1, factor.shape[0])).mul_(factor)
-    return x
+def _decayed(scores: Tensor, inner: Tensor) -> Tensor:
+    """scores (R H, n, n) times inner (H, n, n), in place."""
+    scores.view(-1, *inner.shape).mul_(inner)
+    return scores
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b, in place."""
+    """total + a b, in place if there is a total."""
     return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+
+
+def _updated(s: Tensor | None, carry: Tensor, a: Tensor, factor: Tensor, b: Tensor) -> Tensor:
+    """carry s + (factor a)^T b, in place if there is an s: how a state, or its gradient, moves on by a chunk."""
+    return _add_product(None if s is None else s.mul_(carry), (a * factor).transpose(1, 2), b)
 
 
 def _forward(
@@ -326,33 +364,28 @@ def _forward(
     return_state: bool,
 ) -> Tensor | None:
     """Fill `out`; return the last state. `state` (R, H, K, V) is overwritten."""
-    heads, length = q.shape[1:3]
-    q_, k_, v_, out_ = (_Heads(x, heads) for x in (q, k, v, out))
+    rows, heads = q.shape[:2]
+    q_, k_, v_ = (_Chunks(x, heads, decays.size) for x in (q, k, v))
+    out_ = _Target(out, heads, decays.size)
+    s = None
     for reverse in decays.directions():
         s = None if state is None else state.flatten(0, 1)
-        chunks = decays.chunks(length, reverse)
-        for tokens in chunks:
-            q_c, k_c, v_c = (x.load(tokens) for x in (q_, k_, v_))
-            f = decays.factors(q_c.shape[1], reverse)
-            y = None
-            if not reverse:
-                inner = decays.inner[:, : q_c.shape[1], : q_c.shape[1]]
-                y = _scale_(q_c @ k_c.mT, inner) @ v_c
+        order = _walk(q_, reverse)
+        for i in order:
+            q_i, k_i, v_i = q_[i], k_[i], v_[i]
+            f = decays.factors(q_i.shape[1], reverse, rows)
+            y = None if reverse else torch.bmm(_decayed(torch.bmm(q_i, k_i.transpose(1, 2)), f.inner), v_i)
             if s is not None:
-                y = _add_product(y, _scaled(q_c, f.read), s)
-            out_.store(tokens, y, add=reverse)
-            if return_state or tokens is not chunks[-1]:
-                s = _write(s, k_c, v_c, f)
+                y = _add_product(y, q_i * f.read, s)
+            if y is not None:
+                out_.put(i, y, add=reverse)
+            if return_state or i != order[-1]:
+                s = _updated(s, f.carry, k_i, f.write, v_i)
     if not return_state:
         return None
     if s is None:
-        return q.new_zeros(q.shape[0], heads, q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
-    return s.unflatten(0, (-1, heads))
-
-
-def _write(s: Tensor | None, k: Tensor, v: Tensor, f: _Factors) -> Tensor:
-    """carry s + sum of write k v^T, in place."""
-    return _add_product(None if s is None else _scale_(s, f.carry), _scaled(k, f.write).mT, v)
+        return q.new_zeros(rows, heads, q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
+    return s.unflatten(0, (rows, heads))
 
 
 def _backward(
@@ -368,69 +401,73 @@ def _backward(
     dfinal: Tensor | None,
     decays: _Decays,
     decay_grad: bool,
-) -> tuple[Tensor | None, Tensor | int]:
+) -> tuple[Tensor | None, Tensor]:
     """Fill dq, dk, dv; return the gradients of state and log_decay. `state` and `dfinal` are overwritten.
 
     The gradient of log_decay weighs every product with the exponent it has gamma in. What a chunk carries over counts
     n <gamma^n S, dS'>, with S before and the gradient dS' after the chunk, which are never there at once. But
     <S, dS> changes from chunk to chunk by what is read and written in between, q . dq and k . dk.
     """
-    heads, length = q.shape[1:3]
-    q_, k_, v_, dout_, dq_, dk_, dv_ = (_Heads(x, heads) for x in (q, k, v, dout, dq, dk, dv))
-    ddecay: Tensor | int = 0
-    ds = None
+    rows, heads = q.shape[:2]
+    q_, k_, v_, dout_ = (_Chunks(x, heads, decays.size) for x in (q, k, v, dout))
+    dq_, dk_, dv_ = (_Target(x, heads, decays.size) for x in (dq, dk, dv))
+    none = decays.rate.new_zeros(rows * heads)  # one number for each row and head
+    ddecay, ds = none, None
     for reverse in decays.directions():
-        chunks = decays.chunks(length, reverse)
+        order = _walk(q_, reverse)
         s = None if state is None else state.flatten(0, 1)
-        reads: list[Tensor] = []
-        for tokens in chunks:
-            k_c, v_c, dy = (x.load(tokens) for x in (k_, v_, dout_))
-            f = decays.factors(k_c.shape[1], reverse)
-            dq_c = None if s is None else _scale_(dy @ s.mT, f.read)
-            dq_.store(tokens, dq_c, add=reverse)
-            if decay_grad:
-                read = torch.zeros_like(dy[..., :1]) if dq_c is None else (q_.load(tokens) * dq_c).sum(-1, keepdim=True)
-                ddecay = ddecay + _total(read * f.read_age)
-                reads.append(_total(read))
-            if tokens is not chunks[-1] or (decay_grad and dfinal is not None):
-                s = _write(s, k_c, v_c, f)
+        reads = []
+        for i in order:  # with the states S: what queries read
+            k_i, v_i, dy = k_[i], v_[i], dout_[i]
+            f = decays.factors(dy.shape[1], reverse, rows)
+            read = none
+            if s is not None:
+                dq_i = torch.bmm(dy, s.transpose(1, 2)).mul_(f.read)
+                dq_.put(i, dq_i, add=reverse)
+                if decay_grad:
+                    read, aged = _products(q_[i], dq_i, f.read_age)
+                    ddecay = ddecay + aged
+            elif not reverse:
+                dq_.clear(i)
+            reads.append(read)
+            if i != order[-1] or (decay_grad and dfinal is not None):
+                s = _updated(s, f.carry, k_i, f.write, v_i)
 
         ds = None if dfinal is None else dfinal.flatten(0, 1)
-        overlap = 0 if s is None or ds is None else _total(s * ds)  # <S, dS> after the chunk
-        for tokens in reversed(chunks):
-            q_c, k_c, v_c, dy = (x.load(tokens) for x in (q_, k_, v_, dout_))
-            n = q_c.shape[1]
-            f = decays.factors(n, reverse)
-            dk_c = dv_c = None
-            if not reverse:
-                inner = decays.inner[:, :n, :n]
-                a, da = q_c @ k_c.mT, _scale_(dy @ v_c.mT, inner)
-                if decay_grad:
-                    ddecay = ddecay + _total(a * da * decays.distance[:n, :n])
-                dq_.store(tokens, da @ k_c, add=True)
-                dk_c, dv_c = da.mT @ q_c, _scale_(a, inner).mT @ dy
+        overlap = none if s is None or ds is None else (s * ds).sum((1, 2))  # <S, dS> after the chunk
+        for i in reversed(order):  # against time, with their gradients dS: what keys and values wrote
+            q_i, k_i, v_i, dy = q_[i], k_[i], v_[i], dout_[i]
+            n = dy.shape[1]
+            f = decays.factors(n, reverse, rows)
+            dk_i = dv_i = None
             if ds is not None:
-                from_state = _scale_(v_c @ ds.mT, f.write)
-                dv_c = _add_product(dv_c, _scaled(k_c, f.write), ds)
+                dk_i = torch.bmm(v_i, ds.transpose(1, 2)).mul_(f.write)
+                dv_i = torch.bmm(k_i * f.write, ds)
                 if decay_grad:
-                    written = (k_c * from_state).sum(-1, keepdim=True)
-                    carried = overlap - _total(written)
-                    ddecay = ddecay + _total(written * f.write_age) + n * carried
-                    overlap = carried
-                dk_c = from_state if dk_c is None else dk_c.add_(from_state)
-            if decay_grad:
-                overlap = overlap + reads.pop()
-            dk_.store(tokens, dk_c, add=reverse)
-            dv_.store(tokens, dv_c, add=reverse)
-            if tokens is not chunks[0] or state is not None:
-                ds = _add_product(None if ds is None else _scale_(ds, f.carry), _scaled(q_c, f.read).mT, dy)
-    if isinstance(ddecay, Tensor):
-        ddecay = ddecay.unflatten(0, (-1, heads)).sum(0)
+                    written, aged = _products(k_i, dk_i, f.write_age)
+                    overlap = overlap - written
+                    ddecay = ddecay + aged + n * overlap
+            overlap = overlap + reads.pop()
+            if not reverse:
+                scores = torch.bmm(q_i, k_i.transpose(1, 2))
+                dscores = _decayed(torch.bmm(dy, v_i.transpose(1, 2)), f.inner)
+                if decay_grad:
+                    ddecay = ddecay + (scores * dscores * f.distance).sum((1, 2))
+                dq_.put(i, torch.bmm(dscores, k_i), add=True)
+                dk_i = _add_product(dk_i, dscores.transpose(1, 2), q_i)
+                dv_i = _add_product(dv_i, _decayed(scores, f.inner).transpose(1, 2), dy)
+            if dk_i is not None and dv_i is not None:
+                dk_.put(i, dk_i, add=reverse)
+                dv_.put(i, dv_i, add=reverse)
+            if i != order[0] or state is not None:
+                ds = _updated(ds, f.carry, q_i, f.read, dy)
+    ddecay = ddecay.view(rows, heads).sum(0)
     if state is None:
         return None, ddecay
-    return torch.zeros_like(state) if ds is None else ds.unflatten(0, (-1, heads)), ddecay
+    return torch.zeros_like(state) if ds is None else ds.unflatten(0, (rows, heads)), ddecay
 
 
-def _total(x: Tensor) -> Tensor:
-    """The sum for each row and head."""
-    return x.flatten(1).sum(1)
+def _products(x: Tensor, dx: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
+    """sum of x . dx over the tokens, and the same weighed by age; for each row and head."""
+    products = (x * dx).sum(2, keepdim=True)
+    return products.sum((1, 2)), (products * age).sum((1, 2))

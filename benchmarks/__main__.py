@@ -1,0 +1,14 @@
+"""`python -m benchmarks NAME`: one command for each claim that is measured rather than tested."""
+
+import typer
+
+from benchmarks.decode import decode
+from benchmarks.floor import floor
+from benchmarks.forms import forms
+from benchmarks.parity import parity
+from benchmarks.quality import quality
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+for command in (floor, forms, decode, parity, quality):
+    app.command()(command)
+app()

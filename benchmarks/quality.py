@@ -1,0 +1,137 @@
+"""Does it learn as well as attention does? A RetNet and a transformer of the same size on the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Annotated
+
+import torch
+import typer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from benchmarks.measure import show
+from retention import RetNet
+from retention.integrations.transformers.training import corpus
+from retention.model import FeedForward
+from retention.rotary import frequencies, rotate, rotation
+
+
+class Attention(nn.Module):
+    """Causal softmax attention with rotary positions: as strong a baseline as is usual today."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.freqs = frequencies("rope", dim // num_heads)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
+        angles = rotation(torch.arange(x.shape[1]), self.freqs)
+        y = F.scaled_dot_product_attention(rotate(q, *angles), rotate(k, *angles), v, is_causal=True)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class Transformer(nn.Module):
+    """The blocks of RetNet with attention; the weights retention has more of are in the feed-forward."""
+
+    def __init__(self, vocab_size: int, dim: int, num_layers: int, num_heads: int, ffn_dim: int):
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    nn.RMSNorm(dim),
+                    Attention(dim, num_heads),
+                    nn.RMSNorm(dim),
+                    FeedForward(dim, ffn_dim, gated=True, dropout=0.0),
+                ]
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = nn.RMSNorm(dim)
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for norm, attention, ffn_norm, ffn in self.blocks:
+            x = x + attention(norm(x))
+            x = x + ffn(ffn_norm(x))
+        return F.linear(self.norm(x), self.embedding.weight)
+
+
+def quality(
+    steps: int = 2000,
+    context: int = 64,
+    batch: int = 12,
+    dim: int = 128,
+    layers: int = 4,
+    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rates; each model keeps its best.")] = None,
+    seeds: int = 1,
+) -> None:
+    """Validation loss of a RetNet and an equal-sized transformer: same data, order, steps and optimiser."""
+    train, valid = (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in corpus())
+    models = {
+        "RetNet": lambda: RetNet(256, dim, layers, 4),
+        "transformer (SDPA)": lambda: Transformer(256, dim, layers, 4, _equal_ffn(dim)),
+    }
+    rows, best = [], {}
+    for name, make in models.items():
+        for rate in lr or [3e-3]:
+            losses = []
+            for seed in range(seeds):
+                torch.manual_seed(seed)
+                model = make()
+                losses.append(
+                    _learn(model, train, valid, steps, context, batch, rate, f"{name}, lr {rate:g}, seed {seed}")
+                )
+            mean = sum(losses) / seeds
+            best[name] = min(best.get(name, math.inf), mean)
+            size = sum(p.numel() for p in model.parameters())
+            spread = f"{min(losses):.4f} to {max(losses):.4f}"
+            rows.append([name, f"{size:,}", f"{rate:g}", f"{mean:.4f}", spread, f"{mean / math.log(2):.4f}"])
+    columns = ["model", "parameters", "lr", "validation, nats per byte", "over seeds", "bits per byte"]
+    show(f"{steps} steps, {layers} layers, width {dim}, context {context}, batch {batch}", columns, rows)
+    ours, theirs = best.values()
+    typer.echo(
+        f"RetNet is {theirs - ours:+.4f} nats ahead of the transformer ({'met' if ours <= theirs else 'MISSED'}: >= 0)"
+    )
+
+
+def _equal_ffn(dim: int) -> int:
+    """Width of the transformer's feed-forward for as many parameters as RetNet: 8 + 3 F/d = 4 + 3 F'/d."""
+    ours = math.ceil(dim * 4 / 3 / 16) * 16
+    return ours + dim * 4 // 3
+
+
+def _learn(
+    model: nn.Module, train: Tensor, valid: Tensor, steps: int, context: int, batch: int, rate: float, name: str
+) -> float:
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.05)
+    batches = _batches(train, steps, context, batch)
+    for _ in trange(steps, desc=name, leave=False):
+        _loss(model, next(batches)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        optimiser.zero_grad()
+    with torch.no_grad():
+        blocks = valid[: len(valid) // (context + 1) * (context + 1)].view(-1, context + 1)
+        losses = [_loss(model.eval(), part) * len(part) for part in blocks.split(64)]
+    return (sum(losses) / len(blocks)).item()
+
+
+def _batches(text: Tensor, steps: int, context: int, batch: int) -> Iterator[Tensor]:
+    """The same places of the text for every model."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        starts = torch.randint(len(text) - context, (batch, 1), generator=generator)
+        yield text[starts + torch.arange(context + 1)]
+
+
+def _loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
