@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import json
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +57,7 @@ def train(
     with _told():
         from .integrations.transformers import training
 
+        training.quiet()
         options = {f.name: given[f.name] for f in fields(training.Settings)}
         settings = _resumed(command, options, out) if resume else training.Settings(**options)
         if not resume and (out / training.SETTINGS).exists():
@@ -88,12 +88,15 @@ def generate(
     """Let a trained model continue a text, byte by byte, from a state of constant size."""
     with _told():
         from .integrations.transformers import RetNetForCausalLM
-        from .integrations.transformers.training import DTYPES
+        from .integrations.transformers.training import DTYPES, check_device, quiet
+
+        quiet()
 
         if not (model / "config.json").is_file():
             raise ValueError(f"no model in {model}: it has no config.json; `retention train --out {model}` makes one")
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {dtype!r}")
+        check_device(device)
         if not prompt:
             raise ValueError("prompt must hold at least one character; got an empty prompt")
         loaded: Any = RetNetForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
@@ -134,7 +137,6 @@ def _write(model: Any, prompt: str, tokens: int, *, seed: int, **options: Any) -
 @contextmanager
 def _told() -> Iterator[None]:
     """Errors of the user's making are one line, without a traceback."""
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         yield
     except (ValueError, ImportError) as error:

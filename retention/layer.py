@@ -85,7 +85,8 @@ class MultiScaleRetention(nn.Module):
         num_kv_heads: key and value heads; divides num_heads; default num_heads.
         key_dim, value_dim: total width of q and of the heads' outputs; default dim and 2 dim, as in the paper.
         decay: "paper", "log_linear", or num_heads log-decays; see `retention.decay`.
-        learnable_decay: train it, as the parameter `log_gap` = log(1 - gamma), which half precision keeps apart from 0.
+        learnable_decay: train it: the parameter `decay_shift` is added to the schedule's log(1 - gamma), where half
+            precision keeps slow heads apart and weight decay pulls toward the schedule.
         rotary: "paper", "rope" or None; see `retention.rotary`. interleaved: which channels form a pair.
         scale: factor of q . k; default 1 / sqrt(key_dim / num_heads).
         bias: of all five projections.
@@ -166,7 +167,8 @@ class MultiScaleRetention(nn.Module):
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
         self.dropout = nn.Dropout(dropout)
-        self.log_gap = nn.Parameter(torch.empty(num_heads, **dd)) if learnable_decay else None
+        self.log_gaps = tuple(math.log(max(-math.expm1(x), 1e-12)) for x in self.decays)
+        self.decay_shift = nn.Parameter(torch.empty(num_heads, **dd)) if learnable_decay else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,16 +186,15 @@ class MultiScaleRetention(nn.Module):
                     nn.init.zeros_(proj.bias)
         if isinstance(self.norm, HeadNorm):
             self.norm.reset_parameters()
-        if self.log_gap is not None:
-            gaps = [math.log(max(-math.expm1(x), 1e-12)) for x in self.decays]
-            with torch.no_grad():
-                self.log_gap.copy_(torch.tensor(gaps, dtype=torch.float64))
+        if self.decay_shift is not None:
+            nn.init.zeros_(self.decay_shift)
 
     def log_decay(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """The log-decay of each head, (num_heads,)."""
-        if self.log_gap is None:
+        if self.decay_shift is None:
             return as_tensor(self.decays, device, dtype)
-        return torch.log1p(-self.log_gap.to(dtype).clamp(max=-1e-4).exp())  # gamma stays above 0
+        log_gap = as_tensor(self.log_gaps, device, dtype) + self.decay_shift.to(dtype)
+        return torch.log1p(-log_gap.clamp(max=-1e-4).exp())  # gamma stays above 0
 
     def forward(
         self,

@@ -63,9 +63,10 @@ class RetNetPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
         if isinstance(module, MultiScaleRetention | FeedForward):
             module.reset_parameters()
+        elif not isinstance(module, nn.Linear) or module is getattr(self, "lm_head", None):
+            super()._init_weights(module)  # a projection belongs to one of the two above
 
 
 class RetNetModel(RetNetPreTrainedModel):

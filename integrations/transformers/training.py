@@ -20,13 +20,16 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging as transformers_logging
 
+from retention.backends import FORMS, check_name
 from retention.layer import set_backend
 from retention.model import PRESETS
 
 from .modeling import RetNetConfig, RetNetForCausalLM
 
 SETTINGS = "training.json"
+DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -59,8 +62,25 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1; got {name} {getattr(self, name)}")
         if self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device 'cuda' is not available here; use --device cpu")
+        check_device(self.device)
+        check_name(self.backend)
+        if self.form not in ("auto", *FORMS):
+            raise ValueError(f"form must be one of auto, {', '.join(FORMS)}; got form {self.form!r}")
+
+
+def quiet() -> None:
+    """No bars and notices of transformers' own between what a command prints."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def check_device(device: str) -> None:
+    """Raises: ValueError for a device that is unknown or not here."""
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got device {device!r}")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device not in ("auto", "cpu") and (here is None or here.type != device):
+        raise ValueError(f"device {device!r} is not available here; use --device cpu")
 
 
 def train(settings: Settings, out: Path, *, resume: bool = False) -> tuple[RetNetForCausalLM, float | None]:
