@@ -81,7 +81,7 @@ def chunkwise(
     return_state: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
-    if mask is not None:
+    if mask is not None and not mask.all():
         real = mask.nonzero(as_tuple=True)
         packed = [_pack(x, real) for x in (q, k, v)]
         out, final = chunkwise(
@@ -89,7 +89,7 @@ def chunkwise(
         )
         return _unpack(out, real, mask), final
 
-    out, final = _outputs(q, k, v, state, mask, cu_seqlens, return_state)
+    out, final = _outputs(q, k, v, cu_seqlens, return_state)
     _ask_for_huge_pages(out)
     decays = _Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
@@ -118,7 +118,7 @@ def chunkwise_backward(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
-    if mask is not None:
+    if mask is not None and not mask.all():
         real = mask.nonzero(as_tuple=True)
         dout, q, k, v = (_pack(x, real) for x in (dout, q, k, v))
         rest = (log_decay, state, None, _cu_seqlens(mask), scale, causal, chunk_size, decay_grad)
@@ -141,7 +141,7 @@ def chunkwise_backward(
 
 @chunkwise.register_fake
 def _(q, k, v, log_decay, state, mask, cu_seqlens, scale, causal, chunk_size, return_state):  # type: ignore[no-untyped-def]
-    return _outputs(q, k, v, state, mask, cu_seqlens, return_state)
+    return _outputs(q, k, v, cu_seqlens, return_state)
 
 
 @chunkwise_backward.register_fake
@@ -176,15 +176,7 @@ def _empty(x: Tensor, width: int) -> Tensor:
     return x.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
-def _outputs(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    state: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    return_state: bool,
-) -> tuple[Tensor, Tensor]:
+def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
     out = _empty(q, v.shape[-1])
     if not return_state:
         return out, q.new_empty(0, dtype=state_dtype(q.dtype))
