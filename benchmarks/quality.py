@@ -75,7 +75,7 @@ def quality(
     """Validation loss of a RetNet and an equal-sized transformer: same data, order, steps and optimiser."""
     train, valid = (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in corpus())
     models = {
-        "RetNet": lambda: RetNet(256, dim, layers, 4),
+        "RetNet": lambda: RetNet.from_preset("tiny", dim=dim, num_layers=layers),
         "transformer (SDPA)": lambda: Transformer(256, dim, layers, 4, _equal_ffn(dim)),
     }
     rows, best = [], {}

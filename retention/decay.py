@@ -4,8 +4,7 @@ A schedule gives one decay gamma in (0, 1] per head. It is kept as `log_decay`, 
 token, as Python floats computed in double precision. In float32, 1 - 2^-25 rounds to 1 and a slow head would
 never forget; log(gamma) stays exact.
 
-Source: Sun et al. 2023, arXiv:2307.08621. Section 3.1 has the schedule "paper", Section 2.3 (parameters) and the
-authors' experiments "log_linear".
+Source: Sun et al. 2023, arXiv:2307.08621: "paper" is Eq. 8, "log_linear" that of its language-model experiments.
 """
 
 from __future__ import annotations
@@ -16,22 +15,37 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SCHEDULES = ("paper", "log_linear")
-
 _on_device: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+
+
+def paper(num_heads: int) -> tuple[float, ...]:
+    """Log-decays of gamma_h = 1 - 2^(-5 - h)."""
+    return tuple(math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads))
+
+
+def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> tuple[float, ...]:
+    """Log-decays of 1 - gamma_h from `first` to `last` in equal ratios; the defaults are the paper's.
+
+    A head remembers some 1 / (1 - gamma) tokens: for short contexts, or where neighbours matter most, take larger ones.
+    """
+    low, high = math.log(first), math.log(last)
+    return tuple(math.log1p(-math.exp(low + (high - low) * h / max(num_heads - 1, 1))) for h in range(num_heads))
+
+
+SCHEDULES = {"paper": paper, "log_linear": log_linear}
 
 
 def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...]:
     """The log-decay of each head, in double precision.
 
-    "paper":      gamma_h = 1 - 2^(-5 - h)
-    "log_linear": gamma_h = 1 - exp(linspace(log 1/32, log 1/512, num_heads)_h)
-    a tensor or sequence of `num_heads` log-decays: itself
-
+    schedule: a name in SCHEDULES, or a tensor or sequence of `num_heads` log-decays, which is taken as it is.
     Raises: ValueError for an unknown schedule, another number of heads, or a log-decay above 0 or not finite.
     """
     if isinstance(schedule, str):
-        return tuple(math.log1p(-gap) for gap in _gaps(schedule, num_heads))
+        if schedule not in SCHEDULES:
+            names = ", ".join(map(repr, SCHEDULES))
+            raise ValueError(f"decay must be one of {names} or {num_heads} log-decays; got decay {schedule!r}")
+        return SCHEDULES[schedule](num_heads)
     values = schedule.double().tolist() if isinstance(schedule, Tensor) else [float(x) for x in schedule]
     shape = tuple(schedule.shape) if isinstance(schedule, Tensor) else (len(values),)
     if shape != (num_heads,):
@@ -42,17 +56,6 @@ def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tupl
             f"decay must hold log-decays, finite and at most 0; got {wrong[0]:g}; pass log(gamma), not gamma"
         )
     return tuple(values)
-
-
-def _gaps(schedule: str, num_heads: int) -> list[float]:
-    """1 - gamma of each head."""
-    if schedule == "paper":
-        return [2.0 ** (-5 - h) for h in range(num_heads)]
-    if schedule == "log_linear":
-        first, last = math.log(1 / 32), math.log(1 / 512)
-        return [math.exp(first + (last - first) * h / max(num_heads - 1, 1)) for h in range(num_heads)]
-    names = ", ".join(map(repr, SCHEDULES))
-    raise ValueError(f"decay must be one of {names} or {num_heads} log-decays; got decay {schedule!r}")
 
 
 def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -1,20 +1,18 @@
-"""Retention as a function: checks the arguments, chooses a backend, runs it, applies the paper's normalisers."""
+"""Retention as a function: chooses a backend, runs it, applies the paper's normalisers."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends import FORMS, Call, eager
+from .arguments import ScoreNorm, describe
+from .backends import Call, eager
 from .decay import geometric_sum
 from .errors import ShapeError
 from .state import RetentionState, state_dtype
-
-ScoreNorm = bool | Literal["absolute"]
 
 
 def retain(
@@ -58,10 +56,10 @@ def retain(
         form: "auto", "parallel", "chunkwise" or "recurrent". The result is the same.
     Cost: O(T^2 (K + V)) parallel, O(T (C + K) (K + V)) chunkwise, O(T K V) recurrent; for each head.
     Raises: ShapeError, ValueError or TypeError for arguments that do not fit; BackendError if no backend can.
-    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5 to 7; normalisers from its Section 2.1. Differs: the normalisers
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5 to 7; normalisers from its Section 2.2. Differs: the normalisers
         are off, since the norm that follows in a layer cancels them.
     """
-    call = _describe(
+    call = describe(
         q,
         k,
         v,
@@ -104,7 +102,7 @@ def step(
             f"state must be a RetentionState; got {type(state).__name__}; `initial_state` makes an empty one"
         )
     options: dict[str, Any] = dict(scale=scale, mask=mask, score_norm=score_norm, form="recurrent", return_state=True)
-    call = _describe(q, k, v, log_decay, state=state, in_place=True, **options)
+    call = describe(q, k, v, log_decay, state=state, in_place=True, **options)
     if call.length != 1:
         raise ShapeError(f"step takes one token, q (batch, heads, 1, key_dim); got q {tuple(q.shape)}; use retain")
     if call.needs_grad:
@@ -134,7 +132,7 @@ def initial_state(
 def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str = "auto", **options: Any) -> str:
     """Which forms and backends can run `retain` with these arguments, which one is chosen, and why not the others."""
     options.pop("decay_norm", None)  # any backend can
-    return backends.explain(_describe(q, k, v, log_decay, **options), backend)
+    return backends.explain(describe(q, k, v, log_decay, **options), backend)
 
 
 def token_times(
@@ -224,169 +222,3 @@ def _counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: 
     if mask is not None:
         return mask.sum(1)
     return torch.full((call.batch,), call.length, device=device)
-
-
-def _describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    *,
-    state: RetentionState | None = None,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    causal: bool = True,
-    score_norm: ScoreNorm = False,
-    chunk_size: int | None = None,
-    form: str = "auto",
-    return_state: bool = False,
-    in_place: bool = False,
-) -> Call:
-    """Check the arguments of `retain` and put down what a backend needs to know of them."""
-    _check_tensors(q, k, v, log_decay)
-    if form != "auto" and form not in FORMS:
-        raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {form!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be an integer of at least 1, or None; got chunk_size {chunk_size!r}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite; got scale {scale}")
-    if not causal and (state is not None or return_state):
-        raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
-    _check_mask(q, mask)
-    _check_cu_seqlens(q, cu_seqlens, mask)
-    if state is not None:
-        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_state(q, v, state, rows, score_norm)
-    if score_norm == "absolute":
-        if form not in ("auto", "parallel") or state is not None or return_state or cu_seqlens is not None:
-            raise ValueError(
-                "score_norm 'absolute' exists only in the parallel form, without state and cu_seqlens; "
-                f"got form {form!r}; use score_norm=True for the one that every form has"
-            )
-        form = "parallel"
-    elif not isinstance(score_norm, bool):
-        raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {score_norm!r}")
-    inputs = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state.kv)
-    return Call(
-        batch=q.shape[0],
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        length=q.shape[2],
-        key_dim=q.shape[3],
-        value_dim=v.shape[3],
-        dtype=q.dtype,
-        device=q.device.type,
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-        form=form,
-        causal=causal,
-        masked=mask is not None,
-        packed=cu_seqlens is not None,
-        has_state=state is not None,
-        return_state=return_state,
-        in_place=in_place,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
-        chunk_size=chunk_size,
-    )
-
-
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
-    tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {name} {type(x).__name__}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 4:
-            raise ShapeError(
-                f"{name} must have 4 dimensions (batch, heads, length, head_dim); got {name} {tuple(x.shape)}"
-            )
-    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ShapeError(f"q and k must agree in (batch, length, key_dim); {shapes}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ShapeError(f"k and v must agree in (batch, heads, length); {shapes}")
-    if 0 in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]) or q.shape[1] % k.shape[1]:
-        raise ShapeError(
-            f"heads and head dims must be at least 1, and the heads of q a multiple of those of k and v; {shapes}"
-        )
-    if log_decay.shape != q.shape[1:2]:
-        raise ShapeError(
-            f"log_decay must have one value per head of q, ({q.shape[1]},); got log_decay {tuple(log_decay.shape)}"
-        )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise TypeError(f"q, k and v must have one floating-point dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    if log_decay.dtype not in (torch.float32, torch.float64):
-        raise TypeError(
-            f"log_decay must be float32 or float64, half precision rounds slow decays to none; got {log_decay.dtype}"
-        )
-    if len({x.device for x in tensors.values()}) > 1:
-        devices = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
-        raise ValueError(f"q, k, v and log_decay must be on one device; got {devices}")
-    _require(log_decay <= 0, "log_decay must be at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
-
-
-def _check_mask(q: Tensor, mask: Tensor | None) -> None:
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a bool tensor, True = real token; got mask {got}; use mask.bool()")
-    if mask.shape != (q.shape[0], q.shape[2]) or mask.device != q.device:
-        want = f"({q.shape[0]}, {q.shape[2]}) on {q.device}"
-        raise ShapeError(f"mask must be (batch, length) {want}; got mask {tuple(mask.shape)} on {mask.device}")
-
-
-def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-    if cu_seqlens is None:
-        return
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise TypeError(f"cu_seqlens must be an int32 tensor; got cu_seqlens {got}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != q.device:
-        want = f"(segments + 1,) on {q.device}"
-        raise ShapeError(f"cu_seqlens must be {want}; got cu_seqlens {tuple(cu_seqlens.shape)} on {cu_seqlens.device}")
-    if mask is not None:
-        raise ValueError("mask and cu_seqlens exclude each other; got both; leave padding out of a packed batch")
-    if q.shape[0] != 1:
-        raise ShapeError(f"packed segments need a batch of 1; got q {tuple(q.shape)}; join the rows to one")
-    length = q.shape[2]
-    sound = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0)
-    _require(
-        sound, f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}", cu_seqlens
-    )
-
-
-def _check_state(q: Tensor, v: Tensor, state: RetentionState, rows: int, score_norm: ScoreNorm) -> None:
-    if not isinstance(state, RetentionState):
-        raise TypeError(
-            f"state must be a RetentionState; got {type(state).__name__}; `retain(..., return_state=True)` makes one"
-        )
-    shape = (rows, q.shape[1], q.shape[3], v.shape[3])
-    if state.kv.shape != shape:
-        raise ShapeError(
-            f"state.kv must be (rows, heads, key_dim, value_dim) {shape}; got state.kv {tuple(state.kv.shape)}"
-        )
-    if state.time.shape != (rows,):
-        raise ShapeError(f"state.time must be (rows,) ({rows},); got state.time {tuple(state.time.shape)}")
-    wide = state_dtype(q.dtype)
-    if state.kv.dtype != wide or state.kv.device != q.device:
-        raise TypeError(f"state.kv must be {wide} on {q.device}; got state.kv {state.kv.dtype} on {state.kv.device}")
-    if (state.k_sum is not None) != bool(score_norm):
-        has = "no k_sum" if state.k_sum is None else "a k_sum"
-        raise ValueError(
-            f"a state has a k_sum exactly if score_norm is on; got a state with {has}, score_norm {score_norm}"
-        )
-    if state.k_sum is not None and state.k_sum.shape != shape[:3]:
-        raise ShapeError(
-            f"state.k_sum must be (rows, heads, key_dim) {shape[:3]}; got state.k_sum {tuple(state.k_sum.shape)}"
-        )
-
-
-def _require(condition: Tensor, message: str, value: Tensor) -> None:
-    """Check values, not only sizes. An accelerator checks when it gets there, since to ask it would stop the queue."""
-    if torch.compiler.is_compiling() or condition.device.type == "meta":
-        return
-    if condition.device.type != "cpu":
-        torch._assert_async(condition.all(), message.format("other values"))
-    elif not condition.all():
-        raise ValueError(message.format(value.tolist()))

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
+from .arguments import ScoreNorm
 from .decay import as_tensor, log_decays
 from .errors import ShapeError
-from .functional import ScoreNorm, initial_state, retain, step, token_times
+from .functional import initial_state, retain, step, token_times
 from .rotary import frequencies, rotate, rotation
 from .state import RetentionState, state_dtype
 
@@ -95,11 +96,13 @@ class MultiScaleRetention(nn.Module):
         causal: False for encoders: gamma^|distance|, no state.
         decay_norm, score_norm: the paper's normalisers, see `retain`; without effect under a norm, but for its eps.
         dropout: of the output, in training.
+        init_gain: of the Xavier initialisation of all projections but the last, whose gain is 1/2; default: that of the
+            authors' code, for deep models.
         backend, form, chunk_size: as in `retain`; attributes, so they can be changed later.
     Raises: ValueError or ShapeError that names the option.
-    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8; initialisation as in the authors' code. Decays, angles and states
-        are float32 at least and no buffers: they are computed from integers, so that neither `.to(bfloat16)` nor a
-        checkpoint nor the meta device touches them.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays, angles and states are float32 at least and no
+        buffers: they are computed from integers, so that neither `.to(bfloat16)` nor a checkpoint nor the meta device
+        touches them.
     """
 
     def __init__(
@@ -124,6 +127,7 @@ class MultiScaleRetention(nn.Module):
         decay_norm: bool = False,
         score_norm: ScoreNorm = False,
         dropout: float = 0.0,
+        init_gain: float = 2**-2.5,
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -144,7 +148,6 @@ class MultiScaleRetention(nn.Module):
             raise ValueError(f"dropout must be at least 0 and below 1; got dropout {dropout}")
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; got chunk_size {chunk_size}")
-        backends.load_plugins()
         backends.check_name(backend)
 
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
@@ -153,7 +156,7 @@ class MultiScaleRetention(nn.Module):
         self.decays = log_decays(decay, num_heads)
         self.freqs = None if rotary is None else frequencies(rotary, self.head_key_dim)
         self.interleaved, self.scale, self.causal = interleaved, scale, causal
-        self.decay_norm, self.score_norm = decay_norm, score_norm
+        self.decay_norm, self.score_norm, self.init_gain = decay_norm, score_norm, init_gain
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -172,16 +175,10 @@ class MultiScaleRetention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as the authors' code does: small projections in, Xavier with gain 1/2 out."""
-        for proj, gain in (
-            (self.q_proj, 2**-2.5),
-            (self.k_proj, 2**-2.5),
-            (self.v_proj, 2**-2.5),
-            (self.g_proj, 2**-2.5),
-            (self.out_proj, 2**-1),
-        ):
+        """Draw the projections anew, as the authors' code does; biases, norms and decays as at the start."""
+        for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.out_proj):
             if proj is not None:
-                nn.init.xavier_uniform_(proj.weight, gain)
+                nn.init.xavier_uniform_(proj.weight, 0.5 if proj is self.out_proj else self.init_gain)
                 if proj.bias is not None:
                     nn.init.zeros_(proj.bias)
         if isinstance(self.norm, HeadNorm):
@@ -321,7 +318,6 @@ class MultiScaleRetention(nn.Module):
 
 def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> nn.Module:
     """Let every `MultiScaleRetention` in `model` run on `backend`, in `form`. Raises: ValueError for unknown names."""
-    backends.load_plugins()
     backends.check_name(backend)
     _check_choice("form", form, (*backends.FORMS, "auto"))
     for module in model.modules():

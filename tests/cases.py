@@ -61,7 +61,7 @@ def runnable(args, options):
     for form in FORMS:
         for backend in retention.backends.names():
             asked = {key: value for key, value in options.items() if key != "decay_norm"}
-            call = retention.functional._describe(*args, form=form, **asked)
+            call = retention.arguments.describe(*args, form=form, **asked)
             if not retention.backends.why_not(call, backend):
                 sizes = (None, 1, 5, 8) if form == "chunkwise" else (None,)
                 found += [{"backend": backend, "form": form, "chunk_size": size} for size in sizes]

@@ -17,6 +17,11 @@ def test_log_linear_schedule():
     assert decay.log_decays("log_linear", 1) == pytest.approx([math.log(1 - 1 / 32)])
 
 
+def test_log_linear_with_other_ends():
+    gammas = [math.exp(x) for x in decay.log_linear(3, 1 / 2, 1 / 8)]
+    assert gammas == pytest.approx([1 / 2, 3 / 4, 7 / 8])
+
+
 def test_slow_heads_keep_a_decay():
     """In float32, 1 - 2^-25 is 1: computed that way head 20 would not decay at all."""
     values = decay.log_decays("paper", 48)

@@ -54,7 +54,8 @@ def test_presets_have_the_parameters_their_formula_says(name):
     gated_width = {128: 176, 256: 352, 512: 688}  # 4/3 dim, rounded up to 16
     ffn = 3 * dim * gated_width[dim] if size.get("gated_ffn", True) else 2 * dim * 2 * dim
     norms = (2 * layers + 1) * dim * (2 if size.get("norm") == "layer" else 1)
-    assert sum(p.numel() for p in model.parameters()) == vocab * dim + layers * (retention + ffn) + norms
+    decays = layers * size["num_heads"] * size["retention"].get("learnable_decay", False)
+    assert sum(p.numel() for p in model.parameters()) == vocab * dim + layers * (retention + ffn) + norms + decays
 
 
 @pytest.mark.parametrize(("name", "billions"), [("300m", 0.30), ("1.3b", 1.3), ("2.7b", 2.7), ("6.7b", 6.7)])

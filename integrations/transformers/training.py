@@ -143,6 +143,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         fp16=settings.dtype == "float16",
         dataloader_pin_memory=torch.cuda.is_available(),
         report_to="none",
+        disable_tqdm=False,  # or a callback would print what the bar shows
     )
 
 

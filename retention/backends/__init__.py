@@ -154,7 +154,6 @@ def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
 
     Raises: ValueError for an unknown name; BackendError if none can, with every reason.
     """
-    load_plugins()
     check_name(backend)
     for _, candidate, asked, reasons in _answers(call, backend):
         if not reasons:
@@ -168,7 +167,6 @@ def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
 
 def explain(call: Call, backend: str = "auto") -> str:
     """A line for every form and backend that `choose` would look at, in its order."""
-    load_plugins()
     check_name(backend)
     lines, taken = [str(call)], False
     for name, _, asked, reasons in _answers(call, backend):
@@ -185,6 +183,8 @@ def why_not(call: Call, backend: str) -> list[str]:
 
 
 def check_name(backend: str) -> None:
+    """Raises: ValueError for a name that is neither registered nor "auto"."""
+    load_plugins()
     if backend != "auto" and backend not in _backends:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {backend!r}")
 

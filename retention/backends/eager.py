@@ -1,7 +1,7 @@
 """The paper's parallel and recurrent forms, to be read: any device and float dtype, differentiable any number of times.
 
 Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5 (parallel) and Eq. 6 (recurrent). Differs: the normalisers of the
-paper's Section 2.1 are applied by the caller; half precision is computed in float32.
+paper's Section 2.2 are applied by the caller; half precision is computed in float32.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def scores(
     decay = (log_decay.to(wide)[:, None, None] * distance[:, None]).exp()  # (B or 1, H, T, T)
     seen = index[:, None] >= index if causal else torch.ones_like(distance[0], dtype=torch.bool)
     if mask is not None:
-        seen = seen & mask[:, None, None, :]
+        seen = seen & mask[:, None, None, :] & mask[:, None, :, None]
     return torch.where(seen, (q.to(wide) * scale) @ k.to(wide).mT * decay, 0)
 
 

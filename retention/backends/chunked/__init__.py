@@ -1,0 +1,237 @@
+"""The chunkwise form in torch operations: linear in length, lean, the fast path on CPU and the portable one everywhere.
+
+Source: Sun et al. 2023, arXiv:2307.08621, Eq. 7. Differs: any length and chunk size; the last chunk is simply shorter.
+
+A chunk of C tokens does the parallel form inside and talks to all others through one state per head:
+
+    out_i  = scale sum_j<=i gamma^(i-j) (q_i . k_j) v_j  +  scale gamma^(i+1) q_i S        inner + read from S
+    S     <- gamma^C S + sum_j gamma^(C-1-j) k_j v_j^T                                     carry  + write to S
+
+Bidirectional retention adds the same with time reversed, for what lies in later chunks. The gradients are retentions
+too: that of q runs forward through the states S, those of k and v backward through the states' gradients dS. So the
+backward pass walks the sequence once each way, computes every S anew, and no state of a chunk is ever stored.
+
+Each step is a handful of batched matrix products on views of the inputs; what it touches besides (scores, scaled q and
+k, S) has the size of a chunk and stays in the processor's cache. The walk is an opaque operator, so that
+torch.compile and torch.export see one node, not one per chunk.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...state import state_dtype
+from .walk import Decays, backward, forward
+
+if TYPE_CHECKING:
+    from .. import Call
+
+HEADS_AT_ONCE = 32
+CHUNK_SIZE = 64  # the fastest of 16 to 256 on CPU; `python -m benchmarks floor --chunks` measures it
+
+
+class Chunked:
+    def why_not(self, call: Call) -> list[str]:
+        reasons = []
+        if call.form != "chunkwise":
+            reasons.append(f"has the form chunkwise, not {call.form}")
+        if call.in_place:
+            reasons.append("does not overwrite a state")
+        return reasons
+
+    def __call__(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state)
+        out, final = chunkwise(q, k, v, log_decay, state, mask, cu_seqlens, *options)
+        return out, final if call.return_state else None
+
+
+backend = Chunked()
+
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None  # Linux only
+
+
+@torch.library.custom_op("retention::chunkwise", mutates_args=())
+def chunkwise(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    causal: bool,
+    chunk_size: int,
+    return_state: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
+    if mask is not None and not mask.all():
+        real = mask.nonzero(as_tuple=True)
+        packed = [_pack(x, real) for x in (q, k, v)]
+        out, final = chunkwise(
+            *packed, log_decay, state, None, _cu_seqlens(mask), scale, causal, chunk_size, return_state
+        )
+        return _unpack(out, real, mask), final
+
+    out, final = _outputs(q, k, v, cu_seqlens, return_state)
+    _ask_for_huge_pages(out)
+    decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
+    for rows, tokens, states in _pieces(q, cu_seqlens):
+        before = None if state is None else state[states].clone()
+        parts = [x[rows, :, tokens] for x in (q, k, v, out)]
+        after = forward(*parts, state=before, decays=decays, return_state=return_state)
+        if after is not None:
+            final[states] = after
+    return out, final
+
+
+@torch.library.custom_op("retention::chunkwise_backward", mutates_args=())
+def chunkwise_backward(
+    dout: Tensor,
+    dfinal: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    causal: bool,
+    chunk_size: int,
+    decay_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
+    if mask is not None and not mask.all():
+        real = mask.nonzero(as_tuple=True)
+        dout, q, k, v = (_pack(x, real) for x in (dout, q, k, v))
+        rest = (log_decay, state, None, _cu_seqlens(mask), scale, causal, chunk_size, decay_grad)
+        dq, dk, dv, dlog_decay, dstate = chunkwise_backward(dout, dfinal, q, k, v, *rest)
+        dq, dk, dv = (_unpack(x, real, mask) for x in (dq, dk, dv))
+        return dq, dk, dv, dlog_decay, dstate
+
+    dq, dk, dv, dlog_decay, dstate = _gradients(q, k, v, log_decay, state)
+    _ask_for_huge_pages(dq, dk, dv)
+    decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
+    for rows, tokens, states in _pieces(q, cu_seqlens):
+        parts = [x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv)]
+        before, dafter = (None if x is None else x[states].clone() for x in (state, dfinal))
+        dbefore, ddecay = backward(*parts, state=before, dfinal=dafter, decays=decays, decay_grad=decay_grad)
+        if dbefore is not None:
+            dstate[states] = dbefore
+        dlog_decay += ddecay
+    return dq, dk, dv, dlog_decay, dstate
+
+
+@chunkwise.register_fake
+def _(q, k, v, log_decay, state, mask, cu_seqlens, scale, causal, chunk_size, return_state):  # type: ignore[no-untyped-def]
+    return _outputs(q, k, v, cu_seqlens, return_state)
+
+
+@chunkwise_backward.register_fake
+def _(dout, dfinal, q, k, v, log_decay, state, *_):  # type: ignore[no-untyped-def]
+    return _gradients(q, k, v, log_decay, state)
+
+
+def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    tensors, ctx.options, ctx.return_state = inputs[:7], inputs[7:10], inputs[10]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+    ctx.out_shape = output[0].shape
+
+
+def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
+    q = ctx.saved_tensors[0]
+    if dout is None:
+        dout = q.new_zeros(ctx.out_shape)
+    if not ctx.return_state:  # an empty tensor then, not a state
+        dfinal = None
+    grads = chunkwise_backward(dout, dfinal, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[3])
+    used = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
+    return *used, *[None] * 6
+
+
+chunkwise.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _empty(x: Tensor, width: int) -> Tensor:
+    """(B, H, T, width) that lies as (B, T, H, width) in memory, which is how layers go on with it."""
+    batch, heads, length, _ = x.shape
+    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
+    out = _empty(q, v.shape[-1])
+    if not return_state:
+        return out, q.new_empty(0, dtype=state_dtype(q.dtype))
+    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return out, q.new_empty(rows, q.shape[1], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
+
+
+def _gradients(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dstate = q.new_empty(0, dtype=state_dtype(q.dtype)) if state is None else torch.empty_like(state)
+    dq, dk, dv = (_empty(x, x.shape[-1]) for x in (q, k, v))
+    return dq, dk, dv, torch.zeros_like(log_decay), dstate
+
+
+def _ask_for_huge_pages(*tensors: Tensor) -> None:
+    """Let Linux map large CPU memory 2 MB at a time: by 4 kB, to touch an output first can cost more than computing it.
+
+    Below 32 MB glibc hands out memory that was touched before.
+    """
+    for x in tensors:
+        if x.device.type == "cpu" and _madvise is not None and x.untyped_storage().nbytes() >= 32 * 2**20:
+            start = -(-x.untyped_storage().data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = x.untyped_storage().data_ptr() + x.untyped_storage().nbytes() - start
+            _madvise(
+                ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE
+            )  # advice: a refusal does no harm
+
+
+def _pack(x: Tensor, real: tuple[Tensor, ...]) -> Tensor:
+    """The real tokens of (B, H, T, D) one after another, (1, H, N, D)."""
+    return x.transpose(1, 2)[real].transpose(0, 1)[None]
+
+
+def _unpack(x: Tensor, real: tuple[Tensor, ...], mask: Tensor) -> Tensor:
+    """The opposite of `_pack`, 0 at padding."""
+    batch, length = mask.shape
+    out = x.new_zeros(batch, length, x.shape[1], x.shape[3])
+    out[real] = x[0].transpose(0, 1)
+    return out.transpose(1, 2)
+
+
+def _cu_seqlens(mask: Tensor) -> Tensor:
+    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
+
+
+def _pieces(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
+    """What is walked over at once: rows of the batch, tokens, and the rows of the state that belong to them."""
+    if cu_seqlens is not None:
+        for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+            yield slice(0, 1), slice(start, end), slice(i, i + 1)
+        return
+    batch, heads = q.shape[:2]
+    # On CPU, few heads at a time stay in cache, and the heads of one row can be a view where those of two cannot.
+    step = max(1, HEADS_AT_ONCE // heads) if q.device.type == "cpu" else max(1, batch)
+    for row in range(0, batch, step):
+        yield slice(row, row + step), slice(None), slice(row, row + step)
