@@ -39,7 +39,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")] = Path("runs/retnet"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its settings.")] = False,
     preset: Annotated[str, typer.Option(help=f"Size: {', '.join(PRESETS)}.")] = "tiny",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1400,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1100,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     context: Annotated[int, typer.Option(help="Bytes per sequence.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate; falls as a cosine.")] = 4e-3,

@@ -39,7 +39,7 @@ class Settings:
 
     files: list[str] = field(default_factory=list)  # none: the Python standard library
     preset: str = "tiny"
-    steps: int = 1400
+    steps: int = 1100
     batch: int = 16
     context: int = 128
     lr: float = 4e-3
@@ -166,7 +166,7 @@ class Blocks(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def corpus(files: Iterable[str | Path] = (), validation_limit: int = 200_000) -> tuple[bytes, bytes]:
+def corpus(files: Iterable[str | Path] = (), validation_limit: int = 100_000) -> tuple[bytes, bytes]:
     """Training and validation text, the documents ended by a zero byte.
 
     files: text files, or folders of them; none: the source of the Python standard library. Of 20 documents or more

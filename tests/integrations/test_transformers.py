@@ -101,7 +101,7 @@ def test_bad_input_is_named():
 def test_the_default_corpus_is_python_with_files_held_out():
     train, valid = training.corpus()
     assert len(train) > 5_000_000
-    assert 100_000 < len(valid) <= 200_000
+    assert 50_000 < len(valid) <= 100_000
     assert b"\ndef " in train
     assert b"\ndef " in valid
     first_held_out = valid.split(b"\0")[0]

@@ -33,8 +33,8 @@ from .walk import Decays, backward, forward
 if TYPE_CHECKING:
     from .. import Call
 
-HEADS_AT_ONCE = 32
 CHUNK_SIZE = 64  # the fastest of 16 to 256 on CPU; `python -m benchmarks floor --chunks` measures it
+HEADS_AT_ONCE = 32  # rows times heads; on CPU more of them leave the cache, fewer leave threads idle
 
 
 class Chunked:
@@ -199,12 +199,13 @@ def _ask_for_huge_pages(*tensors: Tensor) -> None:
     Below 32 MB glibc hands out memory that was touched before.
     """
     for x in tensors:
-        if x.device.type == "cpu" and _madvise is not None and x.untyped_storage().nbytes() >= 32 * 2**20:
-            start = -(-x.untyped_storage().data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-            size = x.untyped_storage().data_ptr() + x.untyped_storage().nbytes() - start
-            _madvise(
-                ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE
-            )  # advice: a refusal does no harm
+        memory = x.untyped_storage()
+        if _madvise is None or memory.device.type != "cpu" or memory.nbytes() < 32 * 2**20:
+            continue
+        start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        size = memory.data_ptr() + memory.nbytes() - start
+        # Advice only: what it returns does not matter.
+        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
 
 
 def _pack(x: Tensor, real: tuple[Tensor, ...]) -> Tensor:
@@ -231,7 +232,6 @@ def _pieces(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice
             yield slice(0, 1), slice(start, end), slice(i, i + 1)
         return
     batch, heads = q.shape[:2]
-    # On CPU, few heads at a time stay in cache, and the heads of one row can be a view where those of two cannot.
     step = max(1, HEADS_AT_ONCE // heads) if q.device.type == "cpu" else max(1, batch)
     for row in range(0, batch, step):
         yield slice(row, row + step), slice(None), slice(row, row + step)
