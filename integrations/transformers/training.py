@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as transformers_logging
 
 from retention.backends import FORMS, check_name
@@ -86,15 +86,14 @@ def check_device(device: str) -> None:
 def train(settings: Settings, out: Path, *, resume: bool = False) -> tuple[RetNetForCausalLM, float | None]:
     """Run or continue a training; checkpoints and the model go to `out`.
 
+    resume: go on from the last checkpoint in `out`, or from the beginning if there is none yet.
     Returns: the model and its validation loss in nats; None for the loss if Ctrl-C came before the end.
     Raises: ValueError for settings that cannot be, before anything is written.
     """
     settings.check()
     train_text, valid_text = corpus(settings.files)
     train_set, valid_set = Blocks(train_text, settings.context), Blocks(valid_text, settings.context)
-    checkpoint = get_last_checkpoint(str(out)) if out.is_dir() else None
-    if resume and checkpoint is None:
-        raise ValueError(f"nothing to resume in {out}: it has no checkpoint")
+    checkpoint = _last_checkpoint(out) if resume else None
 
     set_seed(settings.seed)
     model = RetNetForCausalLM(RetNetConfig(**PRESETS[settings.preset] | {"vocab_size": 256}))
@@ -111,11 +110,17 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> tuple[RetNe
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(settings.batch * settings.context))
-    trainer.train(resume_from_checkpoint=checkpoint if resume else None)
+    trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.global_step < settings.steps:
         return model, None
     trainer.save_model(str(out))
     return model, trainer.evaluate()["eval_loss"]
+
+
+def _last_checkpoint(out: Path) -> str | None:
+    """Of the complete ones: the trainer's state is written last."""
+    found = [path.parent for path in out.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
+    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
 
 
 def _arguments(settings: Settings, out: Path) -> TrainingArguments:

@@ -187,6 +187,32 @@ def test_an_interrupted_run_resumes_exactly(settings, tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(settings, tmp_path, monkeypatch):
+    _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
+    for name in ("checkpoint-8", "checkpoint-12"):
+        assert (tmp_path / "run" / name).is_dir()
+    (tmp_path / "run/checkpoint-12/trainer_state.json").unlink()
+    _, same_loss, rest = losses_of(settings, tmp_path / "run", monkeypatch, resume=True)
+    assert sorted(rest) == [9, 10, 11, 12]
+    assert same_loss == loss
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_path, monkeypatch):
+    _, loss, _ = losses_of(settings, tmp_path / "whole", monkeypatch)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / training.SETTINGS).write_text(json.dumps(training.asdict(settings)))
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run"), "--sample", "0"])
+    assert result.exit_code == 0, result.output
+    assert f"validation {loss:.4f} nats" in result.output
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda settings, out, resume: (None, None))
+    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 130
+    assert f"stopped and saved; continue with: retention train --resume --out {tmp_path}/run" in result.output
+
+
 def test_training_learns(settings, tmp_path):
     settings.steps, settings.batch, settings.lr = 150, 8, 1e-2
     _, loss = training.train(settings, tmp_path / "run")
