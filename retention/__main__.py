@@ -54,7 +54,7 @@ def _answers(device: str) -> dict[str, str]:
     for name in backends.names():
         can, cannot = [], []
         for form in backends.FORMS:
-            call = Call(**sizes, dtype=torch.float32, device=device, scale=1.0, form=form)
+            call = Call(**sizes, dtype=torch.float32, device=device, out_dtype=torch.float32, scale=1.0, form=form)
             reasons = backends.why_not(call, name)
             can += [form] if not reasons else []
             cannot += reasons

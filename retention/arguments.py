@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .backends import FORMS, Call
 from .errors import ShapeError
 from .state import RetentionState, state_dtype
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ScoreNorm = bool | Literal["absolute"]
 
 
@@ -38,8 +40,8 @@ def describe(
         raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {form!r}")
     if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
         raise ValueError(f"chunk_size must be an integer of at least 1, or None; got chunk_size {chunk_size!r}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale must be finite; got scale {scale}")
+    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
+        raise ValueError(f"scale must be a finite number, or None; got scale {scale!r}")
     if not causal and (state is not None or return_state):
         raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
     _check_mask(q, mask)
@@ -67,6 +69,7 @@ def describe(
         dtype=q.dtype,
         device=q.device.type,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        out_dtype=v.dtype,
         form=form,
         causal=causal,
         masked=mask is not None,
@@ -75,8 +78,15 @@ def describe(
         return_state=return_state,
         in_place=in_place,
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        transformed=_transformed(),
         chunk_size=chunk_size,
     )
+
+
+def _transformed() -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
@@ -102,8 +112,9 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         raise ShapeError(
             f"log_decay must have one value per head of q, ({q.shape[1]},); got log_decay {tuple(log_decay.shape)}"
         )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise TypeError(f"q, k and v must have one floating-point dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        allowed = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"q, k and v must have one dtype of {allowed}; got q {q.dtype}, k {k.dtype}, v {v.dtype}")
     if log_decay.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"log_decay must be float32 or float64, half precision rounds slow decays to none; got {log_decay.dtype}"
@@ -111,7 +122,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
     if len({x.device for x in tensors.values()}) > 1:
         devices = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
         raise ValueError(f"q, k, v and log_decay must be on one device; got {devices}")
-    _require(log_decay <= 0, "log_decay must be at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
+    sound = (log_decay <= 0) & log_decay.isfinite()
+    _require(sound, "log_decay must be finite and at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
 
 
 def _check_mask(q: Tensor, mask: Tensor | None) -> None:
@@ -155,8 +167,9 @@ def _check_state(q: Tensor, v: Tensor, state: RetentionState, rows: int, score_n
         raise ShapeError(
             f"state.kv must be (rows, heads, key_dim, value_dim) {shape}; got state.kv {tuple(state.kv.shape)}"
         )
-    if state.time.shape != (rows,):
-        raise ShapeError(f"state.time must be (rows,) ({rows},); got state.time {tuple(state.time.shape)}")
+    if state.time.shape != (rows,) or state.time.dtype != torch.long:
+        got = f"{state.time.dtype} {tuple(state.time.shape)}"
+        raise ShapeError(f"state.time must be torch.int64 (rows,) ({rows},); got state.time {got}")
     wide = state_dtype(q.dtype)
     if state.kv.dtype != wide or state.kv.device != q.device:
         raise TypeError(f"state.kv must be {wide} on {q.device}; got state.kv {state.kv.dtype} on {state.kv.device}")
@@ -173,8 +186,8 @@ def _check_state(q: Tensor, v: Tensor, state: RetentionState, rows: int, score_n
 
 def _require(condition: Tensor, message: str, value: Tensor) -> None:
     """Check values, not only sizes. An accelerator checks when it gets there, since to ask it would stop the queue."""
-    if torch.compiler.is_compiling() or condition.device.type == "meta":
-        return
+    if torch.compiler.is_compiling() or type(condition) is not Tensor or condition.device.type == "meta":
+        return  # a tracer's tensors have no values
     if condition.device.type != "cpu":
         torch._assert_async(condition.all(), message.format("other values"))
     elif not condition.all():

@@ -18,6 +18,7 @@ except ImportError as error:
 
 import torch
 
+from .errors import BackendError
 from .layer import set_backend
 from .model import PRESETS
 
@@ -58,9 +59,9 @@ def train(
         from .integrations.transformers import training
 
         training.quiet()
-        options = {f.name: given[f.name] for f in fields(training.Settings)}
+        options = {f.name: given[f.name] for f in fields(training.Settings) if f.name in given}
         settings = _resumed(command, options, out) if resume else training.Settings(**options)
-        if not resume and (out / training.SETTINGS).exists():
+        if not resume and (training.last_checkpoint(out) or (out / "config.json").exists()):
             raise ValueError(f"{out} holds a run already; continue it with --resume, or name another --out")
         model, loss = training.train(settings, out, resume=resume)
     if loss is None:
@@ -139,7 +140,7 @@ def _told() -> Iterator[None]:
     """Errors of the user's making are one line, without a traceback."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, OSError, BackendError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
 

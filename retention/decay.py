@@ -32,7 +32,12 @@ def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> 
     return tuple(math.log1p(-math.exp(low + (high - low) * h / max(num_heads - 1, 1))) for h in range(num_heads))
 
 
-SCHEDULES = {"paper": paper, "log_linear": log_linear}
+def short(num_heads: int) -> tuple[float, ...]:
+    """`log_linear` from 1/2 to 1/128: from the neighbour to some hundred tokens back."""
+    return log_linear(num_heads, 1 / 2, 1 / 128)
+
+
+SCHEDULES = {"paper": paper, "log_linear": log_linear, "short": short}
 
 
 def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...]:
@@ -46,6 +51,8 @@ def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tupl
             names = ", ".join(map(repr, SCHEDULES))
             raise ValueError(f"decay must be one of {names} or {num_heads} log-decays; got decay {schedule!r}")
         return SCHEDULES[schedule](num_heads)
+    if not isinstance(schedule, Tensor | Sequence):
+        raise TypeError(f"decay must be a name, a tensor or a sequence of log-decays; got decay {schedule!r}")
     values = schedule.double().tolist() if isinstance(schedule, Tensor) else [float(x) for x in schedule]
     shape = tuple(schedule.shape) if isinstance(schedule, Tensor) else (len(values),)
     if shape != (num_heads,):
@@ -64,15 +71,14 @@ def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtyp
     Layers hold their constants as floats and ask here, instead of in a buffer: neither `.to(bfloat16)` nor a checkpoint
     nor initialisation on the meta device can spoil them.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a tracer wants a tensor of its own
         return torch.tensor(values, dtype=dtype, device=device)
     known = _on_device.get((values, device, dtype))
     if known is not None:
         return known
     with torch.inference_mode(False):  # an inference tensor would break the next training step
         made = torch.tensor(values, dtype=dtype, device=device)
-    if type(made) is Tensor:  # not a fake one of a tracer
-        _on_device[values, device, dtype] = made
+    _on_device[values, device, dtype] = made
     return made
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -167,6 +168,8 @@ def _run(
     decay_norm: bool,
     score_norm: ScoreNorm,
 ) -> tuple[Tensor, RetentionState | None]:
+    if decay_norm or score_norm:  # a sum may be too large for half precision, its mean is not
+        call = replace(call, out_dtype=state_dtype(call.dtype))
     backend, call = backends.choose(call, name)
 
     def run(values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -98,7 +98,8 @@ class MultiScaleRetention(nn.Module):
         dropout: of the output, in training.
         init_gain: of the Xavier initialisation of all projections but the last, whose gain is 1/2; default: that of the
             authors' code, for deep models.
-        backend, form, chunk_size: as in `retain`; attributes, so they can be changed later.
+        backend, form, chunk_size: of `forward`, as in `retain`; attributes, so they can be changed later. `step` takes
+            the best backend that can.
     Raises: ValueError or ShapeError that names the option.
     Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays, angles and states are float32 at least and no
         buffers: they are computed from integers, so that neither `.to(bfloat16)` nor a checkpoint nor the meta device
@@ -144,10 +145,17 @@ class MultiScaleRetention(nn.Module):
         _check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
         _check_choice("score_norm", score_norm, (False, True, "absolute"))
         _check_choice("form", form, (*backends.FORMS, "auto"))
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1; got dropout {dropout}")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1; got chunk_size {chunk_size}")
+        _check_choice("causal", causal, (True, False))
+        _check_number("dropout", dropout, 0 <= _number(dropout) < 1, "at least 0 and below 1")
+        _check_number("norm_eps", norm_eps, 0 <= _number(norm_eps) < math.inf, "at least 0")
+        _check_number("init_gain", init_gain, 0 < _number(init_gain) < math.inf, "above 0")
+        _check_number("scale", scale, scale is None or abs(_number(scale)) < math.inf, "finite, or None")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be an integer of at least 1, or None; got chunk_size {chunk_size!r}")
+        if not causal and form == "recurrent":
+            raise ValueError("the recurrent form is causal; got causal False, form 'recurrent'")
+        if score_norm == "absolute" and form not in ("auto", "parallel"):
+            raise ValueError(f"score_norm 'absolute' exists only in the parallel form; got form {form!r}")
         backends.check_name(backend)
 
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
@@ -170,6 +178,8 @@ class MultiScaleRetention(nn.Module):
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
         self.dropout = nn.Dropout(dropout)
+        if learnable_decay and min(self.decays) < math.log(1e-4):
+            raise ValueError(f"a learnable decay keeps gamma above 1e-4; got a log-decay of {min(self.decays):g}")
         self.log_gaps = tuple(math.log(max(-math.expm1(x), 1e-12)) for x in self.decays)
         self.decay_shift = nn.Parameter(torch.empty(num_heads, **dd)) if learnable_decay else None
         self.reset_parameters()
@@ -260,7 +270,6 @@ class MultiScaleRetention(nn.Module):
             mask=mask,
             decay_norm=self.decay_norm,
             score_norm=self.score_norm,
-            backend=self.backend,
         )
         return self._output(out, x)
 
@@ -317,7 +326,10 @@ class MultiScaleRetention(nn.Module):
 
 
 def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> nn.Module:
-    """Let every `MultiScaleRetention` in `model` run on `backend`, in `form`. Raises: ValueError for unknown names."""
+    """Let `forward` of every `MultiScaleRetention` in `model` run on `backend`, in `form`.
+
+    Raises: ValueError for unknown names.
+    """
     backends.check_name(backend)
     _check_choice("form", form, (*backends.FORMS, "auto"))
     for module in model.modules():
@@ -338,6 +350,16 @@ def _check_sizes(**sizes: int) -> None:
         raise ShapeError(
             f"num_kv_heads must divide num_heads; got num_kv_heads {sizes['num_kv_heads']}, num_heads {heads}"
         )
+
+
+def _number(value: object) -> float:
+    """NaN, which no bound admits, for what is not a number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def _check_number(name: str, value: object, sound: bool, allowed: str) -> None:
+    if not sound:
+        raise ValueError(f"{name} must be a number, {allowed}; got {name} {value!r}")
 
 
 def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .decay import log_linear
 from .errors import ShapeError
 from .layer import MultiScaleRetention
 from .state import RetentionState
@@ -23,7 +22,7 @@ from .state import RetentionState
 # heads of 256 key and 512 value channels, in a plain feed-forward of width 2 dim, in decays and norms.
 _SMALL: dict[str, Any] = dict(
     num_heads=8,
-    retention={"decay": log_linear(8, 1 / 2, 1 / 128), "learnable_decay": True, "rotary": "rope", "init_gain": 1.0},
+    retention={"decay": "short", "learnable_decay": True, "rotary": "rope", "init_gain": 1.0},
 )
 _PAPER: dict[str, Any] = dict(vocab_size=50304, gated_ffn=False, norm="layer", retention={"decay": "log_linear"})
 PRESETS: dict[str, dict[str, Any]] = {
@@ -284,8 +283,12 @@ def stream(
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ShapeError(f"tokens must be (batch, length) with at least one token; got tokens {tuple(tokens.shape)}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0; got temperature {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0; got temperature {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1; got top_k {top_k}")
+    if mask is not None and not mask[:, -1].all():
+        raise ValueError("the last column of mask must be real tokens; got padding there; pad prompts on the left")
     logits, state = prompt(tokens, mask)
     for n in range(max_new_tokens):
         new = _pick(logits[:, -1], temperature, top_k, generator)

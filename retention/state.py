@@ -35,7 +35,7 @@ class RetentionState:
         """Rows of the batch, as many as asked for and in that order: `state[beam_indices]` serves beam search."""
         if isinstance(rows, int):
             rows = [rows]  # keeps the batch dimension
-        return self.map(lambda x: x[rows])
+        return self.map(lambda x: x[rows].clone())  # also of a slice: a step must not reach into another state
 
     def __len__(self) -> int:
         return self.kv.shape[0]

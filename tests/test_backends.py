@@ -12,9 +12,8 @@ import retention
 from retention import BackendError, backends, explain, retain
 from retention.backends import Call
 
-CALL = dict(
-    batch=1, heads=2, kv_heads=2, length=9, key_dim=4, value_dim=4, dtype=torch.float32, device="cpu", scale=0.5
-)
+SIZES = dict(batch=1, heads=2, kv_heads=2, length=9, key_dim=4, value_dim=4)
+CALL = dict(SIZES, dtype=torch.float32, out_dtype=torch.float32, device="cpu", scale=0.5)
 
 
 @pytest.fixture
@@ -47,6 +46,7 @@ class Refusing:
         ({"form": "parallel"}, "auto", "eager", "parallel"),
         ({"form": "recurrent"}, "auto", "eager", "recurrent"),
         ({}, "eager", "eager", "parallel"),
+        ({"transformed": True}, "auto", "eager", "parallel"),
         ({"length": 1, "in_place": True, "form": "recurrent"}, "auto", "eager", "recurrent"),
     ],
 )
@@ -88,12 +88,16 @@ def test_registration_is_never_by_accident(registry):
 
 def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monkeypatch):
     found = [
-        EntryPoint("good", "test_backends:Refusing", "retention.backends"),
         EntryPoint("broken", "no_such_module_at_all:x", "retention.backends"),
+        EntryPoint("incomplete", "test_backends:NotThere", "retention.backends"),
+        EntryPoint("eager", "test_backends:Refusing", "retention.backends"),
+        EntryPoint("good", "test_backends:Refusing", "retention.backends"),
     ]
     monkeypatch.setattr(backends, "entry_points", lambda group: found)
     monkeypatch.setattr(backends, "_plugins_loaded", False)
-    assert backends.names() == ("chunked", "eager", "good", "broken")
+    with pytest.warns(UserWarning, match="test_backends:Refusing is not used: there is a backend 'eager' already"):
+        assert backends.names() == ("chunked", "eager", "broken", "incomplete", "good")
+    assert "AttributeError" in backends.why_not(Call(**CALL), "incomplete")[0]
     assert backends.why_not(Call(**CALL), "broken") == [
         "cannot be loaded (ModuleNotFoundError: No module named 'no_such_module_at_all')"
     ]

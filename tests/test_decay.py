@@ -22,6 +22,20 @@ def test_log_linear_with_other_ends():
     assert gammas == pytest.approx([1 / 2, 3 / 4, 7 / 8])
 
 
+def test_short_schedule():
+    assert decay.log_decays("short", 8) == decay.log_linear(8, 1 / 2, 1 / 128)
+    with pytest.raises(TypeError, match="decay must be a name, a tensor or a sequence of log-decays; got decay 0.9"):
+        decay.log_decays(0.9, 2)
+
+
+def test_a_constant_can_be_used_under_fake_tensors():
+    values = (-0.5, -0.25)
+    decay.as_tensor(values, torch.device("cpu"), torch.float32)
+    with torch._subclasses.FakeTensorMode():
+        assert decay.as_tensor(values, torch.device("cpu"), torch.float32).shape == (2,)
+    assert decay.as_tensor(values, torch.device("cpu"), torch.float32).tolist() == [-0.5, -0.25]
+
+
 def test_slow_heads_keep_a_decay():
     """In float32, 1 - 2^-25 is 1: computed that way head 20 would not decay at all."""
     values = decay.log_decays("paper", 48)
@@ -37,7 +51,7 @@ def test_own_values_are_taken_as_they_are():
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        ("fast", "decay must be one of 'paper', 'log_linear' or 2 log-decays; got decay 'fast'"),
+        ("fast", "decay must be one of 'paper', 'log_linear', 'short' or 2 log-decays; got decay 'fast'"),
         ([-1.0], r"decay must hold one log-decay per head, \(2,\); got decay \(1,\)"),
         (torch.zeros(2, 2), r"got decay \(2, 2\)"),
         ([-1.0, 0.9], r"finite and at most 0; got 0.9; pass log\(gamma\)"),

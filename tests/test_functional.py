@@ -186,6 +186,45 @@ def test_empty_batches_and_empty_lengths_work(form, batch, length):
         (out.sum() + state.kv.sum()).backward()
 
 
+@pytest.mark.parametrize("form", cases.FORMS)
+def test_normalised_sums_may_exceed_half_precision(form):
+    q, k, v = (torch.full((1, 1, 1500, 4), x, dtype=torch.float16) for x in (3.0, 10.0, 100.0))
+    log_decay = torch.tensor([-1e-5])
+    assert retain(q, k, v, log_decay, form=form).isinf().any()
+    out = retain(q, k, v, log_decay, form=form, decay_norm=True, score_norm=True)
+    torch.testing.assert_close(out, torch.full_like(out, 100.0))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in its forward-mode rules
+def test_transforms_go_to_a_backend_that_has_their_rules():
+    q, k, v = qkv()
+    tangent = torch.randn_like(q)
+    got = torch.func.jvp(lambda q: retain(q, k, v, LOG_DECAY), (q,), (tangent,))[1]
+    torch.testing.assert_close(got, retain(tangent, k, v, LOG_DECAY))  # linear in q
+    gradient = torch.func.grad(lambda q: retain(q, k, v, LOG_DECAY).sum())(q)
+    torch.testing.assert_close(gradient, torch.autograd.grad(retain(q.requires_grad_(), k, v, LOG_DECAY).sum(), q)[0])
+    with pytest.raises(BackendError, match="has no rule for torch.func transforms"):
+        torch.func.grad(lambda q: retain(q, k, v, LOG_DECAY, backend="chunked").sum())(q)
+
+
+def test_second_derivatives_are_eagers():
+    q, k, v = (x.requires_grad_() for x in qkv(length=4, key_dim=2, value_dim=2))
+    for form in ("parallel", "recurrent"):
+        assert torch.autograd.gradgradcheck(lambda *x, form=form: retain(*x, LOG_DECAY, form=form), (q, k, v))
+    (gradient,) = torch.autograd.grad(retain(q, k, v, LOG_DECAY, form="chunkwise").sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="chunkwise_backward"):
+        gradient.sum().backward()
+
+
+def test_a_new_state_shares_no_memory_with_the_old():
+    q, k, v = (x[:, :, :0] for x in qkv())
+    state = initial_state(2, 2, 4, 3, dtype=torch.float64)
+    for form in cases.FORMS:
+        _, new = retain(q, k, v, LOG_DECAY, state=state, form=form, return_state=True)
+        assert new.kv.data_ptr() != state.kv.data_ptr()
+    assert state[0:1].kv.data_ptr() != state.kv.data_ptr()
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +353,7 @@ def test_the_operator_keeps_torchs_contract():
     kv = torch.randn(2, 2, 4, 3, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 10) < 0.5
     for state, padding, causal in ((kv, None, True), (None, mask, True), (None, None, False)):
-        args = (q, k, v, LOG_DECAY.clone().requires_grad_(), state, padding, None, 0.5, causal, 4, causal)
+        args = (q, k, v, LOG_DECAY.clone().requires_grad_(), state, padding, None, 0.5, causal, 4, causal, q.dtype)
         torch.library.opcheck(retention.backends.chunked.chunkwise, args)
 
 
@@ -345,14 +384,20 @@ BAD = [
         r"heads of q a multiple of those of k and v; got q \(2, 3, 10, 4\)",
     ),
     ({"v": V[..., :0]}, ShapeError, r"head dims must be at least 1.*v \(2, 2, 10, 0\)"),
-    ({"q": Q.double()}, TypeError, "one floating-point dtype; got q torch.float64, k torch.float32"),
-    ({"q": Q.int(), "k": K.int(), "v": V.int()}, TypeError, "floating-point dtype; got q torch.int32"),
+    ({"q": Q.double()}, TypeError, "one dtype of torch.float16, .*; got q torch.float64, k torch.float32"),
+    ({"q": Q.int(), "k": K.int(), "v": V.int()}, TypeError, "one dtype of .*; got q torch.int32"),
     ({"k": K.to("meta")}, ValueError, "on one device; got q cpu, k meta"),
     ({"log_decay": DECAY[:1]}, ShapeError, r"one value per head of q, \(2,\); got log_decay \(1,\)"),
     ({"log_decay": DECAY.half()}, TypeError, "log_decay must be float32 or float64.*got torch.float16"),
-    ({"log_decay": -DECAY}, ValueError, r"log_decay must be at most 0; got log_decay \[0.1.*pass log\(gamma\)"),
-    ({"log_decay": DECAY * torch.nan}, ValueError, "log_decay must be at most 0; got log_decay .*nan"),
-    ({"scale": float("inf")}, ValueError, "scale must be finite; got scale inf"),
+    (
+        {"log_decay": -DECAY},
+        ValueError,
+        r"must be finite and at most 0; got log_decay \[0.1.*pass log\(gamma\)",
+    ),
+    ({"log_decay": DECAY * torch.nan}, ValueError, "log_decay must be finite and at most 0; got log_decay .*nan"),
+    ({"log_decay": DECAY * torch.inf}, ValueError, "log_decay must be finite and at most 0; got log_decay .*-inf"),
+    ({"scale": float("inf")}, ValueError, "scale must be a finite number, or None; got scale inf"),
+    ({"scale": "a"}, ValueError, "scale must be a finite number, or None; got scale 'a'"),
     ({"mask": MASK.long()}, TypeError, "mask must be a bool tensor.*got mask torch.int64"),
     ({"mask": [True]}, TypeError, "mask must be a bool tensor.*got mask list"),
     ({"mask": MASK[:, 1:]}, ShapeError, r"mask must be \(batch, length\) \(2, 10\) on cpu; got mask \(2, 9\)"),
@@ -377,7 +422,11 @@ BAD = [
     ),
     ({"state": initial_state(2, 2, 4, 3, score_norm=True)}, ValueError, "a state with a k_sum, score_norm False"),
     ({"state": STATE, "score_norm": True}, ValueError, "a state with no k_sum, score_norm True"),
-    ({"state": RetentionState(STATE.kv, STATE.time[:1])}, ShapeError, r"state.time must be \(rows,\) \(2,\)"),
+    (
+        {"state": RetentionState(STATE.kv, STATE.time[:1])},
+        ShapeError,
+        r"must be torch.int64 \(rows,\) \(2,\)",
+    ),
     ({"state": STATE, "causal": False}, ValueError, "a state needs causal=True"),
     ({"return_state": True, "causal": False}, ValueError, "a state needs causal=True"),
     ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1, or None; got chunk_size 0"),

@@ -284,16 +284,24 @@ def test_one_decoding_step_compiles_and_exports():
         ({"num_heads": 0}, "num_heads must be an integer of at least 1; got num_heads 0"),
         ({"key_dim": 4.0}, "key_dim must be an integer of at least 1; got key_dim 4.0"),
         ({"key_dim": 12}, "even key dim per head; got key_dim 3"),
-        ({"decay": "slow"}, "decay must be one of 'paper', 'log_linear' or 4 log-decays; got decay 'slow'"),
+        ({"decay": "slow"}, "decay must be one of 'paper', 'log_linear', 'short' or 4 log-decays; got decay 'slow'"),
         ({"rotary": "xpos"}, "rotary must be one of 'paper', 'rope' or None; got rotary 'xpos'"),
         ({"gate": "swish"}, "gate must be one of 'silu', 'gelu', 'relu', 'sigmoid', None; got gate 'swish'"),
         ({"norm": "batch"}, "norm must be one of 'group', 'rms', None; got norm 'batch'"),
         ({"norm_affine": True}, "norm_affine must be one of False, 'shared', 'channel'; got norm_affine True"),
         ({"score_norm": "sum"}, "score_norm must be one of False, True, 'absolute'; got score_norm 'sum'"),
-        ({"dropout": 1.5}, "dropout must be at least 0 and below 1; got dropout 1.5"),
+        ({"dropout": 1.5}, "dropout must be a number, at least 0 and below 1; got dropout 1.5"),
+        ({"dropout": "x"}, "dropout must be a number, at least 0 and below 1; got dropout 'x'"),
+        ({"norm_eps": -1.0}, "norm_eps must be a number, at least 0; got norm_eps -1.0"),
+        ({"init_gain": 0}, "init_gain must be a number, above 0; got init_gain 0"),
+        ({"scale": math.nan}, "scale must be a number, finite, or None; got scale nan"),
+        ({"causal": "no"}, "causal must be one of True, False; got causal 'no'"),
+        ({"causal": False, "form": "recurrent"}, "the recurrent form is causal; got causal False, form 'recurrent'"),
+        ({"score_norm": "absolute", "form": "chunkwise"}, "exists only in the parallel form; got form 'chunkwise'"),
+        ({"decay": [-20.0] * 4, "learnable_decay": True}, "keeps gamma above 1e-4; got a log-decay of -20"),
         ({"form": "fast"}, "form must be one of 'parallel', 'chunkwise', 'recurrent', 'auto'; got form 'fast'"),
         ({"backend": "cuda"}, "backend must be 'auto' or one of chunked, eager; got backend 'cuda'"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1; got chunk_size 0"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, or None; got chunk_size 0"),
     ],
 )
 def test_wrong_options_are_named_when_the_layer_is_built(options, message):
@@ -324,3 +332,10 @@ def test_set_backend_reaches_every_layer():
     }
     with pytest.raises(ValueError, match="got backend 'cuda'"):
         set_backend(model, "cuda")
+    with pytest.raises(ValueError, match="got form 'quick'"):
+        set_backend(model, form="quick")
+
+
+def test_decoding_needs_no_backend_named_for_it():
+    layer = make(backend="chunked", dtype=torch.float32)
+    assert layer.step(torch.randn(2, 1, 32), layer.initial_state(2)).shape == (2, 1, 32)

@@ -96,8 +96,12 @@ def test_bad_input_is_named():
         model(torch.zeros(5, dtype=torch.long))
     with pytest.raises(ShapeError, match=r"at least one token; got tokens \(1, 0\)"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), 3)
-    with pytest.raises(ValueError, match="temperature must be at least 0; got temperature -1"):
+    with pytest.raises(ValueError, match="temperature must be finite and at least 0; got temperature -1"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 3, temperature=-1)
+    with pytest.raises(ValueError, match="top_k must be at least 1; got top_k 0"):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), 3, top_k=0)
+    with pytest.raises(ValueError, match="last column of mask must be real tokens"):
+        model.generate(torch.zeros(1, 2, dtype=torch.long), 3, mask=torch.tensor([[True, False]]))
     with pytest.raises(ValueError, match="one RetentionState per block, 2; got 1"):
         model(torch.zeros(1, 3, dtype=torch.long), state=[None])
     with pytest.raises(ValueError, match="preset must be one of tiny, .*; got preset 'huge'"):

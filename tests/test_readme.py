@@ -17,8 +17,9 @@ def test_snippet_runs(snippet):
     exec(compile(snippet, "README.md", "exec"), {})
 
 
-def test_there_are_snippets():
+def test_it_is_complete():
     assert len(SNIPPETS) >= 3
+    assert "@@" not in README
 
 
 def test_the_table_of_options_is_complete():

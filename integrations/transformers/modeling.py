@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,9 +51,12 @@ class RetNetConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
         if self.initializer_range is None:
             self.initializer_range = self.dim**-0.5
-        super().__post_init__(**kwargs)
+        if self.retention is not None:
+            lists = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self.retention.items()}
+            self.retention = copy.deepcopy(lists)
 
 
 class RetNetPreTrainedModel(PreTrainedModel):
@@ -61,12 +65,19 @@ class RetNetPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     _no_split_modules = ["RetNetBlock"]  # noqa: RUF012
 
+    def post_init(self) -> None:
+        for module in self.modules():
+            if isinstance(module, MultiScaleRetention | FeedForward):
+                for child in module.children():
+                    child.initialised_by_parent = True  # type: ignore[assignment]
+        super().post_init()
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MultiScaleRetention | FeedForward):
             module.reset_parameters()
-        elif not isinstance(module, nn.Linear) or module is getattr(self, "lm_head", None):
-            super()._init_weights(module)  # a projection belongs to one of the two above
+        elif not getattr(module, "initialised_by_parent", False):
+            super()._init_weights(module)
 
 
 class RetNetModel(RetNetPreTrainedModel):
@@ -96,7 +107,6 @@ class RetNetModel(RetNetPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         state: list[RetentionState] | None = None,
         return_state: bool = False,
-        **_: Any,
     ) -> Any:
         """attention_mask (B, T): 0 = padding. state, return_state: as `retention.RetNet`; gives (hidden, state)."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -124,14 +134,13 @@ class RetNetForCausalLM(RetNetPreTrainedModel):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        **kwargs: Any,
     ) -> CausalLMOutput:
         """labels (B, T): as input_ids, shifted here; -100 is ignored."""
         x = self.model(input_ids, attention_mask, inputs_embeds).last_hidden_state
         logits = self.lm_head(x)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
         return CausalLMOutput(loss=loss, logits=logits)
 
     def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:

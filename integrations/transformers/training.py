@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import signal
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
-from retention.backends import FORMS, check_name
 from retention.layer import set_backend
 from retention.model import PRESETS
 
@@ -50,6 +50,7 @@ class Settings:
     dtype: str = "float32"
     backend: str = "auto"
     form: str = "auto"
+    corpus: str = ""  # its SHA-256, once it has been read
 
     def check(self) -> None:
         """Raises: ValueError that names the option."""
@@ -62,10 +63,9 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1; got {name} {getattr(self, name)}")
         if self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0; got lr {self.lr}")
         check_device(self.device)
-        check_name(self.backend)
-        if self.form not in ("auto", *FORMS):
-            raise ValueError(f"form must be one of auto, {', '.join(FORMS)}; got form {self.form!r}")
 
 
 def quiet() -> None:
@@ -88,16 +88,29 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> tuple[RetNe
 
     resume: go on from the last checkpoint in `out`, or from the beginning if there is none yet.
     Returns: the model and its validation loss in nats; None for the loss if Ctrl-C came before the end.
-    Raises: ValueError for settings that cannot be, before anything is written.
+    Raises: ValueError or BackendError for what cannot be, before anything is written.
     """
     settings.check()
-    train_text, valid_text = corpus(settings.files)
-    train_set, valid_set = Blocks(train_text, settings.context), Blocks(valid_text, settings.context)
-    checkpoint = _last_checkpoint(out) if resume else None
+    train_text, valid_text = corpus(settings.files, skip=out)
+    digest = hashlib.sha256(train_text + valid_text).hexdigest()
+    if resume and settings.corpus not in ("", digest):
+        raise ValueError("the corpus is not what it was when the run began; put its files back, or begin a new run")
+    settings = replace(settings, corpus=digest)
+    train_set, valid_set = (
+        Blocks("training", train_text, settings.context),
+        Blocks("validation", valid_text, settings.context),
+    )
 
+    checkpoint = last_checkpoint(out) if resume else None
+    finished = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= settings.steps
     set_seed(settings.seed)
-    model = RetNetForCausalLM(RetNetConfig(**PRESETS[settings.preset] | {"vocab_size": 256}))
+    if finished:
+        model = RetNetForCausalLM.from_pretrained(checkpoint)
+    else:
+        model = RetNetForCausalLM(RetNetConfig(**PRESETS[settings.preset] | {"vocab_size": 256}))
     set_backend(model, settings.backend, settings.form)
+    with torch.no_grad():
+        model(train_set[0]["input_ids"][None, :2])  # raises here if no backend can
     out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS).write_text(json.dumps(asdict(settings), indent=2) + "\n")
 
@@ -110,17 +123,18 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> tuple[RetNe
     )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(settings.batch * settings.context))
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if trainer.state.global_step < settings.steps:
-        return model, None
+    if not finished:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.state.global_step < settings.steps:
+            return model, None
     trainer.save_model(str(out))
     return model, trainer.evaluate()["eval_loss"]
 
 
-def _last_checkpoint(out: Path) -> str | None:
+def last_checkpoint(out: Path) -> Path | None:
     """Of the complete ones: the trainer's state is written last."""
     found = [path.parent for path in out.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return str(max(found, key=lambda path: int(path.name.split("-")[1]))) if found else None
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def _arguments(settings: Settings, out: Path) -> TrainingArguments:
@@ -153,12 +167,12 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
 
 
 class Blocks(Dataset):
-    """A text cut into examples of `context` bytes."""
+    """A text cut into examples of `context` bytes. part: what it is for, to be named in errors."""
 
-    def __init__(self, text: bytes, context: int):
+    def __init__(self, part: str, text: bytes, context: int):
         if len(text) < context:
             raise ValueError(
-                f"a part of the corpus must hold at least context bytes; got {len(text)}, context {context}"
+                f"the {part} part of the corpus must hold at least context bytes; got {len(text)}, context {context}"
             )
         self.bytes = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         self.context = context
@@ -171,15 +185,22 @@ class Blocks(Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def corpus(files: Iterable[str | Path] = (), validation_limit: int = 100_000) -> tuple[bytes, bytes]:
+def corpus(
+    files: Sequence[str | Path] = (), *, skip: Path | None = None, validation_limit: int = 100_000
+) -> tuple[bytes, bytes]:
     """Training and validation text, the documents ended by a zero byte.
 
-    files: text files, or folders of them; none: the source of the Python standard library. Of 20 documents or more
+    files: text files, or folders of them; none: the source of the Python standard library. What is hidden, holds zero
+    bytes or lies in the folder `skip` is left out. Of 20 documents or more
     every 20th is held out for validation, of fewer the last 5 % of each. It is cut to `validation_limit` bytes.
     Raises: ValueError for a path that does not exist or holds no text.
     """
     paths = list(_documents(files)) if files else _standard_library()
-    documents = [path.read_bytes().rstrip(b"\0") + b"\0" for path in paths]
+    paths = [path for path in paths if skip is None or not path.resolve().is_relative_to(skip.resolve())]
+    texts = [text for text in (path.read_bytes() for path in paths) if b"\0" not in text]
+    if not texts:
+        raise ValueError(f"the corpus must hold at least one text; got none in {', '.join(map(str, files))}")
+    documents = [text + b"\0" for text in texts]
     if len(documents) >= 20:
         held_out = documents[::20]
         kept = [text for i, text in enumerate(documents) if i % 20]
@@ -193,14 +214,17 @@ def corpus(files: Iterable[str | Path] = (), validation_limit: int = 100_000) ->
 def _documents(files: Iterable[str | Path]) -> Iterable[Path]:
     for file in map(Path, files):
         if file.is_dir():
-            found = sorted(path for path in file.rglob("*") if path.is_file() and not path.name.startswith("."))
-            if not found:
-                raise ValueError(f"folder {file} holds no files")
-            yield from found
+            yield from sorted(
+                path for path in file.rglob("*") if path.is_file() and not _hidden(path.relative_to(file))
+            )
         elif file.is_file():
             yield file
         else:
             raise ValueError(f"no such file or folder: {file}")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _standard_library() -> list[Path]:

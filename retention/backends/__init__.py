@@ -14,6 +14,7 @@ To add one: write an object like those in this folder and `register` it, or name
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
@@ -35,7 +36,9 @@ _PREFERRED = {True: ("recurrent", "chunkwise", "parallel"), False: ("chunkwise",
 class Call:
     """All a backend may look at to decide: sizes and options, never values. So a choice can be tested without a GPU.
 
-    chunk_size None leaves it to the backend. in_place: the state given is to be overwritten.
+    chunk_size None leaves it to the backend. in_place: the state given is to be overwritten. transformed: inside
+    torch.func transforms or forward-mode differentiation. out_dtype: of the output; wider than dtype where a normaliser
+    follows.
     """
 
     batch: int
@@ -47,6 +50,7 @@ class Call:
     dtype: torch.dtype
     device: str
     scale: float
+    out_dtype: torch.dtype
     form: str = "auto"
     causal: bool = True
     masked: bool = False
@@ -55,10 +59,11 @@ class Call:
     return_state: bool = False
     in_place: bool = False
     needs_grad: bool = False
+    transformed: bool = False
     chunk_size: int | None = None
 
     def __str__(self) -> str:
-        options = ("causal", "masked", "packed", "has_state", "return_state", "in_place", "needs_grad")
+        options = ("causal", "masked", "packed", "has_state", "return_state", "in_place", "needs_grad", "transformed")
         words = [
             f"batch {self.batch}, heads {self.heads} (k, v: {self.kv_heads}), length {self.length}",
             f"key_dim {self.key_dim}, value_dim {self.value_dim}",
@@ -87,7 +92,7 @@ class Backend(Protocol):
 
         Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V); log_decay (H,); mask (B, T) bool;
             cu_seqlens (N + 1,) with B = 1; state (B or N, H, K, V) in `state_dtype(q.dtype)`. All valid already.
-        Returns: out (B, H, T, V) as v; the state after the last token if call.return_state, else None.
+        Returns: out (B, H, T, V) in call.out_dtype; the state after the last token if call.return_state, else None.
         """
 
 
@@ -142,9 +147,12 @@ def load_plugins() -> None:
         return
     _plugins_loaded = True
     for plugin in entry_points(group="retention.backends"):
+        if plugin.name in _backends:
+            warnings.warn(f"{plugin.value} is not used: there is a backend {plugin.name!r} already", stacklevel=2)
+            continue
         try:
             backend = plugin.load()
-        except (ImportError, OSError) as error:
+        except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
             backend = Absent(f"cannot be loaded ({type(error).__name__}: {error})")
         register(plugin.name, backend)
 

@@ -54,7 +54,7 @@ class Eager:
             out, final = _step(q, k, v, log_decay, state, mask)
         else:
             out, final = _recurrent(q, k, v, log_decay, state, mask)
-        return out.to(call.dtype), final if call.return_state else None
+        return out.to(call.out_dtype), final if call.return_state else None
 
     def _packed(
         self, call: Call, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, cu_seqlens: Tensor
@@ -108,7 +108,7 @@ def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     decay = log_decay.exp()[:, None, None]
-    kv = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state
+    kv = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.clone()
     out = [v[:, :, :0]]
     for n in range(q.shape[2]):
         q_n, k_n, v_n = (x[:, :, n, None] for x in (q, k, v))

@@ -67,6 +67,29 @@ def test_initialisation_is_the_layers_own():
     assert model.lm_head.weight.std().item() == pytest.approx(256**-0.5, rel=0.03)
 
 
+def test_a_head_of_somebody_elses_is_initialised_when_it_is_new(tmp_path):
+    class Classifier(RetNetForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.score = torch.nn.Linear(16, 3)
+            self.post_init()
+
+    make().save_pretrained(tmp_path)
+    loaded = Classifier.from_pretrained(tmp_path)
+    assert loaded.score.weight.std().item() == pytest.approx(16**-0.5, rel=0.3)
+    assert not loaded.score.bias.any()
+
+
+def test_config_goes_by_its_own_names_and_those_of_transformers():
+    config = RetNetConfig(hidden_size=64, num_hidden_layers=3, retention={"decay": torch.tensor([-1.0] * 4)})
+    assert (config.dim, config.num_layers) == (64, 3)
+    assert config.initializer_range == pytest.approx(1 / 8)
+    assert config.retention == {"decay": [-1.0] * 4}
+    config = RetNetConfig(**PRESETS["tiny"])
+    config.retention["rotary"] = None
+    assert PRESETS["tiny"]["retention"]["rotary"] == "rope"
+
+
 def test_loss_is_the_shifted_cross_entropy_and_ignores_padding():
     model, tokens = make(), torch.randint(256, (1, 9))
     out = model(tokens, labels=tokens)
@@ -91,6 +114,8 @@ def test_bad_input_is_named():
     model = make()
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         model()
+    with pytest.raises(TypeError, match="attn_mask"):
+        model(torch.zeros(1, 3, dtype=torch.long), attn_mask=torch.ones(1, 3))
     with pytest.raises(ShapeError, match=r"attention_mask must be \(batch, length\) \(1, 3\); got \(1, 4\)"):
         model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 4))
 
@@ -115,6 +140,16 @@ def test_own_files_and_folders_are_taken_and_their_ends_held_out(tmp_path):
     train, valid = training.corpus([tmp_path / "folder", tmp_path / "b.txt"])
     assert train == b"a" * 95 + b"b" * 190
     assert valid == b"a" * 4 + b"\0" + b"b" * 9 + b"\0"
+
+
+def test_what_is_no_text_of_the_users_is_left_out(tmp_path):
+    for name in (".git/objects/ab", "__pycache__/x.pyc", "run/training.json", "notes.txt", "weights.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"\0\1\2" if name == "weights.bin" else name.encode())
+    train, valid = training.corpus([tmp_path], skip=tmp_path / "run")
+    assert train + valid == b"notes.txt\0"
+    with pytest.raises(ValueError, match="must hold at least one text; got none in .*weights.bin"):
+        training.corpus([tmp_path / "weights.bin"])
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -197,6 +232,23 @@ def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(set
     assert same_loss == loss
 
 
+def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
+    _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
+    weights = (tmp_path / "run/model.safetensors").read_bytes()
+    _, same_loss, steps = losses_of(settings, tmp_path / "run", monkeypatch, resume=True)
+    assert same_loss == loss
+    assert not steps
+    assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+
+
+def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
+    training.train(settings, tmp_path / "run")
+    text.write_text(text.read_text().upper())
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "the corpus is not what it was when the run began" in result.output
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "whole", monkeypatch)
     (tmp_path / "run").mkdir()
@@ -266,6 +318,8 @@ def test_the_command_trains_resumes_and_generates(text, tmp_path, monkeypatch, d
 BAD = [
     (["train", "--preset", "huge"], "preset must be one of tiny, .*; got preset 'huge'"),
     (["train", "no/such/file"], "no such file or folder: .*no/such/file"),
+    (["train", "--lr", "-1"], "lr must be above 0; got lr -1"),
+    (["train", "--backend", "eager", "--form", "chunkwise"], "backend 'eager' cannot run .*not chunkwise"),
     (["train", "--steps", "0"], "steps must be at least 1; got steps 0"),
     (["train", "--context", "1"], "context must be at least 2; got context 1"),
     (["train", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16; got dtype 'int8'"),
@@ -282,7 +336,7 @@ def test_bad_options_are_named_and_nothing_is_written(words, message, tmp_path, 
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
-    assert re.search(f"error: {message}", result.output), result.output
+    assert re.search(f"error: {message}", result.output, re.DOTALL), result.output
     assert not list(tmp_path.iterdir())
 
 
@@ -297,7 +351,7 @@ def test_a_resumed_run_keeps_its_settings(settings, tmp_path):
 
 def test_a_corpus_that_is_too_short_is_named(tmp_path):
     (tmp_path / "text").write_text("short")
-    with pytest.raises(ValueError, match="must hold at least context bytes; got 5, context 128"):
+    with pytest.raises(ValueError, match="training part of .* must hold at least context bytes; got 5, context 128"):
         training.train(training.Settings(files=[str(tmp_path / "text")]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -44,6 +44,8 @@ class Chunked:
             reasons.append(f"has the form chunkwise, not {call.form}")
         if call.in_place:
             reasons.append("does not overwrite a state")
+        if call.transformed:
+            reasons.append("has no rule for torch.func transforms and forward-mode differentiation")
         return reasons
 
     def __call__(
@@ -57,7 +59,7 @@ class Chunked:
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state)
+        options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
         out, final = chunkwise(q, k, v, log_decay, state, mask, cu_seqlens, *options)
         return out, final if call.return_state else None
 
@@ -80,17 +82,17 @@ def chunkwise(
     causal: bool,
     chunk_size: int,
     return_state: bool,
+    out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
     if mask is not None and not mask.all():
         real = mask.nonzero(as_tuple=True)
         packed = [_pack(x, real) for x in (q, k, v)]
-        out, final = chunkwise(
-            *packed, log_decay, state, None, _cu_seqlens(mask), scale, causal, chunk_size, return_state
-        )
+        options = (scale, causal, chunk_size, return_state, out_dtype)
+        out, final = chunkwise(*packed, log_decay, state, None, _cu_seqlens(mask), *options)
         return _unpack(out, real, mask), final
 
-    out, final = _outputs(q, k, v, cu_seqlens, return_state)
+    out, final = _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     _ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
@@ -141,8 +143,8 @@ def chunkwise_backward(
 
 
 @chunkwise.register_fake
-def _(q, k, v, log_decay, state, mask, cu_seqlens, scale, causal, chunk_size, return_state):  # type: ignore[no-untyped-def]
-    return _outputs(q, k, v, cu_seqlens, return_state)
+def _(q, k, v, log_decay, state, mask, cu_seqlens, scale, causal, chunk_size, return_state, out_dtype):  # type: ignore[no-untyped-def]
+    return _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
 
 
 @chunkwise_backward.register_fake
@@ -154,31 +156,33 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
     tensors, ctx.options, ctx.return_state = inputs[:7], inputs[7:10], inputs[10]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
-    ctx.out_shape = output[0].shape
+    ctx.out = output[0].shape, output[0].dtype
 
 
 def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
     q = ctx.saved_tensors[0]
     if dout is None:
-        dout = q.new_zeros(ctx.out_shape)
+        dout = q.new_zeros(ctx.out[0], dtype=ctx.out[1])
     if not ctx.return_state:  # an empty tensor then, not a state
         dfinal = None
     grads = chunkwise_backward(dout, dfinal, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[3])
     used = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-    return *used, *[None] * 6
+    return *used, *[None] * 7
 
 
 chunkwise.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _empty(x: Tensor, width: int) -> Tensor:
+def _empty(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """(B, H, T, width) that lies as (B, T, H, width) in memory, which is how layers go on with it."""
     batch, heads, length, _ = x.shape
-    return x.new_empty(batch, length, heads, width).transpose(1, 2)
+    return x.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
 
 
-def _outputs(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool) -> tuple[Tensor, Tensor]:
-    out = _empty(q, v.shape[-1])
+def _outputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    out = _empty(q, v.shape[-1], out_dtype)
     if not return_state:
         return out, q.new_empty(0, dtype=state_dtype(q.dtype))
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -189,7 +193,7 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dstate = q.new_empty(0, dtype=state_dtype(q.dtype)) if state is None else torch.empty_like(state)
-    dq, dk, dv = (_empty(x, x.shape[-1]) for x in (q, k, v))
+    dq, dk, dv = (_empty(x, x.shape[-1], x.dtype) for x in (q, k, v))
     return dq, dk, dv, torch.zeros_like(log_decay), dstate
 
 
