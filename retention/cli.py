@@ -92,7 +92,6 @@ def generate(
         from .integrations.transformers.training import DTYPES, check_device, quiet
 
         quiet()
-
         if not (model / "config.json").is_file():
             raise ValueError(f"no model in {model}: it has no config.json; `retention train --out {model}` makes one")
         if dtype not in DTYPES:

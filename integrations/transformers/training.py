@@ -96,10 +96,8 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> tuple[RetNe
     if resume and settings.corpus not in ("", digest):
         raise ValueError("the corpus is not what it was when the run began; put its files back, or begin a new run")
     settings = replace(settings, corpus=digest)
-    train_set, valid_set = (
-        Blocks("training", train_text, settings.context),
-        Blocks("validation", valid_text, settings.context),
-    )
+    train_set = Blocks("training", train_text, settings.context)
+    valid_set = Blocks("validation", valid_text, settings.context)
 
     checkpoint = last_checkpoint(out) if resume else None
     finished = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= settings.steps
