@@ -36,6 +36,6 @@ def parity(examples: Annotated[int, typer.Option(help="Random calls.")] = 300) -
         for form, backend, dtype in [key]
     ]
     columns = ["form", "backend", "dtype", "calls", "largest deviation", "bound"]
-    show("Deviation from the definition: relative to the largest value; half precision, relative RMS", columns, rows)
+    show("Deviation from the definition (half precision: RMS)", columns, rows)
     if any(value > cases.BOUNDS[dtype] for (_, _, dtype), value in worst.items()):
         raise typer.Exit(1)
