@@ -40,7 +40,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")] = Path("runs/retnet"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its settings.")] = False,
     preset: Annotated[str, typer.Option(help=f"Size: {', '.join(PRESETS)}.")] = "tiny",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1100,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1200,
     batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
     context: Annotated[int, typer.Option(help="Bytes per sequence.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate; falls as a cosine.")] = 4e-3,
@@ -70,7 +70,7 @@ def train(
     typer.echo(f"validation {loss:.4f} nats, {loss / math.log(2):.4f} bits per byte; the model is in {out}")
     if sample:
         typer.echo(f"\nA sample (for more: retention generate --model {out} --prompt TEXT):\n")
-        _write(model, "def ", sample, temperature=0.7, seed=seed)
+        _write(model, "def ", sample, temperature=0.8, seed=seed)
 
 
 @app.command()
@@ -78,7 +78,7 @@ def generate(
     model: Annotated[Path, typer.Option(help="Folder that `retention train` wrote.")],
     prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "def ",
     tokens: Annotated[int, typer.Option(min=1, help="Bytes to write.")] = 400,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte each time.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte each time.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K bytes only.")] = None,
     seed: Seed = 0,
     device: Device = "auto",

@@ -39,7 +39,7 @@ class Settings:
 
     files: list[str] = field(default_factory=list)  # none: the Python standard library
     preset: str = "tiny"
-    steps: int = 1100
+    steps: int = 1200
     batch: int = 16
     context: int = 128
     lr: float = 4e-3
