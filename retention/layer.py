@@ -85,7 +85,7 @@ class MultiScaleRetention(nn.Module):
         num_heads: query heads, each with its own decay.
         num_kv_heads: key and value heads; divides num_heads; default num_heads.
         key_dim, value_dim: total width of q and of the heads' outputs; default dim and 2 dim, as in the paper.
-        decay: "paper", "log_linear", or num_heads log-decays; see `retention.decay`.
+        decay: "paper", "log_linear", "short", or num_heads log-decays; see `retention.decay`.
         learnable_decay: train it: the parameter `decay_shift` is added to the schedule's log(1 - gamma), where half
             precision keeps slow heads apart and weight decay pulls toward the schedule.
         rotary: "paper", "rope" or None; see `retention.rotary`. interleaved: which channels form a pair.

@@ -6,6 +6,7 @@ import math
 import oracle
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch.nn import functional as F
 
 from retention import MultiScaleRetention, ShapeError, set_backend
@@ -223,6 +224,15 @@ def test_dropout_is_for_training_only():
     layer, x = make(dropout=0.5), torch.randn(1, 5, 32, dtype=torch.float64)
     assert (layer(x) == 0).any()
     assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    layer, x = make(), torch.randn(1, 70, 32, dtype=torch.float64, requires_grad=True)
+    want = torch.autograd.grad(layer(x).sum(), (x, layer.k_proj.weight))
+    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).sum().backward()
+    for got, gradient in zip((x.grad, layer.k_proj.weight.grad), want, strict=True):
+        assert torch.equal(got, gradient)
 
 
 # --- compile, export --------------------------------------------------------------------------------------------------

@@ -160,12 +160,12 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
-    q = ctx.saved_tensors[0]
+    tensors = ctx.saved_tensors  # once: gradient checkpointing computes them anew
     if dout is None:
-        dout = q.new_zeros(ctx.out[0], dtype=ctx.out[1])
+        dout = tensors[0].new_zeros(ctx.out[0], dtype=ctx.out[1])
     if not ctx.return_state:  # an empty tensor then, not a state
         dfinal = None
-    grads = chunkwise_backward(dout, dfinal, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[3])
+    grads = chunkwise_backward(dout, dfinal, *tensors, *ctx.options, ctx.needs_input_grad[3])
     used = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
     return *used, *[None] * 7
 
