@@ -167,10 +167,8 @@ def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
         if not reasons:
             return candidate, asked
     refusals = [f"  {name}, {asked.form}: {'; '.join(why)}" for name, _, asked, why in _answers(call, backend)]
-    what = "no backend" if backend == "auto" else f"backend {backend!r}"
-    raise BackendError(
-        "\n".join([f"{what} cannot run {call}", *refusals]).replace("no backend cannot", "no backend can")
-    )
+    what = "no backend can" if backend == "auto" else f"backend {backend!r} cannot"
+    raise BackendError("\n".join([f"{what} run {call}", *refusals]))
 
 
 def explain(call: Call, backend: str = "auto") -> str:

@@ -33,7 +33,7 @@ from .walk import Decays, backward, forward
 if TYPE_CHECKING:
     from .. import Call
 
-CHUNK_SIZE = 64  # the fastest of 16 to 256 on CPU; `python -m benchmarks floor --chunks` measures it
+CHUNK_SIZE = 64  # on CPU as fast as any of 16 to 256, within the noise of `python -m benchmarks floor --chunks`
 HEADS_AT_ONCE = 32  # rows times heads; on CPU more of them leave the cache, fewer leave threads idle
 
 
