@@ -14,8 +14,8 @@ from tqdm.auto import trange
 
 from benchmarks.measure import show
 from retention import RetNet
+from retention.ffn import FeedForward
 from retention.integrations.transformers.training import corpus
-from retention.model import FeedForward
 from retention.rotary import frequencies, rotate, rotation
 
 

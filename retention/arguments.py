@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -192,3 +193,20 @@ def _require(condition: Tensor, message: str, value: Tensor) -> None:
         torch._assert_async(condition.all(), message.format("other values"))
     elif not condition.all():
         raise ValueError(message.format(value.tolist()))
+
+
+def number(value: object) -> float:
+    """NaN, which no bound admits, for what is not a number."""
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def check_number(name: str, value: object, sound: bool, allowed: str) -> None:
+    """Raises: ValueError that names the option, unless it is sound."""
+    if not sound:
+        raise ValueError(f"{name} must be a number, {allowed}; got {name} {value!r}")
+
+
+def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
+    """Raises: ValueError that names the option, unless it is one of those allowed; True is not 1 here."""
+    if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {name} {value!r}")

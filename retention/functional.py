@@ -113,6 +113,29 @@ def step(
     return out
 
 
+def scores(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = True,
+    decay_norm: bool = False,
+    score_norm: ScoreNorm = False,
+) -> Tensor:
+    """The retention scores R of the parallel form, (B, H, T, T): `retain` is R v. Arguments and source as there."""
+    call = describe(q, k, k, log_decay, scale=scale, mask=mask, causal=causal, score_norm=score_norm, form="parallel")
+    found = eager.scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask)
+    if decay_norm:
+        found = found / _total_decay(call, log_decay, None, mask, None).sqrt()[..., None]
+    if score_norm:
+        found = found / _clamped(
+            found.abs().sum(-1, True) if score_norm == "absolute" else found.sum(-1, True), score_norm
+        )
+    return found
+
+
 def initial_state(
     rows: int,
     heads: int,
@@ -189,8 +212,7 @@ def _run(
 
     decay = _total_decay(call, log_decay, state, mask, cu_seqlens).sqrt()[..., None] if decay_norm else None
     if mass is not None:
-        mass = mass.abs() if decay is None else mass.abs() / decay
-        out = out / mass.clamp(1, 5e4 if score_norm == "absolute" else None)
+        out = out / _clamped(mass if decay is None else mass / decay, score_norm)
     if decay is not None:
         out = out / decay
     out = out.to(v.dtype)
@@ -216,6 +238,10 @@ def _total_decay(
         lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
     ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))
     return behind + ahead - 1
+
+
+def _clamped(mass: Tensor, score_norm: ScoreNorm) -> Tensor:
+    return mass.abs().clamp(1, 5e4 if score_norm == "absolute" else None)
 
 
 def _counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:

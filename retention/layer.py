@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
-from .arguments import ScoreNorm
+from .arguments import ScoreNorm, check_choice, check_number, number
 from .decay import as_tensor, log_decays
 from .errors import ShapeError
-from .functional import initial_state, retain, step, token_times
-from .rotary import frequencies, rotate, rotation
+from .functional import initial_state, retain, scores, step, token_times
+from .rotary import frequencies, pair_decays, rotate, rotation
 from .state import RetentionState, state_dtype
 
-GATES: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
@@ -88,7 +88,8 @@ class MultiScaleRetention(nn.Module):
         decay: "paper", "log_linear", "short", or num_heads log-decays; see `retention.decay`.
         learnable_decay: train it: the parameter `decay_shift` is added to the schedule's log(1 - gamma), where half
             precision keeps slow heads apart and weight decay pulls toward the schedule.
-        rotary: "paper", "rope" or None; see `retention.rotary`. interleaved: which channels form a pair.
+        rotary: "paper", "rope", "xpos" or None; see `retention.rotary`. interleaved: which channels form a pair. With
+            "xpos" each pair of channels has its own decay, which costs key_dim / num_heads / 2 times as much.
         scale: factor of q . k; default 1 / sqrt(key_dim / num_heads).
         bias: of all five projections.
         gate: "silu", "gelu", "relu", "sigmoid" or None.
@@ -97,7 +98,7 @@ class MultiScaleRetention(nn.Module):
         decay_norm, score_norm: the paper's normalisers, see `retain`; without effect under a norm, but for its eps.
         dropout: of the output, in training.
         init_gain: of the Xavier initialisation of all projections but the last, whose gain is 1/2; default: that of the
-            authors' code, for deep models.
+            authors' code, for deep models. init_scale: a further factor for v_proj and out_proj, as in DeepNorm.
         backend, form, chunk_size: of `forward`, as in `retain`; attributes, so they can be changed later. `step` takes
             the best backend that can.
     Raises: ValueError or ShapeError that names the option.
@@ -129,6 +130,7 @@ class MultiScaleRetention(nn.Module):
         score_norm: ScoreNorm = False,
         dropout: float = 0.0,
         init_gain: float = 2**-2.5,
+        init_scale: float = 1.0,
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -140,18 +142,21 @@ class MultiScaleRetention(nn.Module):
         key_dim = dim if key_dim is None else key_dim
         value_dim = 2 * dim if value_dim is None else value_dim
         _check_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
-        _check_choice("gate", gate, (*GATES, None))
-        _check_choice("norm", norm, (*NORMS, None))
-        _check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
-        _check_choice("score_norm", score_norm, (False, True, "absolute"))
-        _check_choice("form", form, (*backends.FORMS, "auto"))
-        _check_choice("causal", causal, (True, False))
-        _check_number("dropout", dropout, 0 <= _number(dropout) < 1, "at least 0 and below 1")
-        _check_number("norm_eps", norm_eps, 0 <= _number(norm_eps) < math.inf, "at least 0")
-        _check_number("init_gain", init_gain, 0 < _number(init_gain) < math.inf, "above 0")
-        _check_number("scale", scale, scale is None or abs(_number(scale)) < math.inf, "finite, or None")
+        check_choice("gate", gate, (*ACTIVATIONS, None))
+        check_choice("norm", norm, (*NORMS, None))
+        check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
+        check_choice("score_norm", score_norm, (False, True, "absolute"))
+        check_choice("form", form, (*backends.FORMS, "auto"))
+        check_choice("causal", causal, (True, False))
+        check_number("dropout", dropout, 0 <= number(dropout) < 1, "at least 0 and below 1")
+        check_number("norm_eps", norm_eps, 0 <= number(norm_eps) < math.inf, "at least 0")
+        check_number("init_gain", init_gain, 0 < number(init_gain) < math.inf, "above 0")
+        check_number("init_scale", init_scale, 0 < number(init_scale) < math.inf, "above 0")
+        check_number("scale", scale, scale is None or abs(number(scale)) < math.inf, "finite, or None")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be an integer of at least 1, or None; got chunk_size {chunk_size!r}")
+        if rotary == "xpos" and (decay_norm or score_norm):
+            raise ValueError("decay_norm and score_norm are sums over whole heads, which rotary 'xpos' has not")
         if not causal and form == "recurrent":
             raise ValueError("the recurrent form is causal; got causal False, form 'recurrent'")
         if score_norm == "absolute" and form not in ("auto", "parallel"):
@@ -163,8 +168,11 @@ class MultiScaleRetention(nn.Module):
         self.head_key_dim, self.head_value_dim = key_dim // num_heads, value_dim // num_heads
         self.decays = log_decays(decay, num_heads)
         self.freqs = None if rotary is None else frequencies(rotary, self.head_key_dim)
-        self.interleaved, self.scale, self.causal = interleaved, scale, causal
-        self.decay_norm, self.score_norm, self.init_gain = decay_norm, score_norm, init_gain
+        self.pair_decays = pair_decays(self.head_key_dim) if rotary == "xpos" else None
+        self.interleaved, self.causal = interleaved, causal
+        self.scale = self.head_key_dim**-0.5 if scale is None else scale
+        self.decay_norm, self.score_norm = decay_norm, score_norm
+        self.init_gain, self.init_scale = init_gain, init_scale
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -173,7 +181,7 @@ class MultiScaleRetention(nn.Module):
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_value_dim, bias, **dd)
         self.g_proj = nn.Linear(dim, value_dim, bias, **dd) if gate else None
         self.out_proj = nn.Linear(value_dim, dim, bias, **dd)
-        self.gate = GATES[gate] if gate else None
+        self.gate = ACTIVATIONS[gate] if gate else None
         self.norm = (
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
@@ -188,7 +196,9 @@ class MultiScaleRetention(nn.Module):
         """Draw the projections anew, as the authors' code does; biases, norms and decays as at the start."""
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.out_proj):
             if proj is not None:
-                nn.init.xavier_uniform_(proj.weight, 0.5 if proj is self.out_proj else self.init_gain)
+                gain = 0.5 if proj is self.out_proj else self.init_gain
+                scale = self.init_scale if proj is self.out_proj or proj is self.v_proj else 1.0
+                nn.init.xavier_uniform_(proj.weight, gain * scale)
                 if proj.bias is not None:
                     nn.init.zeros_(proj.bias)
         if isinstance(self.norm, HeadNorm):
@@ -197,11 +207,15 @@ class MultiScaleRetention(nn.Module):
             nn.init.zeros_(self.decay_shift)
 
     def log_decay(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The log-decay of each head, (num_heads,)."""
+        """The log-decay of each head, (num_heads,); with rotary "xpos" of each pair of channels in each head."""
         if self.decay_shift is None:
-            return as_tensor(self.decays, device, dtype)
-        log_gap = as_tensor(self.log_gaps, device, dtype) + self.decay_shift.to(dtype)
-        return torch.log1p(-log_gap.clamp(max=-1e-4).exp())  # gamma stays above 0
+            heads = as_tensor(self.decays, device, dtype)
+        else:
+            log_gap = as_tensor(self.log_gaps, device, dtype) + self.decay_shift.to(dtype)
+            heads = torch.log1p(-log_gap.clamp(max=-1e-4).exp())  # gamma stays above 0
+        if self.pair_decays is None:
+            return heads
+        return (heads[:, None] + as_tensor(self.pair_decays, device, dtype)).flatten()
 
     def forward(
         self,
@@ -213,6 +227,7 @@ class MultiScaleRetention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
         return_state: bool = False,
+        in_place: bool = False,
         rotation: tuple[Tensor, Tensor] | None = None,
         form: str | None = None,
         backend: str | None = None,
@@ -221,6 +236,7 @@ class MultiScaleRetention(nn.Module):
 
         Shapes: x (B, T, dim); key, value (B, T, dim), what to retain instead of x (value defaults to key, key to x);
             mask (B, T) bool, True = real token; cu_seqlens (N + 1,) int32 with B = 1.
+        in_place: one token without gradient; the state after it overwrites `state`.
         rotation: what `self.rotation` returns, to compute it once for many layers.
         form, backend: for this call, instead of the layer's own.
         Returns: y (B, T, dim); with return_state, also the state after the last token.
@@ -231,22 +247,28 @@ class MultiScaleRetention(nn.Module):
         if rotation is None:
             rotation = self.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
         q, k, v = self._project(x, key, value, rotation)
+        options: dict[str, Any] = dict(
+            scale=self.scale, mask=mask, decay_norm=self.decay_norm, score_norm=self.score_norm
+        )
+        log_decay = self.log_decay(q.device, state_dtype(q.dtype))
+        if in_place:
+            if state is None:
+                raise ValueError("in_place needs a state to overwrite; `initial_state` makes an empty one")
+            y = self._output(step(q, k, v, log_decay, state, **options), x)
+            return (y, state) if return_state else y
         retained = retain(
             q,
             k,
             v,
-            self.log_decay(q.device, state_dtype(q.dtype)),
+            log_decay,
             state=state,
-            scale=self.scale,
-            mask=mask,
             cu_seqlens=cu_seqlens,
             causal=self.causal,
-            decay_norm=self.decay_norm,
-            score_norm=self.score_norm,
             chunk_size=self.chunk_size,
             backend=backend or self.backend,
             form=form or self.form,
             return_state=return_state,
+            **options,
         )
         if isinstance(retained, Tensor):
             return self._output(retained, x)
@@ -254,29 +276,27 @@ class MultiScaleRetention(nn.Module):
         return self._output(out, x), new
 
     @torch.no_grad()
-    def step(self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Any = None) -> Tensor:
+    def step(self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None) -> Tensor:
         """Decode one token, x (B, 1, dim) -> y (B, 1, dim); `state` is updated in place, at a cost that never grows."""
+        return self(x, state=state, mask=mask, in_place=True)
+
+    def scores(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """The retention scores R that `forward` weighs the values with in its parallel form, (B, num_heads, T, T).
+
+        x (B, T, dim); mask (B, T) bool. For looking at: they take memory in T^2.
+        """
         self._check_inputs(x, x, x)
-        if rotation is None:
-            rotation = self.rotation(x, mask=mask, state=state)
-        q, k, v = self._project(x, x, x, rotation)
-        out = step(
-            q,
-            k,
-            v,
-            self.log_decay(q.device, state_dtype(q.dtype)),
-            state,
-            scale=self.scale,
-            mask=mask,
-            decay_norm=self.decay_norm,
-            score_norm=self.score_norm,
-        )
-        return self._output(out, x)
+        q, k, _ = self._project(x, x, x, self.rotation(x, mask=mask))
+        log_decay = self.log_decay(q.device, state_dtype(q.dtype))
+        options: dict[str, Any] = dict(decay_norm=self.decay_norm, score_norm=self.score_norm)
+        found = scores(q, k, log_decay, scale=self.scale, mask=mask, causal=self.causal, **options)
+        return found if self.pair_decays is None else reduce(found, "b (h p) n m -> b h n m", "sum", h=self.num_heads)
 
     def initial_state(self, batch: int) -> RetentionState:
         """The state before the first token, for `step`."""
         weight = self.q_proj.weight
-        sizes = (batch, self.num_heads, self.head_key_dim, self.head_value_dim)
+        pairs = 1 if self.pair_decays is None else len(self.pair_decays)
+        sizes = (batch, self.num_heads * pairs, self.head_key_dim // pairs, self.head_value_dim)
         return initial_state(*sizes, score_norm=bool(self.score_norm), device=weight.device, dtype=weight.dtype)
 
     def rotation(
@@ -301,9 +321,19 @@ class MultiScaleRetention(nn.Module):
         k, v = (rearrange(z, "b t (h d) -> b h t d", h=self.num_kv_heads) for z in (k, v))
         if rotation is not None:
             q, k = (rotate(z, *rotation, interleaved=self.interleaved) for z in (q, k))
+        if (
+            self.pair_decays is not None
+        ):  # one decay to a head: each pair is a head of its own, and `_output` adds them up
+            pattern = "b h t (p c) -> b (h p) t c" if self.interleaved else "b h t (c p) -> b (h p) t c"
+            q, k = (
+                rearrange(z, pattern, c=2) for z in (q, k.repeat_interleave(self.num_heads // self.num_kv_heads, 1))
+            )
+            v = v.repeat_interleave(q.shape[1] // self.num_kv_heads, dim=1)
         return q, k, v
 
     def _output(self, out: Tensor, x: Tensor) -> Tensor:
+        if self.pair_decays is not None:
+            out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
         y = rearrange(self.norm(out.transpose(1, 2)), "b t h d -> b t (h d)")
         if self.gate is not None and self.g_proj is not None:
             y = self.gate(self.g_proj(x)) * y
@@ -331,7 +361,7 @@ def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> 
     Raises: ValueError for unknown names.
     """
     backends.check_name(backend)
-    _check_choice("form", form, (*backends.FORMS, "auto"))
+    check_choice("form", form, (*backends.FORMS, "auto"))
     for module in model.modules():
         if isinstance(module, MultiScaleRetention):
             module.backend, module.form = backend, form
@@ -350,18 +380,3 @@ def _check_sizes(**sizes: int) -> None:
         raise ShapeError(
             f"num_kv_heads must divide num_heads; got num_kv_heads {sizes['num_kv_heads']}, num_heads {heads}"
         )
-
-
-def _number(value: object) -> float:
-    """NaN, which no bound admits, for what is not a number."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def _check_number(name: str, value: object, sound: bool, allowed: str) -> None:
-    if not sound:
-        raise ValueError(f"{name} must be a number, {allowed}; got {name} {value!r}")
-
-
-def _check_choice(name: str, value: object, allowed: Sequence[object]) -> None:
-    if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {name} {value!r}")

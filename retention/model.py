@@ -6,14 +6,17 @@ Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3: Y = MSR(LN(X)) + X, X' =
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from .arguments import check_choice, check_number, number
+from .decoding import stream
 from .errors import ShapeError
+from .ffn import NORMS, FeedForward, MixtureOfExperts
 from .layer import MultiScaleRetention
 from .state import RetentionState
 
@@ -24,7 +27,7 @@ _SMALL: dict[str, Any] = dict(
     num_heads=8,
     retention={"decay": "short", "learnable_decay": True, "rotary": "rope", "init_gain": 1.0},
 )
-_PAPER: dict[str, Any] = dict(vocab_size=50304, gated_ffn=False, norm="layer", retention={"decay": "log_linear"})
+_PAPER: dict[str, Any] = dict(vocab_size=50304, use_glu=False, norm="layer", retention={"decay": "log_linear"})
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(dim=128, num_layers=4, **_SMALL),
     "small": dict(dim=256, num_layers=6, **_SMALL),
@@ -34,49 +37,64 @@ PRESETS: dict[str, dict[str, Any]] = {
     "2.7b": dict(dim=2560, num_layers=32, num_heads=10, **_PAPER),
     "6.7b": dict(dim=4096, num_layers=32, num_heads=16, **_PAPER),
 }
-NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
-class FeedForward(nn.Module):
-    """fc2(gelu(fc1 x) * gate x), or without the gate fc2(gelu(fc1 x)); no bias."""
+class BlockOutput(NamedTuple):
+    hidden: Tensor
+    state: RetentionState | None
+    aux_loss: Tensor | None
 
-    def __init__(
-        self, dim: int, hidden_dim: int, *, gated: bool, dropout: float, device: Any = None, dtype: Any = None
-    ):
+
+class BackboneOutput(NamedTuple):
+    """What comes out of `RetNetBackbone`; all but the first and the last are None unless asked for.
+
+    hidden (B, T, dim): after the final norm. state: of each block. layers: the input of the first block and the output
+    of each. scores: R of each block, (B, num_heads, T, T). aux_loss: of the experts, a mean over blocks.
+    """
+
+    hidden: Tensor
+    state: list[RetentionState] | None = None
+    layers: list[Tensor] | None = None
+    scores: list[Tensor] | None = None
+    aux_loss: Tensor | None = None
+
+
+class DropPath(nn.Module):
+    """In training, leave a residual branch out for a part `rate` of the sequences, and scale the rest up.
+
+    Source: Huang et al. 2016, arXiv:1603.09382.
+    """
+
+    def __init__(self, rate: float):
         super().__init__()
-        dd = {"bias": False, "device": device, "dtype": dtype}
-        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
-        self.gate = nn.Linear(dim, hidden_dim, **dd) if gated else None
-        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
-        self.dropout = nn.Dropout(dropout)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        for proj in (self.fc1, self.gate, self.fc2):
-            if proj is not None:
-                nn.init.xavier_uniform_(proj.weight)
+        self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.gelu(self.fc1(x))
-        if self.gate is not None:
-            y = y * self.gate(x)
-        return self.dropout(self.fc2(y))
+        if self.rate == 0 or not self.training:
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
+        return x * kept.to(x.dtype) / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
 
 
 class RetNetBlock(nn.Module):
-    """x + retention(norm(x)), then x + ffn(norm(x))."""
+    """x + retention(norm(x)), then x + ffn(norm(x)); or with the norms after the sums, and x in them times `alpha`."""
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        ffn_dim: int,
         *,
-        gated_ffn: bool,
+        ffn: nn.Module,
+        retention: dict[str, Any],
         norm: str,
         norm_eps: float,
+        norm_before: bool,
+        alpha: float,
         dropout: float,
-        retention: dict[str, Any],
+        drop_path: float,
         device: Any = None,
         dtype: Any = None,
     ):
@@ -85,23 +103,49 @@ class RetNetBlock(nn.Module):
         self.retention_norm = NORMS[norm](dim, eps=norm_eps, **dd)
         self.retention = MultiScaleRetention(dim, num_heads, **{"dropout": dropout, **retention}, **dd)
         self.ffn_norm = NORMS[norm](dim, eps=norm_eps, **dd)
-        self.ffn = FeedForward(dim, ffn_dim, gated=gated_ffn, dropout=dropout, **dd)
+        self.ffn = ffn
+        self.drop_path = DropPath(drop_path)
+        self.norm_before, self.alpha = norm_before, alpha
 
-    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, RetentionState | None]:
-        """x (B, T, dim) -> x, and the state if asked for; options as `MultiScaleRetention.forward`."""
-        y = self.retention(self.retention_norm(x), **options)
+    def forward(self, x: Tensor, **options: Any) -> BlockOutput:
+        """x (B, T, dim) -> x, the state if asked for, the experts' loss; options as `MultiScaleRetention.forward`."""
+        y = self.retention(self.retention_norm(x) if self.norm_before else x, **options)
         y, state = y if options.get("return_state") else (y, None)
-        x = x + y
-        return x + self.ffn(self.ffn_norm(x)), state
+        x = self._add(x, y, self.retention_norm)
+        y = self.ffn_norm(x) if self.norm_before else x
+        y, aux_loss = (
+            self.ffn(y, options.get("mask")) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(y), None)
+        )
+        return BlockOutput(self._add(x, y, self.ffn_norm), state, aux_loss)
 
-    def step(self, x: Tensor, state: RetentionState, **options: Any) -> Tensor:
-        """x (B, 1, dim) -> x; `state` is updated in place."""
-        x = x + self.retention.step(self.retention_norm(x), state, **options)
-        return x + self.ffn(self.ffn_norm(x))
+    def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        x = (x if self.alpha == 1 else x * self.alpha) + self.drop_path(y)
+        return x if self.norm_before else norm(x)
+
+    def scores(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+        """Those of the retention layer, for the block's input."""
+        return self.retention.scores(self.retention_norm(x) if self.norm_before else x, mask=mask)
 
 
 class RetNetBackbone(nn.Module):
-    """The blocks and the final norm: embeddings in, hidden states out. Arguments as for `RetNet`."""
+    """All between the embedding and the head: embeddings in, hidden states out.
+
+    Args:
+        dim, num_layers, num_heads: width, blocks, heads in each.
+        ffn_dim: inner width of the feed-forward; default 4/3 dim with gate (rounded up to 16), 2 dim without.
+        use_glu, ffn_bias, activation_fn, activate_output: see `FeedForward`.
+        norm, norm_eps: "rms" or "layer", of each sublayer and, with final_norm, at the end.
+        norm_before: False puts the norms after the residual sums, and there is none at the end.
+        deepnorm: norms after the sums, residuals times (2 num_layers)^(1/4), smaller first weights (arXiv:2203.00555).
+        subln: "layer" or "rms", a norm before fc2 in feed-forwards without a gate (arXiv:2210.06423).
+        layernorm_embedding: a norm of the embeddings. no_scale_embedding: False multiplies them by sqrt(dim).
+        dropout: of the embedding and of each sublayer's output; activation_dropout: inside the feed-forward;
+            drop_path_rate: of whole branches, from 0 in the first block to this in the last. In training.
+        moe_freq: every how many blocks the feed-forward is a mixture of moe_expert_count experts, of which a token
+            takes two, with moe_top1_expert one; 0: none.
+        retention: further options of `MultiScaleRetention`, the same for all blocks, e.g. {"decay": "log_linear"}.
+    Raises: ValueError or ShapeError that names the option.
+    """
 
     def __init__(
         self,
@@ -110,29 +154,84 @@ class RetNetBackbone(nn.Module):
         num_heads: int,
         *,
         ffn_dim: int | None = None,
-        gated_ffn: bool = True,
+        use_glu: bool = True,
+        ffn_bias: bool = False,
+        activation_fn: str = "gelu",
+        activate_output: bool = False,
         norm: str = "rms",
         norm_eps: float = 1e-6,
+        norm_before: bool = True,
+        final_norm: bool = True,
+        deepnorm: bool = False,
+        subln: str | None = None,
+        layernorm_embedding: bool = False,
+        no_scale_embedding: bool = True,
         dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        drop_path_rate: float = 0.0,
+        moe_freq: int = 0,
+        moe_expert_count: int = 0,
+        moe_top1_expert: bool = False,
         retention: dict[str, Any] | None = None,
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__()
-        if norm not in NORMS:
-            raise ValueError(f"norm must be one of {', '.join(map(repr, NORMS))}; got norm {norm!r}")
+        check_choice("norm", norm, NORMS)
+        check_choice("subln", subln, (*NORMS, None))
+        rates = {"dropout": dropout, "activation_dropout": activation_dropout, "drop_path_rate": drop_path_rate}
+        for name, rate in rates.items():
+            check_number(name, rate, 0 <= number(rate) < 1, "at least 0 and below 1")
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1; got num_layers {num_layers}")
+        if deepnorm and subln:
+            raise ValueError(f"deepnorm and subln exclude each other; got deepnorm True, subln {subln!r}")
+        if subln and use_glu and not moe_freq:
+            raise ValueError("subln is a norm in feed-forwards without a gate; pass use_glu=False, or leave it out")
+        top_k = 1 if moe_top1_expert else 2
+        if moe_freq < 0 or (moe_freq and moe_expert_count < top_k):
+            raise ValueError(
+                f"moe_freq must be at least 0, and with it moe_expert_count at least {top_k}; "
+                f"got moe_freq {moe_freq}, moe_expert_count {moe_expert_count}"
+            )
         if ffn_dim is None:  # as many parameters with the gate as without
-            ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if gated_ffn else 2 * dim
-        options: dict[str, Any] = dict(
-            gated_ffn=gated_ffn, norm=norm, norm_eps=norm_eps, dropout=dropout, device=device, dtype=dtype
+            ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if use_glu else 2 * dim
+
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm_before = norm_before and not deepnorm
+        init_scale = (8 * num_layers) ** -0.25 if deepnorm else math.log(2 * num_layers) ** 0.5 if subln else 1.0
+        inside = {"activation": activation_fn, "dropout": dropout, "activation_dropout": activation_dropout}
+        inside |= {"norm_eps": norm_eps, "init_scale": init_scale, **dd}
+        experts = dict(num_experts=moe_expert_count, top_k=top_k, bias=True, hidden_norm=subln)
+        dense = dict(
+            gated=use_glu, bias=ffn_bias, activate_output=activate_output, hidden_norm=None if use_glu else subln
         )
-        blocks = (
-            RetNetBlock(dim, num_heads, ffn_dim, retention=dict(retention or {}), **options) for _ in range(num_layers)
-        )
-        self.blocks = nn.ModuleList(blocks)
-        self.norm = NORMS[norm](dim, eps=norm_eps, device=device, dtype=dtype)
+
+        def block(depth: int) -> RetNetBlock:
+            mixed = moe_freq and (depth + 1) % moe_freq == 0
+            ffn: Any = MixtureOfExperts if mixed else FeedForward
+            return RetNetBlock(
+                dim,
+                num_heads,
+                ffn=ffn(dim, ffn_dim, **(experts if mixed else dense), **inside),
+                retention={"init_scale": init_scale, **(retention or {})},
+                norm=norm,
+                norm_eps=norm_eps,
+                norm_before=norm_before,
+                alpha=(2 * num_layers) ** 0.25 if deepnorm else 1.0,
+                dropout=dropout,
+                drop_path=drop_path_rate * depth / max(num_layers - 1, 1),
+                **dd,
+            )
+
+        self.blocks = nn.ModuleList(block(depth) for depth in range(num_layers))
+        self.embedding_scale = 1.0 if no_scale_embedding else dim**0.5
+        self.embedding_norm = NORMS[norm](dim, eps=norm_eps, **dd) if layernorm_embedding else nn.Identity()
+        self.dropout = nn.Dropout(dropout)
+        self.norm = NORMS[norm](dim, eps=norm_eps, **dd) if final_norm and norm_before else nn.Identity()
+        # Training that computes each block anew in the backward pass; transformers sets both.
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
     def forward(
         self,
@@ -142,54 +241,59 @@ class RetNetBackbone(nn.Module):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         return_state: bool = False,
+        return_layers: bool = False,
+        return_scores: bool = False,
+        in_place: bool = False,
         form: str | None = None,
         backend: str | None = None,
-    ) -> tuple[Tensor, list[RetentionState] | None]:
-        """x (B, T, dim) -> hidden states (B, T, dim), and with return_state the state of each block."""
-        self._check_state(state)
-        before = [None] * len(self.blocks) if state is None else state
-        options: dict[str, Any] = dict(
-            mask=mask, cu_seqlens=cu_seqlens, return_state=return_state, form=form, backend=backend
-        )
-        options["rotation"] = self._rotation(x, state, mask=mask, cu_seqlens=cu_seqlens)
-        after = []
-        for block, block_state in zip(self.blocks, before, strict=True):
-            x, new = block(x, state=block_state, **options)
-            after.append(new)
-        return self.norm(x), after if return_state else None
-
-    @torch.no_grad()
-    def step(self, x: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> Tensor:
-        """One token, x (B, 1, dim) -> (B, 1, dim); every state is updated in place."""
-        self._check_state(state)
-        rotation = self._rotation(x, state, mask=mask)
-        for block, block_state in zip(self.blocks, state, strict=True):
-            x = cast(RetNetBlock, block).step(x, block_state, mask=mask, rotation=rotation)
-        return self.norm(x)
-
-    def _rotation(
-        self, x: Tensor, state: list[RetentionState] | None, **places: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The same for all blocks."""
-        first = cast(RetNetBlock, self.blocks[0]).retention
-        return first.rotation(x, state=None if state is None else state[0], **places)
-
-    def _check_state(self, state: list[RetentionState] | None) -> None:
+    ) -> BackboneOutput:
+        """x (B, T, dim), the embeddings. Options as `MultiScaleRetention.forward`, and what `BackboneOutput` names."""
         if state is not None and len(state) != len(self.blocks):
             raise ValueError(f"state must hold one RetentionState per block, {len(self.blocks)}; got {len(state)}")
+        if return_scores and (state is not None or cu_seqlens is not None or form not in (None, "auto", "parallel")):
+            raise ValueError(
+                "scores exist only in the parallel form, without state and cu_seqlens; "
+                f"got form {form!r}, state {state and 'given'}, cu_seqlens {cu_seqlens is not None and 'given'}"
+            )
+        x = self.dropout(self.embedding_norm(x if self.embedding_scale == 1 else x * self.embedding_scale))
+        first = cast(RetNetBlock, self.blocks[0]).retention  # all rotate alike
+        options: dict[str, Any] = dict(
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            return_state=return_state,
+            in_place=in_place,
+            rotation=first.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=None if state is None else state[0]),
+            form="parallel" if return_scores else form,
+            backend=backend,
+        )
+        layers, scores, states, losses = [x], [], [], []
+        for i, block in enumerate(self.blocks):
+            if return_scores:
+                scores.append(cast(RetNetBlock, block).scores(x, mask=mask))
+            x, after, loss = self._run(block, x, state=None if state is None else state[i], **options)
+            layers.append(x)
+            states.append(after)
+            losses += [] if loss is None else [loss]
+        return BackboneOutput(
+            self.norm(x),
+            cast(list[RetentionState], states) if return_state else None,
+            layers if return_layers else None,
+            scores if return_scores else None,
+            torch.stack(losses).mean() if losses else None,
+        )
+
+    def _run(self, block: nn.Module, x: Tensor, **options: Any) -> BlockOutput:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(partial(block, **options), x)
+        return block(x, **options)
 
 
 class RetNet(nn.Module):
     """A language model: token indices (B, T) in, logits (B, T, vocab_size) out.
 
     Args:
-        dim, num_layers, num_heads: width, blocks, heads in each.
-        ffn_dim: inner width of the feed-forward; default 4/3 dim with gate (rounded up to 16), 2 dim without.
-        gated_ffn: fc2(gelu(fc1 x) * gate x) instead of fc2(gelu(fc1 x)).
-        norm, norm_eps: "rms" or "layer", before each sublayer and at the end.
         tie_embeddings: the head uses the embedding's weight.
-        dropout: of the embedding and of each sublayer's output, in training.
-        retention: further options of `MultiScaleRetention`, the same for all blocks, e.g. {"decay": "log_linear"}.
+        backbone: further options, as `RetNetBackbone`.
     Raises: ValueError or ShapeError that names the option.
     """
 
@@ -201,17 +305,13 @@ class RetNet(nn.Module):
         num_heads: int = 4,
         *,
         tie_embeddings: bool = True,
-        dropout: float = 0.0,
         device: Any = None,
         dtype: Any = None,
         **backbone: Any,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(dropout)
-        self.backbone = RetNetBackbone(
-            dim, num_layers, num_heads, dropout=dropout, device=device, dtype=dtype, **backbone
-        )
+        self.backbone = RetNetBackbone(dim, num_layers, num_heads, device=device, dtype=dtype, **backbone)
         self.head = nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -245,64 +345,18 @@ class RetNet(nn.Module):
         options: dict[str, Any] = dict(
             mask=mask, cu_seqlens=cu_seqlens, return_state=return_state, form=form, backend=backend
         )
-        x, new = self.backbone(self.dropout(self.embedding(tokens)), state=state, **options)
-        return (self.head(x), new) if return_state else self.head(x)
+        out = self.backbone(self.embedding(tokens), state=state, **options)
+        return (self.head(out.hidden), out.state) if return_state else self.head(out.hidden)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> Tensor:
         """Logits (B, 1, vocab_size) of one token for each row, tokens (B, 1); every state is updated in place."""
-        return self.head(self.backbone.step(self.embedding(tokens), state, mask=mask))
+        return self.head(self.backbone(self.embedding(tokens), state=state, mask=mask, in_place=True).hidden)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """tokens (B, T) and what follows, (B, T + max_new_tokens). Options as `stream`."""
         return torch.cat([tokens, *stream(self._prompt, self.step, tokens, max_new_tokens, **options)], dim=1)
 
     def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
-        x, state = self.backbone(self.embedding(tokens), mask=mask, return_state=True)
-        return self.head(x[:, -1:]), state  # the other logits are not needed
-
-
-@torch.inference_mode()
-def stream(
-    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, list[RetentionState]]],
-    step: Callable[[Tensor, list[RetentionState]], Tensor],
-    tokens: Tensor,
-    max_new_tokens: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    mask: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yield the tokens (B, 1) that follow `tokens` (B, T): the prompt in one pass, then one token at a time.
-
-    prompt: tokens (B, T) and mask to the last token's logits (B, 1, vocab_size) and the state.
-    step: tokens (B, 1) and state, to be updated in place, to logits (B, 1, vocab_size).
-    temperature: 0 takes the likeliest token. top_k: draw among the likeliest k only. mask: (B, T), for padded prompts,
-    whose last column must be real. generator: where the chance comes from.
-    """
-    if tokens.dim() != 2 or tokens.shape[1] == 0:
-        raise ShapeError(f"tokens must be (batch, length) with at least one token; got tokens {tuple(tokens.shape)}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0; got temperature {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1; got top_k {top_k}")
-    if mask is not None and not mask[:, -1].all():
-        raise ValueError("the last column of mask must be real tokens; got padding there; pad prompts on the left")
-    logits, state = prompt(tokens, mask)
-    for n in range(max_new_tokens):
-        new = _pick(logits[:, -1], temperature, top_k, generator)
-        yield new
-        if n + 1 < max_new_tokens:
-            logits = step(new, state)
-
-
-def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token (B, 1) from logits (B, vocab_size)."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        out = self.backbone(self.embedding(tokens), mask=mask, return_state=True)
+        return self.head(out.hidden[:, -1:]), out.state  # the other logits are not needed

@@ -1,16 +1,19 @@
 """Rotation of queries and keys by an angle that grows with the token's time, so that q . k depends on the distance.
 
-Source: Sun et al. 2023, arXiv:2307.08621, Eq. 3 to 5 (e^(i n theta)); RoPE, Su et al. 2021, arXiv:2104.09864.
+Source: Sun et al. 2023, arXiv:2307.08621, Eq. 3 to 5 (e^(i n theta)); RoPE, Su et al. 2021, arXiv:2104.09864; xPos, Sun
+et al. 2022, arXiv:2212.10554.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from .decay import as_tensor
 
-SCHEDULES = ("paper", "rope")
+SCHEDULES = ("paper", "rope", "xpos")
 
 
 def frequencies(schedule: str, key_dim: int, base: float = 10000.0) -> tuple[float, ...]:
@@ -18,6 +21,7 @@ def frequencies(schedule: str, key_dim: int, base: float = 10000.0) -> tuple[flo
 
     "paper": base^(-linspace(0, 1, key_dim / 2)), end point included
     "rope":  base^(-arange(key_dim / 2) / (key_dim / 2))
+    "xpos":  as "rope"; each pair also decays at its own pace, `pair_decays`
 
     Raises: ValueError for an unknown schedule or an odd key_dim.
     """
@@ -30,6 +34,15 @@ def frequencies(schedule: str, key_dim: int, base: float = 10000.0) -> tuple[flo
     pairs = key_dim // 2
     steps = max(pairs - 1, 1) if schedule == "paper" else pairs
     return tuple(base ** (-i / steps) for i in range(pairs))
+
+
+def pair_decays(key_dim: int) -> tuple[float, ...]:
+    """The log-decay per token of each of the key_dim / 2 pairs under xPos, in double precision.
+
+    Source: Sun et al. 2022, arXiv:2212.10554: q is multiplied by ((i + 0.4 d) / (1.4 d))^(n / 512) and k divided by it.
+    These factors leave every bound on long inputs; their product, which is what counts, is a decay.
+    """
+    return tuple(math.log((i + 0.4 * key_dim) / (1.4 * key_dim)) / 512 for i in range(0, key_dim, 2))
 
 
 def rotation(times: Tensor, freqs: tuple[float, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

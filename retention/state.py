@@ -46,6 +46,14 @@ class RetentionState:
     def clone(self) -> RetentionState:
         return self.map(torch.clone)
 
+    def copy_(self, other: RetentionState) -> RetentionState:
+        """Overwrite the tensors with those of `other`."""
+        for f in fields(self):
+            mine = getattr(self, f.name)
+            if mine is not None:
+                mine.copy_(getattr(other, f.name))
+        return self
+
     def detach(self) -> RetentionState:
         """Cut from the graph: between the parts of a sequence in truncated backpropagation."""
         return self.map(torch.detach)

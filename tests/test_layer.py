@@ -295,7 +295,7 @@ def test_one_decoding_step_compiles_and_exports():
         ({"key_dim": 4.0}, "key_dim must be an integer of at least 1; got key_dim 4.0"),
         ({"key_dim": 12}, "even key dim per head; got key_dim 3"),
         ({"decay": "slow"}, "decay must be one of 'paper', 'log_linear', 'short' or 4 log-decays; got decay 'slow'"),
-        ({"rotary": "xpos"}, "rotary must be one of 'paper', 'rope' or None; got rotary 'xpos'"),
+        ({"rotary": "alibi"}, "rotary must be one of 'paper', 'rope', 'xpos' or None; got rotary 'alibi'"),
         ({"gate": "swish"}, "gate must be one of 'silu', 'gelu', 'relu', 'sigmoid', None; got gate 'swish'"),
         ({"norm": "batch"}, "norm must be one of 'group', 'rms', None; got norm 'batch'"),
         ({"norm_affine": True}, "norm_affine must be one of False, 'shared', 'channel'; got norm_affine True"),

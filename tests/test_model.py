@@ -13,7 +13,7 @@ def make(**options):
     return RetNet(50, 32, 2, 4, dtype=torch.float64, **options).eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"gated_ffn": False, "norm": "layer", "tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_glu": False, "norm": "layer", "tie_embeddings": False}], ids=str)
 @torch.no_grad()
 def test_all_forms_and_all_cuts_give_the_same_logits(options):
     model, tokens = make(**options), torch.randint(50, (2, 13))
@@ -52,7 +52,7 @@ def test_presets_have_the_parameters_their_formula_says(name):
     dim, layers, vocab = size["dim"], size["num_layers"], size.get("vocab_size", 256)
     retention = 2 * dim * dim + 2 * dim * 2 * dim + 2 * dim * dim  # q k, v g, out
     gated_width = {128: 176, 256: 352, 512: 688}  # 4/3 dim, rounded up to 16
-    ffn = 3 * dim * gated_width[dim] if size.get("gated_ffn", True) else 2 * dim * 2 * dim
+    ffn = 3 * dim * gated_width[dim] if size.get("use_glu", True) else 2 * dim * 2 * dim
     norms = (2 * layers + 1) * dim * (2 if size.get("norm") == "layer" else 1)
     decays = layers * size["num_heads"] * size["retention"].get("learnable_decay", False)
     assert sum(p.numel() for p in model.parameters()) == vocab * dim + layers * (retention + ffn) + norms + decays

@@ -10,8 +10,8 @@ def test_frequencies():
     assert frequencies("paper", 6) == pytest.approx((1, 0.01, 0.0001))
     assert frequencies("rope", 6) == pytest.approx((1, 10000 ** (-1 / 3), 10000 ** (-2 / 3)))
     assert frequencies("paper", 2) == (1,)
-    with pytest.raises(ValueError, match="rotary must be one of 'paper', 'rope' or None; got rotary 'xpos'"):
-        frequencies("xpos", 4)
+    with pytest.raises(ValueError, match="rotary must be one of 'paper', 'rope', 'xpos' or None; got rotary 'alibi'"):
+        frequencies("alibi", 4)
     with pytest.raises(ValueError, match="even key dim per head; got key_dim 5; pass rotary=None"):
         frequencies("rope", 5)
 

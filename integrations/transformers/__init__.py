@@ -7,6 +7,20 @@ except ImportError as error:
         'retention.integrations.transformers needs transformers; pip install "multiscale-retention[transformers]"'
     ) from error
 
-from .modeling import RetNetConfig, RetNetForCausalLM, RetNetModel
+from .cache import RetentionCacheLayer
+from .modeling import (
+    RetNetConfig,
+    RetNetForCausalLM,
+    RetNetForSequenceClassification,
+    RetNetForTokenClassification,
+    RetNetModel,
+)
 
-__all__ = ["RetNetConfig", "RetNetForCausalLM", "RetNetModel"]
+__all__ = [
+    "RetNetConfig",
+    "RetNetForCausalLM",
+    "RetNetForSequenceClassification",
+    "RetNetForTokenClassification",
+    "RetNetModel",
+    "RetentionCacheLayer",
+]

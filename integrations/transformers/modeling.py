@@ -1,37 +1,73 @@
-"""RetNet in the interface of transformers: config, base model and causal language model around `retention.model`."""
+"""RetNet in the interface of transformers: config, base model and heads around `retention.model`."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Cache,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
-from retention.errors import ShapeError
+from retention.arguments import check_choice
+from retention.backends import FORMS
+from retention.decoding import stream
+from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
-from retention.model import FeedForward, RetNetBackbone, stream
+from retention.model import RetNetBackbone
 from retention.state import RetentionState
+
+from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
+
+_BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
 
 
 @strict
 class RetNetConfig(PreTrainedConfig):
-    """The options of `retention.RetNet` under the same names, so that `RetNetConfig(**PRESETS["small"])` works.
+    """The options of `retention.model.RetNetBackbone` under the same names, and those of the heads.
 
-    retention: further options of `MultiScaleRetention`, for all blocks. initializer_range: standard deviation of the
-    embedding's weights; default dim^-0.5.
+    forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
+    tie_word_embeddings, lm_head_bias: of the language-model head.
+    z_loss_coeff: of log^2 Z in the loss, Z the softmax's sum, as in PaLM (arXiv:2204.02311).
+    router_aux_loss_coef: of the loss that balances experts.
+    initializer_range: standard deviation of the embedding's weights; default dim^-0.5.
+    vocab_size: 0 for a model without an embedding, to be called with inputs_embeds.
+
+    Names of transformers (hidden_size, ...) and of other RetNets (decoder_embed_dim, use_lm_decay, ...) are understood.
     """
 
     model_type = "retention"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "dim",
         "num_hidden_layers": "num_layers",
         "num_attention_heads": "num_heads",
         "intermediate_size": "ffn_dim",
+        "decoder_embed_dim": "dim",
+        "decoder_layers": "num_layers",
+        "decoder_retention_heads": "num_heads",
+        "decoder_ffn_embed_dim": "ffn_dim",
+        "decoder_normalize_before": "norm_before",
+        "layernorm_eps": "norm_eps",
+        "forward_impl": "forward_mode",
     }
 
     vocab_size: int = 256
@@ -39,42 +75,96 @@ class RetNetConfig(PreTrainedConfig):
     num_layers: int = 6
     num_heads: int = 4
     ffn_dim: int | None = None
-    gated_ffn: bool = True
+    use_glu: bool = True
+    ffn_bias: bool = False
+    activation_fn: str = "gelu"
+    activate_output: bool = False
     norm: str = "rms"
     norm_eps: float = 1e-6
+    norm_before: bool = True
+    final_norm: bool = True
+    deepnorm: bool = False
+    subln: str | None = None
+    layernorm_embedding: bool = False
+    no_scale_embedding: bool = True
     dropout: float = 0.0
+    activation_dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    moe_freq: int = 0
+    moe_expert_count: int = 0
+    moe_top1_expert: bool = False
     retention: dict[str, Any] | None = None
+    forward_mode: str = "auto"
+    output_retentions: bool = False
+    use_cache: bool = True
     tie_word_embeddings: bool = True
+    lm_head_bias: bool = False
+    z_loss_coeff: float = 0.0
+    router_aux_loss_coef: float = 0.01
     initializer_range: float | None = None
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        lm_decay = kwargs.pop("use_lm_decay", None)
+        others = {
+            "decay": None if lm_decay is None else "log_linear" if lm_decay else "paper",
+            "value_dim": kwargs.pop("decoder_value_embed_dim", None),
+            "chunk_size": kwargs.pop("recurrent_chunk_size", None),
+        }
         super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
+        check_choice("forward_mode", self.forward_mode, (*FORMS, "auto"))
         if self.initializer_range is None:
             self.initializer_range = self.dim**-0.5
-        if self.retention is not None:
-            lists = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in self.retention.items()}
-            self.retention = copy.deepcopy(lists)
+        given = {name: value for name, value in others.items() if value is not None}
+        if self.retention is not None or given:
+            options = copy.deepcopy({**(self.retention or {}), **given})
+            self.retention = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in options.items()}
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' caches and masks ask for."""
+        return [LAYER_TYPE] * self.num_layers
+
+    def validate_layer_type(self) -> None:
+        """transformers' own check knows no types but its own."""
+
+
+@dataclass
+class RetNetModelOutput(BaseModelOutputWithPast):
+    """retentions: the scores of each block, (B, num_heads, T, T). aux_loss: of the experts."""
+
+    retentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
+
+
+@dataclass
+class RetNetCausalLMOutput(CausalLMOutputWithPast):
+    """loss: with all that is added to it. retentions, aux_loss: as in `RetNetModelOutput`."""
+
+    retentions: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
 
 
 class RetNetPreTrainedModel(PreTrainedModel):
     config: RetNetConfig
     config_class = RetNetConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
     _no_split_modules = ["RetNetBlock"]  # noqa: RUF012
+    _is_stateful = True  # `generate` then refuses what rolls back
 
     def post_init(self) -> None:
         for module in self.modules():
-            if isinstance(module, MultiScaleRetention | FeedForward):
+            if isinstance(module, MultiScaleRetention | FeedForward | MixtureOfExperts):
                 for child in module.children():
                     child.initialised_by_parent = True  # type: ignore[assignment]
         super().post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, MultiScaleRetention | FeedForward):
+        if isinstance(module, MultiScaleRetention | FeedForward | MixtureOfExperts):
             module.reset_parameters()
         elif not getattr(module, "initialised_by_parent", False):
             super()._init_weights(module)
@@ -85,84 +175,209 @@ class RetNetModel(RetNetPreTrainedModel):
 
     def __init__(self, config: RetNetConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.dim, config.pad_token_id)
-        self.dropout = nn.Dropout(config.dropout)
-        self.backbone = RetNetBackbone(
-            config.dim,
-            config.num_layers,
-            config.num_heads,
-            ffn_dim=config.ffn_dim,
-            gated_ffn=config.gated_ffn,
-            norm=config.norm,
-            norm_eps=config.norm_eps,
-            dropout=config.dropout,
-            retention=config.retention,
+        self.embed_tokens = (
+            nn.Embedding(config.vocab_size, config.dim, config.pad_token_id) if config.vocab_size else None
         )
+        self.backbone = RetNetBackbone(**{name: getattr(config, name) for name in _BACKBONE})
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
-        state: list[RetentionState] | None = None,
-        return_state: bool = False,
-    ) -> Any:
-        """attention_mask (B, T): 0 = padding. state, return_state: as `retention.RetNet`; gives (hidden, state)."""
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_retentions: bool | None = None,
+        output_attentions: bool | None = None,
+        forward_mode: str | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> RetNetModelOutput:
+        """Hidden states of input_ids (B, T) or inputs_embeds (B, T, dim).
+
+        attention_mask: (B, T) or with a cache (B, tokens so far + T); 0 = padding, left or right.
+        past_key_values: what an earlier call returned; this call continues its sequences, and updates it.
+        position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions do not matter
+            otherwise: time is counted over real tokens. The lengths and cu_seq_lens_k are not needed.
+        use_cache: give past_key_values; default: config.use_cache, but not in training.
+        output_retentions: give the retention scores, which only the parallel form has.
+        forward_mode: as in the config, for this call.
+        Raises: ShapeError or ValueError that says what does not fit.
+        """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or none")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = None if attention_mask is None else _padding(attention_mask, x)
-        x, after = self.backbone(self.dropout(x), mask=mask, state=state, return_state=return_state)
-        return (x, after) if return_state else BaseModelOutput(last_hidden_state=x)
+        if output_attentions:
+            raise ValueError("retention has no attention weights; pass output_retentions=True for its scores")
+        x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        mask = token_mask(attention_mask, x, past_key_values is not None)
+        borders = None
+        if attention_mask is None and past_key_values is None:
+            borders = packed_borders(x, cu_seq_lens_q, position_ids, seq_idx)
+        elif cu_seq_lens_q is not None:
+            raise ValueError(
+                "packed sequences go without attention_mask and past_key_values; got cu_seq_lens_q with them"
+            )
+        if borders is not None:
+            use_cache = False  # its rows would not be those of the batch
+        elif use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        return self._run(
+            x,
+            mask,
+            borders,
+            past_key_values,
+            forward_mode or self.config.forward_mode,
+            bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+            self.config.output_retentions if output_retentions is None else output_retentions,
+        )
+
+    def _embedded(self, input_ids: Tensor | None) -> Tensor:
+        if self.embed_tokens is None:
+            raise ValueError("this model has no embedding (vocab_size 0); pass inputs_embeds instead of input_ids")
+        return self.embed_tokens(input_ids)
+
+    def _run(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        borders: Tensor | None,
+        cache: Cache | None,
+        form: str,
+        hidden_states: bool,
+        retentions: bool,
+    ) -> RetNetModelOutput:
+        layers = [] if cache is None else [retention_layer(cache, i) for i in range(self.config.num_layers)]
+        state: Any = [layer.state for layer in layers] if layers and layers[0].is_initialized else None
+        one_token = x.shape[1] == 1 and form in ("auto", "recurrent") and not torch.is_grad_enabled()
+        out = self.backbone(
+            x if borders is None else x.view(1, -1, x.shape[-1]),
+            mask=mask,
+            cu_seqlens=borders,
+            state=state,
+            return_state=cache is not None,
+            in_place=state is not None and one_token,
+            return_layers=hidden_states,
+            return_scores=retentions,
+            form=None if form == "auto" else form,  # the layers' own
+        )
+        for layer, after in zip(layers, out.state or [], strict=True):
+            layer.store(after, x.shape[1])
+        return RetNetModelOutput(
+            last_hidden_state=out.hidden.view_as(x),
+            past_key_values=cache,
+            hidden_states=tuple(y.view_as(x) for y in (*out.layers[:-1], out.hidden)) if hidden_states else None,
+            retentions=tuple(out.scores) if retentions else None,
+            aux_loss=out.aux_loss,
+        )
 
 
-class RetNetForCausalLM(RetNetPreTrainedModel):
+class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
     """RetNet with a language-model head and loss."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    accepts_loss_kwargs = True
 
     def __init__(self, config: RetNetConfig):
         super().__init__(config)
         self.model = RetNetModel(config)
-        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor | None] | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-    ) -> CausalLMOutput:
-        """labels (B, T): as input_ids, shifted here; -100 is ignored."""
-        x = self.model(input_ids, attention_mask, inputs_embeds).last_hidden_state
-        logits = self.lm_head(x)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size)
-        return CausalLMOutput(loss=loss, logits=logits)
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
+        output_retentions: bool | None = None,
+        output_attentions: bool | None = None,
+        forward_mode: str | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        seq_idx: Tensor | None = None,
+    ) -> RetNetCausalLMOutput:
+        """Logits (B, T, vocab_size), and the loss if there are labels. Other arguments as `RetNetModel.forward`.
+
+        labels (B, T): as input_ids, shifted here; -100 is ignored.
+        logits_to_keep: how many logits from the end, 0 for all; or which, as indices.
+        num_items_in_batch: what the loss is divided by, instead of the number of labels.
+        """
+        out = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_hidden_states,
+            output_retentions,
+            output_attentions,
+            forward_mode,
+            cu_seq_lens_q=cu_seq_lens_q,
+            seq_idx=seq_idx,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch, out.aux_loss)
+        return RetNetCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=out.past_key_values,
+            hidden_states=out.hidden_states,
+            retentions=out.retentions,
+            aux_loss=out.aux_loss,
+        )
 
     def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
-        """Yield the tokens that follow, one (B, 1) at a time; options as `retention.model.stream`."""
+        """Yield the tokens that follow, one (B, 1) at a time; options as `retention.decoding.stream`."""
         return stream(self._prompt, self._step, input_ids, max_new_tokens, **options)
 
     def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
-        x, state = self.model(tokens, mask, return_state=True)
-        return self.lm_head(x[:, -1:]), state
+        out = self.model.backbone(self.model.embed_tokens(tokens), mask=mask, return_state=True)
+        return self.lm_head(out.hidden[:, -1:]), out.state
 
     def _step(self, tokens: Tensor, state: list[RetentionState]) -> Tensor:
-        return self.lm_head(self.model.backbone.step(self.model.embed_tokens(tokens), state))
+        return self.lm_head(self.model.backbone(self.model.embed_tokens(tokens), state=state, in_place=True).hidden)
+
+    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
+        vocab_size = self.config.vocab_size
+        loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=items)
+        if self.config.z_loss_coeff:
+            counted = labels[:, 1:] != -100
+            log_z = logits[:, :-1].float().logsumexp(-1)[counted]
+            loss = loss + self.config.z_loss_coeff * log_z.square().sum() / (counted.sum() if items is None else items)
+        if aux_loss is not None:
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return loss
 
 
-def _padding(attention_mask: Tensor, x: Tensor) -> Tensor:
-    if attention_mask.shape != x.shape[:2]:
-        raise ShapeError(
-            f"attention_mask must be (batch, length) {tuple(x.shape[:2])}; got {tuple(attention_mask.shape)}"
-        )
-    return attention_mask.bool()
+class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPreTrainedModel):
+    """RetNet with a linear head on the last real token of each sequence."""
 
 
-AutoConfig.register("retention", RetNetConfig)
+class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):
+    """RetNet with a linear head on every token."""
+
+
+AutoConfig.register(LAYER_TYPE, RetNetConfig)
 AutoModel.register(RetNetConfig, RetNetModel)
 AutoModelForCausalLM.register(RetNetConfig, RetNetForCausalLM)
+AutoModelForSequenceClassification.register(RetNetConfig, RetNetForSequenceClassification)
+AutoModelForTokenClassification.register(RetNetConfig, RetNetForTokenClassification)

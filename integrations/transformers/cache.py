@@ -1,0 +1,186 @@
+"""Where transformers' moving parts are touched: its cache, its attention masks and its packed batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+)
+from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
+
+from retention.errors import ShapeError
+from retention.state import RetentionState
+
+LAYER_TYPE = "retention"
+
+
+class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
+    """What one retention layer remembers, as a layer of transformers' `Cache`: a state of constant size.
+
+    The tensors of `state` stay where they are from the first token to the last, for compiled code to use them again.
+    """
+
+    _layer_type = LAYER_TYPE  # enters the class in `DynamicCache`
+    is_compileable = True
+    is_croppable = False
+    is_sliding = False
+    supports_early_init = False
+    record_past = False
+
+    def __init__(self, **_: Any) -> None:  # a static cache says how many tokens to hold, which is nothing to a state
+        self.keys = self.values = None
+        self._state: RetentionState | None = None
+        self.columns = torch.zeros((), dtype=torch.long)  # of the batch, padding included; a number would recompile
+
+    @property
+    def state(self) -> RetentionState | None:
+        """The state after the tokens so far; None before the first."""
+        if self._state is not None and _foreign(self._state.kv):
+            self._state, self.columns = self._state.clone(), self.columns.clone()
+        return self._state
+
+    def store(self, after: RetentionState, columns: int) -> None:
+        """Keep the state after `columns` more tokens."""
+        before = self.state
+        if before is None or before.kv.shape != after.kv.shape or after.kv.requires_grad or before.kv.requires_grad:
+            self._state = after
+            self.columns = self.columns.to(after.kv.device)
+            if not torch.compiler.is_compiling():
+                after.map(torch._dynamo.mark_static_address)
+                torch._dynamo.mark_static_address(self.columns)
+        elif before is not after:
+            before.copy_(after)
+        self.columns.add_(columns)
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        return self._state is not None
+
+    @property
+    def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        return {0: self._state is not None}
+
+    @property
+    def batch_size(self) -> int:
+        return -1 if self._state is None else len(self._state)
+
+    def get_seq_length(self) -> int:
+        return int(self.columns)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1  # none
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        if self.state is not None:
+            self.state.copy_(self.state[beam_idx.to(self.state.kv.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.state is not None:
+            self._state = self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.state is not None:
+            self._state = self.state[indices]
+
+    def reset(self) -> None:
+        self.columns.zero_()
+        if self.state is not None:
+            self.state.map(Tensor.zero_)
+
+    def offload(self) -> None:
+        self._state = None if self.state is None else self.state.to("cpu")
+
+    def prefetch(self) -> None:
+        self._state = None if self.state is None else self.state.to(self.columns.device)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove:
+            raise ValueError(
+                "a retention state cannot forget its last tokens; what needs that, such as assisted decoding, "
+                f"does not work with it; got crop({tokens_to_remove})"
+            )
+
+    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+        raise TypeError("a RetentionCacheLayer holds a state, not keys and values; it takes one by `store`")
+
+    update = update_conv_state = update_recurrent_state = lazy_initialization  # type: ignore[assignment]
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = RetentionCacheLayer
+LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = create_recurrent_attention_mask
+
+
+def retention_layer(cache: Cache, index: int) -> RetentionCacheLayer:
+    """The layer of `cache` at `index`, made one for retention if it is still empty.
+
+    Raises: TypeError if it holds keys and values already.
+    """
+    while len(cache.layers) <= index:  # a cache made without a config grows as it is used
+        cache.layers.append(RetentionCacheLayer())
+    layer = cache.layers[index]
+    if isinstance(layer, RetentionCacheLayer):
+        return layer
+    if getattr(layer, "is_initialized", False):
+        raise TypeError(f"past_key_values holds keys and values in layer {index}, where a retention state is needed")
+    cache.layers[index] = new = RetentionCacheLayer()
+    return new
+
+
+def token_mask(attention_mask: Tensor | dict[str, Tensor | None] | None, x: Tensor, cached: bool) -> Tensor | None:
+    """Which tokens of x (B, T, dim) are real, (B, T) bool; None if all are.
+
+    attention_mask: (B, T), or with a cache (B, tokens so far + T); or what `generate` makes of it for a compiled step.
+    Raises: ShapeError for anything else, such as masks of four dimensions.
+    """
+    if isinstance(attention_mask, dict):
+        attention_mask = attention_mask[LAYER_TYPE]
+    if attention_mask is None:
+        return None
+    batch, length = x.shape[:2]
+    longer = attention_mask.shape[-1] >= length if cached else attention_mask.shape[-1] == length
+    if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or not longer:
+        want = f"at least {length}, with those in the cache" if cached else length
+        raise ShapeError(
+            f"attention_mask must be (batch, length) ({batch}, {want}); got {tuple(attention_mask.shape)}; "
+            "retention has no pairs of tokens to mask, only padding"
+        )
+    return attention_mask[:, -length:].bool()
+
+
+def packed_borders(
+    x: Tensor, cu_seq_lens: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None
+) -> Tensor | None:
+    """The borders of the sequences that x (B, T, dim) holds one after another, row by row, (N + 1,) int32; or None.
+
+    cu_seq_lens, position_ids (which begin anew where a sequence does) and seq_idx (which changes there) are as
+    `DataCollatorWithFlattening` makes them; the first that is given counts. A compiler cannot look for borders.
+    """
+    if cu_seq_lens is not None:
+        return torch.as_tensor(cu_seq_lens, dtype=torch.int32, device=x.device).flatten()
+    if torch.compiler.is_compiling() or x.shape[1] < 2:
+        return None
+    if position_ids is not None:
+        starts = position_ids.diff(dim=1) != 1
+    elif seq_idx is not None:
+        starts = seq_idx.diff(dim=1) != 0
+    else:
+        return None
+    if not starts.any():
+        return None
+    first = torch.ones_like(starts[:, :1])
+    starts = torch.cat([first, starts], dim=1).expand(x.shape[0], -1).flatten().nonzero()[:, 0]
+    return torch.cat([starts, starts.new_tensor([x.shape[0] * x.shape[1]])]).int()
+
+
+def _foreign(x: Tensor) -> bool:
+    """Made in inference mode, and not to be overwritten outside of it."""
+    return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()

@@ -1,0 +1,126 @@
+"""The feed-forward of a block, dense or a mixture of experts.
+
+Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3; the gate is Shazeer 2020, arXiv:2002.05202; the norm before fc2
+is Sub-LN, Wang et al. 2022, arXiv:2210.06423; the experts are GShard's, Lepikhin et al. 2020, arXiv:2006.16668.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .arguments import check_choice
+from .layer import ACTIVATIONS
+from .state import state_dtype
+
+NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
+
+class FeedForward(nn.Module):
+    """fc2(activation(fc1 x) * gate x), or without the gate fc2(activation(fc1 x)).
+
+    activate_output: take the activation of fc2's output too. hidden_norm: "rms" or "layer", before fc2.
+    init_scale: factor of the initialisation of fc1 and fc2.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        *,
+        gated: bool = True,
+        bias: bool = False,
+        activation: str = "gelu",
+        activate_output: bool = False,
+        hidden_norm: str | None = None,
+        norm_eps: float = 1e-6,
+        dropout: float = 0.0,
+        activation_dropout: float = 0.0,
+        init_scale: float = 1.0,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        check_choice("activation_fn", activation, ACTIVATIONS)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, bias, **dd)
+        self.gate = nn.Linear(dim, hidden_dim, bias, **dd) if gated else None
+        self.norm = NORMS[hidden_norm](hidden_dim, eps=norm_eps, **dd) if hidden_norm else nn.Identity()
+        self.fc2 = nn.Linear(hidden_dim, dim, bias, **dd)
+        self.activation, self.activate_output = ACTIVATIONS[activation], activate_output
+        self.activation_dropout, self.dropout = nn.Dropout(activation_dropout), nn.Dropout(dropout)
+        self.init_scale = init_scale
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for proj in (self.fc1, self.gate, self.fc2):
+            if proj is not None:
+                nn.init.xavier_uniform_(proj.weight, 1.0 if proj is self.gate else self.init_scale)
+                if proj.bias is not None:
+                    nn.init.zeros_(proj.bias)
+        if isinstance(self.norm, nn.RMSNorm | nn.LayerNorm):
+            self.norm.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.activation(self.fc1(x))
+        if self.gate is not None:
+            y = y * self.gate(x)
+        y = self.fc2(self.norm(self.activation_dropout(y)))
+        return self.dropout(self.activation(y) if self.activate_output else y)
+
+
+class MixtureOfExperts(nn.Module):
+    """Each token goes through the `top_k` of `num_experts` plain feed-forwards that the router likes best for it.
+
+    Their outputs are added with the router's probabilities as weights, which for more than one are scaled to sum to 1.
+    No expert has a limit of tokens, so that none is dropped and no token depends on the others in its batch.
+    options: of the experts, as `FeedForward`.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int, *, num_experts: int, top_k: int, **options: Any):
+        super().__init__()
+        dd = {name: options.get(name) for name in ("device", "dtype")}
+        self.router = nn.Linear(dim, num_experts, bias=False, **dd)
+        self.experts = nn.ModuleList(FeedForward(dim, hidden_dim, gated=False, **options) for _ in range(num_experts))
+        self.top_k = top_k
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The router's; the experts have their own."""
+        nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (B, T, dim) -> the same, and the loss that keeps the experts' loads alike, 1 if they are.
+
+        mask (B, T) bool: padding does not count in the loss.
+        """
+        tokens = x.flatten(0, 1)
+        chances = self.router(tokens).softmax(-1, dtype=state_dtype(x.dtype))
+        weights, chosen = chances.topk(self.top_k, dim=-1)
+        if self.top_k > 1:
+            weights = weights / weights.sum(-1, keepdim=True)
+        share = torch.zeros_like(chances).scatter(1, chosen, weights).to(x.dtype)  # (tokens, experts)
+        out = self._all(tokens, share) if torch.compiler.is_compiling() else self._chosen(tokens, share)
+        return out.view_as(x), self._imbalance(chances, chosen[:, 0], mask)
+
+    def _chosen(self, tokens: Tensor, share: Tensor) -> Tensor:
+        out = torch.zeros_like(tokens)
+        for i, expert in enumerate(self.experts):
+            rows = share[:, i].nonzero()[:, 0]
+            out = out.index_add(0, rows, expert(tokens[rows]) * share[rows, i, None])
+        return out
+
+    def _all(self, tokens: Tensor, share: Tensor) -> Tensor:
+        """The same with every token through every expert: a compiler wants shapes that do not hang on the data."""
+        return sum(
+            (expert(tokens) * share[:, i, None] for i, expert in enumerate(self.experts)), torch.zeros_like(tokens)
+        )
+
+    def _imbalance(self, chances: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:
+        real = torch.ones_like(first, dtype=torch.bool) if mask is None else mask.flatten()
+        real = real[:, None].to(chances.dtype) / real.sum().clamp(min=1)
+        load = (F.one_hot(first, chances.shape[1]) * real).sum(0)
+        return chances.shape[1] * (load * (chances * real).sum(0)).sum()
