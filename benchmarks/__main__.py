@@ -5,10 +5,11 @@ import typer
 from benchmarks.decode import decode
 from benchmarks.floor import floor
 from benchmarks.forms import forms
+from benchmarks.generation import gpt2, stream
 from benchmarks.parity import parity
 from benchmarks.quality import quality
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for command in (floor, forms, decode, parity, quality):
+for command in (floor, forms, decode, gpt2, stream, parity, quality):
     app.command()(command)
 app()

@@ -40,7 +40,8 @@ def pair_decays(key_dim: int) -> tuple[float, ...]:
     """The log-decay per token of each of the key_dim / 2 pairs under xPos, in double precision.
 
     Source: Sun et al. 2022, arXiv:2212.10554: q is multiplied by ((i + 0.4 d) / (1.4 d))^(n / 512) and k divided by it.
-    These factors leave every bound on long inputs; their product, which is what counts, is a decay.
+    These factors leave every bound on long inputs; their product, which is what counts, is a decay. Differs: without
+    causality it decays both ways, instead of growing toward what lies ahead.
     """
     return tuple(math.log((i + 0.4 * key_dim) / (1.4 * key_dim)) / 512 for i in range(0, key_dim, 2))
 

@@ -22,6 +22,8 @@ OPTIONS = [
     {"learnable_decay": True, "gate": "sigmoid", "norm_affine": "shared", "decay_norm": True, "score_norm": True},
     {"score_norm": "absolute", "decay_norm": True},
     {"causal": False, "decay_norm": True, "score_norm": True},
+    {"rotary": "xpos", "num_kv_heads": 2, "learnable_decay": True},
+    {"rotary": "xpos", "interleaved": False, "scale": 1.0},
 ]
 GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoid, None: lambda x: 1.0}
 
@@ -53,6 +55,9 @@ def formula(x, layer, num_heads=4, *, num_kv_heads=None, rotary="paper", interle
                 a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
                 angle = torch.arange(x.shape[1], dtype=torch.float64) * theta[i]
                 turned = torch.complex(z[..., a], z[..., b]) * torch.exp(1j * angle)
+                if rotary == "xpos":
+                    growth = ((2 * i + 0.4 * K) / (1.4 * K)) ** (torch.arange(x.shape[1], dtype=torch.float64) / 512)
+                    turned = turned * growth if z is q else turned / growth
                 z[..., a], z[..., b] = turned.real.clone(), turned.imag.clone()
     y = oracle.retain(q, k, v, torch.tensor(log_decays(decay, num_heads), dtype=torch.float64), scale=scale, **options)
     heads = []
@@ -85,6 +90,28 @@ def test_every_option_is_the_formula_in_every_form(options):
         torch.testing.assert_close(layer(x, form=form), want, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@torch.no_grad()
+def test_scores_are_what_the_values_are_weighed_with(options):
+    layer, x = make(**options | {"norm": None, "gate": None, "num_kv_heads": 4}), torch.randn(2, 11, 32).double()
+    mask = torch.arange(11) >= torch.tensor([[3], [0]])
+    values = layer.v_proj(x).unflatten(-1, (4, -1)).transpose(1, 2)
+    scores = layer.scores(x, mask=mask)
+    assert scores.shape == (2, 4, 11, 11)
+    assert bool(scores.triu(1).any()) != layer.causal
+    want = layer(x, mask=mask, form="parallel")
+    torch.testing.assert_close(layer.out_proj((scores @ values).transpose(1, 2).flatten(2)), want)
+
+
+def test_xpos_stays_finite_where_its_factors_leave_every_bound():
+    layer = MultiScaleRetention(16, 1, rotary="xpos", decay=[0.0])
+    x = torch.randn(1, 60_000, 16)
+    y, state = layer(x, return_state=True)
+    assert y.isfinite().all()
+    assert torch.finfo(torch.float32).max < (4 / 14) ** (-60_000 / 512)
+    assert state.kv.shape == layer.initial_state(1).kv.shape == (1, 8, 2, 32)
+
+
 def test_default_construction_is_the_papers():
     layer = MultiScaleRetention(64, 4)
     assert (layer.key_dim, layer.value_dim, layer.num_heads, layer.num_kv_heads) == (64, 128, 4, 4)
@@ -94,7 +121,7 @@ def test_default_construction_is_the_papers():
     assert layer(torch.randn(2, 5, 64)).shape == (2, 5, 64)
 
 
-@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3], OPTIONS[5]], ids=str)
+@pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3], OPTIONS[5], OPTIONS[8]], ids=str)
 @pytest.mark.parametrize("padding", ["none", "left", "packed"])
 @torch.no_grad()
 def test_parts_steps_and_rows_alone_are_the_whole(options, padding):

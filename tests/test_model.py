@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from retention import RetNet, ShapeError
-from retention.model import PRESETS
+from retention import MultiScaleRetention, RetNet, ShapeError
+from retention.model import PRESETS, RetNetBackbone
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 
@@ -110,3 +110,65 @@ def test_bad_input_is_named():
         make(norm="batch")
     with pytest.raises(TypeError, match="num_head"):
         make(retention={"num_head": 3})
+
+
+# --- options of the blocks --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_deepnorm_is_its_formula():
+    model, x = RetNetBackbone(32, 3, 4, deepnorm=True, dtype=torch.float64), torch.randn(2, 7, 32).double()
+    want = x
+    for block in model.blocks:
+        for layer, norm in ((block.retention, block.retention_norm), (block.ffn, block.ffn_norm)):
+            want = norm(want * (2 * 3) ** 0.25 + layer(want))
+    torch.testing.assert_close(model(x).hidden, want)
+    bound, smaller = (6 / (32 + 64)) ** 0.5, (8 * 3) ** -0.25
+    assert block.retention.v_proj.weight.abs().max().item() == pytest.approx(2**-2.5 * bound * smaller, rel=0.05)
+    assert block.retention.q_proj.weight.abs().max().item() == pytest.approx(2**-2.5 * (6 / 64) ** 0.5, rel=0.05)
+
+
+@torch.no_grad()
+def test_embeddings_are_scaled_and_normalised():
+    x = torch.randn(2, 7, 32).double()
+    model = RetNetBackbone(
+        32, 1, 4, no_scale_embedding=False, layernorm_embedding=True, norm="layer", dtype=torch.float64
+    )
+    want = torch.nn.functional.layer_norm(x * 32**0.5, (32,), eps=1e-6)
+    torch.testing.assert_close(model(x, return_layers=True).layers[0], want)
+
+
+@torch.no_grad()
+def test_drop_path_leaves_branches_out_for_whole_sequences_and_more_so_in_later_blocks():
+    model = RetNetBackbone(16, 3, 2, drop_path_rate=0.5).train()
+    assert [block.drop_path.rate for block in model.blocks] == [0, 0.25, 0.5]
+    y = model.blocks[2].drop_path(torch.ones(4000, 3, 2))
+    assert set(y.unique().tolist()) == {0, 2}
+    assert torch.equal(y, y[:, :1, :1].expand_as(y))
+    assert y.mean().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(model.eval().blocks[2].drop_path(y), y)
+
+
+@torch.no_grad()
+def test_every_nth_block_has_experts():
+    model = RetNetBackbone(16, 4, 2, moe_freq=2, moe_expert_count=3)
+    assert [type(block.ffn).__name__ for block in model.blocks] == ["FeedForward", "MixtureOfExperts"] * 2
+    x, losses = torch.randn(2, 9, 16), []
+    for block in model.blocks[1::2]:
+        block.ffn.register_forward_hook(lambda module, args, out: losses.append(out[1]))
+    torch.testing.assert_close(model(x).aux_loss, torch.stack(losses).mean())
+
+
+def test_bad_options_of_the_blocks_are_named():
+    for options, message in (
+        ({"deepnorm": True, "subln": "rms", "use_glu": False}, "deepnorm and subln exclude each other"),
+        ({"subln": "rms"}, "subln is a norm in feed-forwards without a gate; pass use_glu=False"),
+        ({"subln": True}, "subln must be one of 'rms', 'layer', None; got subln True"),
+        ({"moe_freq": 2}, "moe_expert_count at least 2; got moe_freq 2, moe_expert_count 0"),
+        ({"drop_path_rate": 1.0}, "drop_path_rate must be a number, at least 0 and below 1; got drop_path_rate 1.0"),
+        ({"num_layers": 0}, "num_layers must be at least 1; got num_layers 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RetNetBackbone(**{"dim": 16, "num_layers": 2, "num_heads": 2, **options})
+    with pytest.raises(ValueError, match="in_place needs a state"):
+        MultiScaleRetention(16, 2)(torch.randn(1, 1, 16), in_place=True)

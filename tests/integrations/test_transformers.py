@@ -11,12 +11,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    DataCollatorWithFlattening,
+    TrainerCallback,
+)
 from typer.testing import CliRunner
 
 from retention import RetNet, ShapeError
 from retention.cli import app
-from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, training
+from retention.integrations.transformers import (
+    RetNetConfig,
+    RetNetForCausalLM,
+    RetNetForSequenceClassification,
+    RetNetForTokenClassification,
+    RetNetModel,
+    training,
+)
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)
@@ -118,6 +132,244 @@ def test_bad_input_is_named():
         model(torch.zeros(1, 3, dtype=torch.long), attn_mask=torch.ones(1, 3))
     with pytest.raises(ShapeError, match=r"attention_mask must be \(batch, length\) \(1, 3\); got \(1, 4\)"):
         model(torch.zeros(1, 3, dtype=torch.long), attention_mask=torch.ones(1, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_leaves_the_decays_exact(tmp_path, dtype):
+    model = make(retention={"decay": [-(2.0**-12), -(2.0**-13)]})
+    model.save_pretrained(tmp_path)
+    loaded = RetNetForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    retention = loaded.model.backbone.blocks[0].retention
+    assert retention.q_proj.weight.dtype == dtype
+    assert retention.log_decay(torch.device("cpu")).tolist() == [-(2.0**-12), -(2.0**-13)]
+
+
+def test_config_understands_the_options_of_other_retnets():
+    config = RetNetConfig(
+        decoder_embed_dim=64,
+        decoder_value_embed_dim=96,
+        decoder_layers=3,
+        decoder_retention_heads=2,
+        decoder_ffn_embed_dim=80,
+        use_lm_decay=True,
+        recurrent_chunk_size=32,
+        forward_impl="chunkwise",
+    )
+    assert (config.dim, config.num_layers, config.num_heads, config.ffn_dim) == (64, 3, 2, 80)
+    assert config.retention == {"decay": "log_linear", "value_dim": 96, "chunk_size": 32}
+    assert config.forward_mode == "chunkwise"
+    block = RetNetForCausalLM(config).model.backbone.blocks[0]
+    assert (block.ffn.fc1.out_features, block.retention.value_dim, block.retention.chunk_size) == (80, 96, 32)
+    assert RetNetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
+
+
+def test_the_default_config_runs():
+    assert RetNetForCausalLM(RetNetConfig())(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 256)
+
+
+OPTIONS = [
+    {"deepnorm": True, "dropout": 0.1, "activation_dropout": 0.1, "drop_path_rate": 0.2},
+    {"use_glu": False, "subln": "rms", "ffn_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
+    {"layernorm_embedding": True, "no_scale_embedding": False, "z_loss_coeff": 1e-2, "activation_fn": "silu"},
+    {"moe_freq": 2, "moe_expert_count": 4},
+    {"moe_freq": 1, "moe_expert_count": 2, "moe_top1_expert": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options)))
+def test_every_option_trains_every_parameter_and_survives_saving(tmp_path, options):
+    model, tokens = make(**options), torch.randint(256, (3, 20))
+    model.train()(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    model.eval().save_pretrained(tmp_path)
+    loaded, info = RetNetForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
+
+
+def test_z_loss_is_the_mean_of_the_squared_log_of_the_softmax_sum():
+    plain, model, tokens = make(), make(z_loss_coeff=0.1), torch.randint(256, (2, 9))
+    labels = tokens.masked_fill(torch.arange(9) < 3, -100)
+    out = model(tokens, labels=labels)
+    log_z = out.logits[:, 2:-1].exp().sum(-1).log()
+    torch.testing.assert_close(out.loss, plain(tokens, labels=labels).loss + 0.1 * (log_z**2).mean())
+
+
+def test_the_experts_loss_is_added():
+    model, tokens = make(moe_freq=2, moe_expert_count=4), torch.randint(256, (2, 9))
+    out = model(tokens, labels=tokens)
+    assert out.aux_loss.item() > 0.9
+    model.config.router_aux_loss_coef = 0.0
+    torch.testing.assert_close(out.loss - 0.01 * out.aux_loss, model(tokens, labels=tokens).loss)
+
+
+def test_loss_is_divided_by_the_items_of_all_accumulated_batches():
+    model, tokens = make(z_loss_coeff=0.1), torch.randint(256, (2, 9))
+    mean, parts = (
+        model(tokens, labels=tokens).loss,
+        model(tokens, labels=tokens, num_items_in_batch=torch.tensor(32)).loss,
+    )
+    torch.testing.assert_close(parts, mean / 2)
+
+
+def test_right_padding_in_training_is_each_row_alone():
+    model, tokens = make(), torch.randint(256, (2, 9))
+    labels = tokens.clone()
+    labels[0, 5:] = -100
+    mask = (labels != -100).long()
+    out = model(tokens, attention_mask=mask, labels=labels)
+    alone = [model(tokens[:1, :5]), model(tokens[1:])]
+    torch.testing.assert_close(out.logits[0, :5], alone[0].logits[0])
+    nll = [
+        torch.nn.functional.cross_entropy(a.logits[0, :-1], row[1 : a.logits.shape[1]], reduction="none")
+        for a, row in zip(alone, tokens, strict=True)
+    ]
+    torch.testing.assert_close(out.loss, torch.cat(nll).mean())
+
+
+PACKED = [
+    {},
+    {"return_flash_attn_kwargs": True, "return_position_ids": False},
+    {"return_seq_idx": True, "return_position_ids": False},
+]
+
+
+@pytest.mark.parametrize("options", PACKED, ids=lambda options: "-".join(options) or "position_ids")
+def test_packed_batches_of_the_flattening_collator_are_each_sequence_alone(options):
+    model = make()
+    rows = [torch.randint(256, (n,)).tolist() for n in (70, 3, 129)]
+    batch = DataCollatorWithFlattening(**options)([{"input_ids": row} for row in rows])
+    out = model(**batch)
+    alone = [model(torch.tensor([row])).logits[0] for row in rows]
+    torch.testing.assert_close(out.logits[0], torch.cat(alone), rtol=1e-4, atol=1e-5)
+    nll = [
+        torch.nn.functional.cross_entropy(a[:-1], torch.tensor(row[1:]), reduction="sum")
+        for a, row in zip(alone, rows, strict=True)
+    ]
+    torch.testing.assert_close(out.loss, sum(nll) / sum(len(row) - 1 for row in rows))
+    assert out.past_key_values is None
+
+
+def test_several_packed_rows():
+    model, tokens = make(), torch.randint(256, (2, 10))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]])
+    logits = model(tokens, position_ids=positions).logits
+    for row, start, end in ((0, 0, 4), (0, 4, 10), (1, 0, 8), (1, 8, 10)):
+        torch.testing.assert_close(logits[row, start:end], model(tokens[row : row + 1, start:end]).logits[0])
+    torch.testing.assert_close(model(tokens, position_ids=torch.arange(10)[None]).logits, model(tokens).logits)
+
+
+def test_outputs_that_are_asked_for():
+    model, tokens = make(), torch.randint(256, (2, 9))
+    out = model(tokens, output_hidden_states=True, output_retentions=True)
+    assert [x.shape for x in out.hidden_states] == [(2, 9, 16)] * 3
+    torch.testing.assert_close(out.hidden_states[0], model.model.embed_tokens(tokens))
+    torch.testing.assert_close(model.lm_head(out.hidden_states[-1]), out.logits)
+    for block, scores, x in zip(model.model.backbone.blocks, out.retentions, out.hidden_states[:-1], strict=True):
+        assert torch.equal(scores, block.retention.scores(block.retention_norm(x)))
+    torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])
+    torch.testing.assert_close(model(tokens, logits_to_keep=torch.tensor([1, 5])).logits, out.logits[:, [1, 5]])
+    assert len(model(tokens, return_dict=False)) == 2  # logits and cache
+    for options in ({"forward_mode": "chunkwise"}, {"past_key_values": out.past_key_values}):
+        with pytest.raises(ValueError, match="scores exist only in the parallel form"):
+            model(tokens, output_retentions=True, **options)
+    with pytest.raises(ValueError, match="no attention weights; pass output_retentions=True"):
+        model(tokens, output_attentions=True)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
+    model, tokens = make(moe_freq=2, moe_expert_count=2), torch.randint(256, (2, 70))
+    grads = []
+    for enabled in (False, True):
+        if enabled:
+            new_name = hasattr(model, "activation_checkpointing_enable")  # not in 5.16
+            enable = model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable
+            enable({"use_reentrant": reentrant})
+        model.train().zero_grad()
+        runs = []
+        handle = model.model.backbone.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        model(tokens, labels=tokens).loss.backward()
+        handle.remove()
+        assert len(runs) == 1 + enabled  # once more in the backward pass
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_embeddings_can_be_resized():
+    model, tokens = make(), torch.randint(256, (2, 9))
+    want = model(tokens).logits
+    model.resize_token_embeddings(300, mean_resizing=False)
+    assert model.config.vocab_size == 300
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    torch.testing.assert_close(model(tokens).logits[..., :256], want)
+
+
+def test_layers_can_be_spread_over_devices(tmp_path):
+    model, tokens = make(retention={"learnable_decay": True}), torch.randint(256, (2, 9))
+    model.save_pretrained(tmp_path)
+    places = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.backbone": "cpu", "model.backbone.blocks.1": "disk"}
+    places |= {f"model.backbone.{name}": "cpu" for name in ("blocks.0", "norm", "dropout", "embedding_norm")}
+    del places["model.backbone"]
+    loaded = RetNetForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "disk")
+    kwargs = dict(max_new_tokens=5, do_sample=False)
+    assert torch.equal(loaded.eval().generate(tokens, **kwargs), model.generate(tokens, **kwargs))
+
+
+def test_lora_trains_the_projections_only():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    model, tokens = make(), torch.randint(256, (2, 9))
+    want = model(tokens).logits
+    model = peft.get_peft_model(model, config)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert len(trained) == 2 * 2 * 2
+    assert all("lora_" in name for name in trained)
+    assert not torch.allclose(model(tokens).logits, want)
+    assert model.generate(input_ids=tokens, max_new_tokens=3).shape == (2, 12)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_sequence_classification_reads_the_last_real_token(side):
+    torch.manual_seed(0)
+    model = RetNetForSequenceClassification(RetNetConfig(**SMALL, num_labels=3, pad_token_id=0)).eval()
+    rows = [torch.randint(1, 256, (n,)) for n in (9, 4)]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    out = model(ids, attention_mask=(ids != 0).long(), labels=torch.tensor([0, 2]))
+    for row, logits in zip(rows, out.logits, strict=True):
+        torch.testing.assert_close(logits, model(row[None]).logits[0])
+    torch.testing.assert_close(out.loss, torch.nn.functional.cross_entropy(out.logits, torch.tensor([0, 2])))
+
+
+def test_token_classification():
+    model = RetNetForTokenClassification(RetNetConfig(**SMALL, num_labels=3)).eval()
+    tokens = torch.randint(256, (2, 9))
+    out = model(tokens, labels=tokens % 3)
+    assert out.logits.shape == (2, 9, 3)
+    torch.testing.assert_close(
+        out.loss, torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), tokens.flatten() % 3)
+    )
+
+
+def test_auto_classes_know_every_head(tmp_path):
+    make().save_pretrained(tmp_path)
+    for auto, ours in (
+        (AutoModelForSequenceClassification, RetNetForSequenceClassification),
+        (AutoModelForTokenClassification, RetNetForTokenClassification),
+    ):
+        assert isinstance(auto.from_pretrained(tmp_path, num_labels=3), ours)
+
+
+def test_a_model_without_an_embedding_takes_inputs_embeds(tmp_path):
+    model = RetNetModel(RetNetConfig(**SMALL | {"vocab_size": 0})).eval()
+    x = torch.randn(2, 5, 16)
+    model.save_pretrained(tmp_path)
+    loaded = RetNetModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(inputs_embeds=x).last_hidden_state, model(inputs_embeds=x).last_hidden_state)
+    with pytest.raises(ValueError, match="no embedding .*; pass inputs_embeds"):
+        model(torch.zeros(1, 3, dtype=torch.long))
 
 
 # --- the corpus -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,83 @@
+"""The feed-forward, dense and with experts, against its formula."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from retention.ffn import FeedForward, MixtureOfExperts
+
+
+def drawn(module):
+    """So that no bias is 0 and no norm's weight 1."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return module.double()
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("options", [{}, {"bias": True, "activation": "silu", "activate_output": True}], ids=str)
+def test_dense(gated, options):
+    ffn, x = drawn(FeedForward(6, 10, gated=gated, **options)), torch.randn(2, 3, 6).double()
+    act = F.silu if options else F.gelu
+    hidden = act(x @ ffn.fc1.weight.T + (ffn.fc1.bias if options else 0))
+    if gated:
+        hidden = hidden * (x @ ffn.gate.weight.T + (ffn.gate.bias if options else 0))
+    want = hidden @ ffn.fc2.weight.T + (ffn.fc2.bias if options else 0)
+    torch.testing.assert_close(ffn(x), act(want) if options else want)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_norm_before_fc2(norm):
+    ffn, x = drawn(FeedForward(6, 10, gated=False, hidden_norm=norm)), torch.randn(2, 3, 6).double()
+    hidden = F.gelu(x @ ffn.fc1.weight.T)
+    hidden = hidden - hidden.mean(-1, keepdim=True) if norm == "layer" else hidden
+    hidden = hidden / (hidden.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * ffn.norm.weight
+    hidden = hidden + ffn.norm.bias if norm == "layer" else hidden
+    torch.testing.assert_close(ffn(x), hidden @ ffn.fc2.weight.T)
+
+
+def test_init_scale_makes_the_first_weights_smaller():
+    ffn = FeedForward(64, 64, init_scale=0.25)
+    bound = (6 / 128) ** 0.5
+    for proj, scale in ((ffn.fc1, 0.25), (ffn.fc2, 0.25), (ffn.gate, 1)):
+        assert proj.weight.abs().max().item() == pytest.approx(bound * scale, rel=0.02)
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_each_token_goes_through_its_experts(top_k):
+    moe, x = drawn(MixtureOfExperts(6, 10, num_experts=4, top_k=top_k)), torch.randn(2, 5, 6).double()
+    out, _ = moe(x)
+    for got, token in zip(out.flatten(0, 1), x.flatten(0, 1), strict=True):
+        chances = (moe.router.weight @ token).softmax(0)
+        best = sorted(range(4), key=lambda i: -chances[i])[:top_k]
+        total = sum(chances[i] for i in best) if top_k > 1 else 1
+        torch.testing.assert_close(got, sum(chances[i] / total * moe.experts[i](token) for i in best))
+
+
+def test_compiled_experts_give_the_same():
+    moe, x = drawn(MixtureOfExperts(6, 10, num_experts=4, top_k=2)), torch.randn(2, 5, 6).double()
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(x), moe(x), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_the_loss_of_experts_is_that_of_gshard_and_counts_real_tokens_only():
+    moe, x = drawn(MixtureOfExperts(6, 10, num_experts=4, top_k=2)), torch.randn(2, 50, 6).double()
+    mask = torch.arange(50) >= torch.tensor([[20], [0]])
+    real = x[mask]
+    chances = (real @ moe.router.weight.T).softmax(-1)
+    load = torch.stack([(chances.argmax(-1) == i).double().mean() for i in range(4)])
+    torch.testing.assert_close(moe(x, mask)[1], 4 * (load * chances.mean(0)).sum())
+    assert moe(x)[1].item() != pytest.approx(moe(x, mask)[1].item())
+
+
+def test_the_loss_of_experts_is_1_if_they_have_equal_loads_and_their_number_if_one_has_all():
+    moe = MixtureOfExperts(4, 4, num_experts=4, top_k=1)
+    moe.router.weight.data = 50 * torch.eye(4)
+    assert moe(torch.eye(4)[None])[1].item() == pytest.approx(1)
+    assert moe(torch.eye(4)[None, :1].expand(1, 9, 4))[1].item() == pytest.approx(4)
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(ValueError, match="activation_fn must be one of 'silu', .*; got activation_fn 'swoosh'"):
+        FeedForward(4, 4, activation="swoosh")
