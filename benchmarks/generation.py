@@ -82,6 +82,7 @@ def _model() -> RetNetForCausalLM:
 @torch.inference_mode()
 def _logits(text: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, int]:
     """At `places`, and the bytes of the cache."""
+    torch.set_num_threads(1)  # steps this small are quicker so
     model = _model()
     cache, wanted, found = DynamicCache(config=model.config), set(places.tolist()), []
     for n in trange(text.shape[1], mininterval=5, desc="decoding"):

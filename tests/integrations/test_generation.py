@@ -164,7 +164,7 @@ def test_what_rolls_back_is_refused(model):
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(**padded(prompts()[:1]), max_new_tokens=3, assistant_model=make())
     cache = model(prompts()[0][None]).past_key_values
-    assert not cache.is_croppable
+    assert not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match=r"cannot forget its last tokens; .* assisted decoding.*crop\(-1\)"):
         cache.crop(-1)
 

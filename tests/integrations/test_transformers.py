@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -17,7 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DataCollatorWithFlattening,
+    Trainer,
     TrainerCallback,
+    TrainingArguments,
 )
 from typer.testing import CliRunner
 
@@ -250,6 +253,35 @@ def test_packed_batches_of_the_flattening_collator_are_each_sequence_alone(optio
     assert out.past_key_values is None
 
 
+def test_the_trainer_takes_packed_batches_and_accumulates_them_exactly(tmp_path):
+    """The same step from one batch of four as from four of one, although they differ in length."""
+    rows = [{"input_ids": torch.randint(256, (n,)).tolist()} for n in (30, 3, 70, 9)]
+    weights = []
+    for batch, accumulated in ((4, 1), (1, 4)):
+        model = make()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, DataCollatorWithFlattening(), train_dataset=rows)
+        trainer.train()
+        weights.append(model.model.embed_tokens.weight)
+    torch.testing.assert_close(*weights)
+    assert not torch.allclose(weights[0], make().model.embed_tokens.weight)
+    logits = trainer.predict(rows[:1]).predictions
+    assert logits.shape == (1, 30, 256)  # without the cache
+
+
 def test_several_packed_rows():
     model, tokens = make(), torch.randint(256, (2, 10))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]])
@@ -317,8 +349,8 @@ def test_layers_can_be_spread_over_devices(tmp_path):
     assert torch.equal(loaded.eval().generate(tokens, **kwargs), model.generate(tokens, **kwargs))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 def test_lora_trains_the_projections_only():
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     model, tokens = make(), torch.randint(256, (2, 9))
     want = model(tokens).logits
