@@ -137,7 +137,7 @@ class RetNetBackbone(nn.Module):
         norm, norm_eps: "rms" or "layer", of each sublayer and, with final_norm, at the end.
         norm_before: False puts the norms after the residual sums, and there is none at the end.
         deepnorm: norms after the sums, residuals times (2 num_layers)^(1/4), smaller first weights (arXiv:2203.00555).
-        subln: "layer" or "rms", a norm before fc2 in feed-forwards without a gate (arXiv:2210.06423).
+        subln: "layer", True for short, or "rms": a norm before fc2 in feed-forwards without a gate (arXiv:2210.06423).
         layernorm_embedding: a norm of the embeddings. no_scale_embedding: False multiplies them by sqrt(dim).
         dropout: of the embedding and of each sublayer's output; activation_dropout: inside the feed-forward;
             drop_path_rate: of whole branches, from 0 in the first block to this in the last. In training.
@@ -163,7 +163,7 @@ class RetNetBackbone(nn.Module):
         norm_before: bool = True,
         final_norm: bool = True,
         deepnorm: bool = False,
-        subln: str | None = None,
+        subln: bool | str = False,
         layernorm_embedding: bool = False,
         no_scale_embedding: bool = True,
         dropout: float = 0.0,
@@ -177,35 +177,23 @@ class RetNetBackbone(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        check_choice("norm", norm, NORMS)
-        check_choice("subln", subln, (*NORMS, None))
+        top_k = 1 if moe_top1_expert else 2
+        _check_options(num_layers, use_glu, norm, deepnorm, subln, moe_freq, moe_expert_count, top_k)
         rates = {"dropout": dropout, "activation_dropout": activation_dropout, "drop_path_rate": drop_path_rate}
         for name, rate in rates.items():
             check_number(name, rate, 0 <= number(rate) < 1, "at least 0 and below 1")
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1; got num_layers {num_layers}")
-        if deepnorm and subln:
-            raise ValueError(f"deepnorm and subln exclude each other; got deepnorm True, subln {subln!r}")
-        if subln and use_glu and not moe_freq:
-            raise ValueError("subln is a norm in feed-forwards without a gate; pass use_glu=False, or leave it out")
-        top_k = 1 if moe_top1_expert else 2
-        if moe_freq < 0 or (moe_freq and moe_expert_count < top_k):
-            raise ValueError(
-                f"moe_freq must be at least 0, and with it moe_expert_count at least {top_k}; "
-                f"got moe_freq {moe_freq}, moe_expert_count {moe_expert_count}"
-            )
         if ffn_dim is None:  # as many parameters with the gate as without
             ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if use_glu else 2 * dim
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_before = norm_before and not deepnorm
+        hidden_norm = "layer" if subln is True else subln or None
         init_scale = (8 * num_layers) ** -0.25 if deepnorm else math.log(2 * num_layers) ** 0.5 if subln else 1.0
         inside = {"activation": activation_fn, "dropout": dropout, "activation_dropout": activation_dropout}
         inside |= {"norm_eps": norm_eps, "init_scale": init_scale, **dd}
-        experts = dict(num_experts=moe_expert_count, top_k=top_k, bias=True, hidden_norm=subln)
-        dense = dict(
-            gated=use_glu, bias=ffn_bias, activate_output=activate_output, hidden_norm=None if use_glu else subln
-        )
+        experts = dict(num_experts=moe_expert_count, top_k=top_k, bias=True, hidden_norm=hidden_norm)
+        dense: dict[str, Any] = dict(gated=use_glu, bias=ffn_bias, activate_output=activate_output)
+        dense["hidden_norm"] = None if use_glu else hidden_norm
 
         def block(depth: int) -> RetNetBlock:
             mixed = moe_freq and (depth + 1) % moe_freq == 0
@@ -360,3 +348,28 @@ class RetNet(nn.Module):
     def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
         out = self.backbone(self.embedding(tokens), mask=mask, return_state=True)
         return self.head(out.hidden[:, -1:]), out.state  # the other logits are not needed
+
+
+def _check_options(
+    num_layers: int,
+    use_glu: bool,
+    norm: str,
+    deepnorm: bool,
+    subln: bool | str,
+    moe_freq: int,
+    moe_expert_count: int,
+    top_k: int,
+) -> None:
+    check_choice("norm", norm, NORMS)
+    check_choice("subln", subln, (*NORMS, True, False))
+    if num_layers < 1:
+        raise ValueError(f"num_layers must be at least 1; got num_layers {num_layers}")
+    if deepnorm and subln:
+        raise ValueError(f"deepnorm and subln exclude each other; got deepnorm True, subln {subln!r}")
+    if subln and use_glu and not moe_freq:
+        raise ValueError("subln is a norm in feed-forwards without a gate; pass use_glu=False, or leave it out")
+    if moe_freq < 0 or (moe_freq and moe_expert_count < top_k):
+        raise ValueError(
+            f"moe_freq must be at least 0, and with it moe_expert_count at least {top_k}; "
+            f"got moe_freq {moe_freq}, moe_expert_count {moe_expert_count}"
+        )

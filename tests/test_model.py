@@ -163,7 +163,7 @@ def test_bad_options_of_the_blocks_are_named():
     for options, message in (
         ({"deepnorm": True, "subln": "rms", "use_glu": False}, "deepnorm and subln exclude each other"),
         ({"subln": "rms"}, "subln is a norm in feed-forwards without a gate; pass use_glu=False"),
-        ({"subln": True}, "subln must be one of 'rms', 'layer', None; got subln True"),
+        ({"subln": 1}, "subln must be one of 'rms', 'layer', True, False; got subln 1"),
         ({"moe_freq": 2}, "moe_expert_count at least 2; got moe_freq 2, moe_expert_count 0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be a number, at least 0 and below 1; got drop_path_rate 1.0"),
         ({"num_layers": 0}, "num_layers must be at least 1; got num_layers 0"),

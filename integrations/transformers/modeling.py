@@ -84,7 +84,7 @@ class RetNetConfig(PreTrainedConfig):
     norm_before: bool = True
     final_norm: bool = True
     deepnorm: bool = False
-    subln: str | None = None
+    subln: bool | str = False
     layernorm_embedding: bool = False
     no_scale_embedding: bool = True
     dropout: float = 0.0

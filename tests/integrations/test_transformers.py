@@ -172,7 +172,7 @@ def test_the_default_config_runs():
 
 OPTIONS = [
     {"deepnorm": True, "dropout": 0.1, "activation_dropout": 0.1, "drop_path_rate": 0.2},
-    {"use_glu": False, "subln": "rms", "ffn_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
+    {"use_glu": False, "subln": True, "ffn_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
     {"layernorm_embedding": True, "no_scale_embedding": False, "z_loss_coeff": 1e-2, "activation_fn": "silu"},
     {"moe_freq": 2, "moe_expert_count": 4},
     {"moe_freq": 1, "moe_expert_count": 2, "moe_top1_expert": True},
