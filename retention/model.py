@@ -46,17 +46,23 @@ class BlockOutput(NamedTuple):
 
 
 class BackboneOutput(NamedTuple):
-    """What comes out of `RetNetBackbone`; all but the first and the last are None unless asked for.
+    """What comes out of `RetNetBackbone`; state, layers and scores are None unless asked for.
 
     hidden (B, T, dim): after the final norm. state: of each block. layers: the input of the first block and the output
-    of each. scores: R of each block, (B, num_heads, T, T). aux_loss: of the experts, a mean over blocks.
+    of each. scores: R of each block, (B, num_heads, T, T). aux_losses: of each block's experts, None without experts.
     """
 
     hidden: Tensor
-    state: list[RetentionState] | None = None
-    layers: list[Tensor] | None = None
-    scores: list[Tensor] | None = None
-    aux_loss: Tensor | None = None
+    state: list[RetentionState] | None
+    layers: list[Tensor] | None
+    scores: list[Tensor] | None
+    aux_losses: list[Tensor | None]
+
+    @property
+    def aux_loss(self) -> Tensor | None:
+        """The mean over the blocks that have experts; None if none has."""
+        losses = [loss for loss in self.aux_losses if loss is not None]
+        return torch.stack(losses).mean() if losses else None
 
 
 class DropPath(nn.Module):
@@ -261,13 +267,13 @@ class RetNetBackbone(nn.Module):
             x, after, loss = self._run(block, x, state=None if state is None else state[i], **options)
             layers.append(x)
             states.append(after)
-            losses += [] if loss is None else [loss]
+            losses.append(loss)
         return BackboneOutput(
             self.norm(x),
             cast(list[RetentionState], states) if return_state else None,
             layers if return_layers else None,
             scores if return_scores else None,
-            torch.stack(losses).mean() if losses else None,
+            losses,
         )
 
     def _run(self, block: nn.Module, x: Tensor, **options: Any) -> BlockOutput:
