@@ -1,0 +1,264 @@
+"""What other RetNets call their tensors and options, and what they compute, in our terms. Needs torch alone.
+
+A format is a table. To add one, write a `Format` like those below and enter it in FORMATS: detection, `checkpoints` and
+`retention convert` then know it. In our terms: tensors are named as in `RetNetForCausalLM`, without the prefix
+`model.`; options as in `RetNetBackbone`, those of the layer with the prefix `retention.`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from .facts import Tensors, constants, described, listed, same
+from .format import Format, flat
+
+__all__ = [
+    "FORMATS",
+    "TORCHSCALE",
+    "Format",
+    "Tensors",
+    "constants",
+    "described",
+    "detect",
+    "flat",
+    "listed",
+    "same",
+]
+
+
+def _todays(tensors: Tensors) -> Tensors:
+    """Refuses torchscale's first layers, which compute something else under the same names."""
+    if any(key.endswith("wg_reduction.weight") for key in tensors):
+        raise ValueError("this is a mixture of experts with X-MoE routing (use_xmoe), which has no counterpart here")
+    if any(key.endswith("q_proj.bias") for key in tensors):
+        raise ValueError(
+            "these weights have biases in their projections: they are of torchscale before 2023-09-28, whose layers "
+            "compute something else; train anew, or run them with the torchscale of that time"
+        )
+    return dict(tensors)
+
+
+def _gated(tensors: Tensors) -> Tensors:
+    if any(".ffn.fc1." in key for key in tensors) and not any(".ffn.gate." in key for key in tensors):
+        raise ValueError(
+            "these weights have no ffn.gate: they are of torchscale before 2023-09-28, whose layers compute something "
+            "else; if they are syncdoth's with use_glu=False, name the format syncdoth"
+        )
+    return _todays(tensors)
+
+
+def _tied(tensors: Tensors) -> Tensors:
+    """With the head that shares the embedding's weight, and for that reason is not in the file."""
+    embedding = tensors.get("model.embed_tokens.weight")
+    return dict(tensors) if embedding is None else {"lm_head.weight": embedding, **tensors}
+
+
+def _one_matrix_for_all_heads(tensors: Tensors) -> Tensors:
+    """Jamie Stirling's W_Q, W_K and W_V, of each head or (heads, in, out), as one matrix; all W turned to (out, in)."""
+    whole = dict(tensors)
+    heads: dict[str, dict[int, Tensor]] = {}
+    for key in tensors:
+        if found := re.fullmatch(r"(retentions\.\d+\.)retentions\.(\d+)\.(W_[QKV])", key):
+            heads.setdefault(found[1] + found[3], {})[int(found[2])] = whole.pop(key)
+    for key, parts in heads.items():
+        if len({x.shape for x in parts.values()}) > 1:
+            raise ValueError(f"{key} must have one shape in all heads; got {[tuple(x.shape) for x in parts.values()]}")
+        whole[key] = torch.stack([parts[i] for i in sorted(parts)])
+    count = {key.removesuffix("W_Q"): len(x) for key, x in whole.items() if key.endswith("W_Q")}
+    for key, x in whole.items():
+        if re.fullmatch(r"retentions\.\d+\.W_.", key):
+            whole[key] = x.mT.flatten(0, -2).contiguous()
+        elif ".group_norm." in key and len(x) % (n := count.get(key.partition("group_norm.")[0], 1)) == 0:
+            whole[key] = x.view(n, -1)
+    return whole
+
+
+_BLOCK = "backbone.blocks.*."
+
+TORCHSCALE = Format(
+    "torchscale",
+    marks=("layers.*.retention_layer_norm.weight",),
+    rules=(
+        ("embed_tokens.*", "embed_tokens.*"),
+        ("layernorm_embedding.*", "backbone.embedding_norm.*"),
+        ("layers.*.retention.*", _BLOCK + "retention.*"),
+        ("layers.*.retention_layer_norm.*", _BLOCK + "retention_norm.*"),
+        ("layers.*.final_layer_norm.*", _BLOCK + "ffn_norm.*"),
+        ("layers.*.moe_layer.gate.wg.*", _BLOCK + "ffn.router.*"),
+        ("layers.*.moe_layer.experts.*.ffn_layernorm.*", _BLOCK + "ffn.experts.*.norm.*"),
+        ("layers.*.moe_layer.experts.*.*", _BLOCK + "ffn.experts.*.*"),
+        ("layers.*.ffn.ffn_layernorm.*", _BLOCK + "ffn.norm.*"),
+        ("layers.*.ffn.*", _BLOCK + "ffn.*"),
+        ("layer_norm.*", "backbone.norm.*"),
+        ("output_projection.*", "lm_head.*"),
+        ("retnet_rel_pos.angle", "constant.angles"),
+        ("retnet_rel_pos.decay", "constant.log_decays"),
+    ),
+    defaults={
+        "norm_eps": 1e-6,
+        "activation_fn": "gelu",
+        "no_scale_embedding": True,
+        "retention.decay": "paper",
+        "retention.norm": "rms",
+        "retention.norm_eps": 1e-6,
+        "retention.decay_norm": True,
+        "retention.score_norm": True,
+    },
+    options={
+        "decoder_embed_dim": ("dim",),
+        "decoder_value_embed_dim": ("retention.value_dim",),
+        "decoder_ffn_embed_dim": ("ffn_dim",),
+        "decoder_layers": ("num_layers",),
+        "decoder_retention_heads": ("num_heads",),
+        "decoder_normalize_before": ("norm_before",),
+        "layernorm_eps": ("norm_eps", "retention.norm_eps"),
+        "recurrent_chunk_size": ("retention.chunk_size",),
+        **dict.fromkeys(("vocab_size", "share_decoder_input_output_embed", "no_output_layer", "subln"), ()),
+        **dict.fromkeys(("chunkwise_recurrent", "checkpoint_activations", "fsdp", "ddp_rank", "multiway"), ()),
+        **dict.fromkeys(("max_target_positions", "rel_pos_buckets", "max_rel_pos", "use_xmoe"), ()),
+        **dict.fromkeys(("xpos_rel_pos", "xpos_scale_base", "moe_gating_use_fp32", "moe_second_expert_policy"), ()),
+        **dict.fromkeys(("moe_eval_capacity_token_fraction", "moe_normalize_gate_prob_before_dropping"), ()),
+    },
+    prepare=_gated,
+)
+
+SYNCDOTH = Format(
+    "syncdoth",
+    marks=("model.layers.*.retention_layer_norm.weight",),
+    rules=(
+        ("lm_head.*", "lm_head.*"),
+        *((f"model.{theirs}", ours) for theirs, ours in TORCHSCALE.rules),
+        *TORCHSCALE.rules,  # of its RetNetModel alone
+    ),
+    defaults=TORCHSCALE.defaults,
+    options=TORCHSCALE.options
+    | {"use_lm_decay": ("retention.decay",)}
+    | dict.fromkeys(("tie_word_embeddings", "use_ffn_rms_norm", "disable_fused_ops", "forward_impl"), ()),
+    prepare=lambda tensors: _tied(_todays(tensors)),
+)
+
+YET_ANOTHER_RETNET = Format(
+    "yet-another-retnet",
+    marks=("decoder.layers.*.linear1.weight",),
+    rules=(
+        ("embedding.*", "embed_tokens.*"),
+        ("decoder.layers.*.retention.thetas", "constant.angles.*"),
+        ("decoder.layers.*.retention.*", _BLOCK + "retention.*"),
+        ("decoder.layers.*.norm1.*", _BLOCK + "retention_norm.*"),
+        ("decoder.layers.*.norm2.*", _BLOCK + "ffn_norm.*"),
+        ("decoder.layers.*.linear1.*", _BLOCK + "ffn.fc1.*"),
+        ("decoder.layers.*.linear2.*", _BLOCK + "ffn.fc2.*"),
+        ("out.*", "lm_head.*"),
+    ),
+    defaults={
+        "norm_eps": 1e-6,
+        "final_norm": False,
+        "activation_fn": "silu",
+        "retention.decay": "log_linear",
+        "retention.gate": "silu",
+        "retention.norm": "group",
+        "retention.norm_eps": 1e-6,
+    },
+    options={
+        "num_tokens": ("vocab_size",),
+        "d_model": ("dim",),
+        "nhead": ("num_heads",),
+        "dim_feedforward": ("ffn_dim",),
+        "activation": ("activation_fn", "retention.gate"),
+        "layer_norm_eps": ("norm_eps",),
+        "norm_first": ("norm_before",),
+    },
+)
+
+JAMIE_STIRLING = Format(
+    "jamie-stirling",
+    marks=("retentions.*.W_G",),
+    rules=(
+        *((f"retentions.*.W_{letter}", f"{_BLOCK}retention.{letter.lower()}_proj.weight") for letter in "QKVG"),
+        ("retentions.*.W_O", _BLOCK + "retention.out_proj.weight"),
+        ("retentions.*.group_norm.*", _BLOCK + "retention.norm.*"),
+        ("retentions.*.gammas", "constant.gammas.*"),
+        ("retentions.*.xpos.scale", "constant.pair_scales.*"),
+        ("retentions.*.retentions.*.xpos.scale", "constant.pair_scales.*.*"),
+        ("layer_norms_1.*.*", _BLOCK + "retention_norm.*"),
+        ("layer_norms_2.*.*", _BLOCK + "ffn_norm.*"),
+        ("ffns.*.0.*", _BLOCK + "ffn.fc1.*"),
+        ("ffns.*.2.*", _BLOCK + "ffn.fc2.*"),
+    ),
+    defaults={
+        "norm_eps": 1e-5,
+        "final_norm": False,
+        "activation_fn": "gelu",
+        "retention.decay": "log_linear",
+        "retention.rotary": "xpos",
+        "retention.scale": 1.0,
+        "retention.norm": "group",
+        "retention.norm_eps": 1e-5,
+    },
+    options={"layers": ("num_layers",), "hidden_dim": ("dim",), "ffn_size": ("ffn_dim",), "heads": ("num_heads",)}
+    | {"double_v_dim": ()},
+    prepare=_one_matrix_for_all_heads,
+)
+
+RETNET_PYTORCH = Format(
+    "retnet-pytorch",
+    marks=("layers.*.0.o_proj.weight",),
+    rules=(
+        ("layers.*.0.angle", "constant.angles.*"),
+        ("layers.*.0.decay", "constant.log_decays.*"),
+        ("layers.*.0.pre_norm.*", _BLOCK + "retention_norm.*"),
+        ("layers.*.0.o_proj.*", _BLOCK + "retention.out_proj.*"),
+        ("layers.*.0.*", _BLOCK + "retention.*"),
+        ("layers.*.1.net.0.*", _BLOCK + "ffn_norm.*"),
+        ("layers.*.1.net.1.1.*", _BLOCK + "ffn.fc1.*"),
+        ("layers.*.1.net.2.1.*", _BLOCK + "ffn.fc2.*"),
+    ),
+    defaults={
+        "norm_eps": 1e-5,
+        "final_norm": False,
+        "activation_fn": "gelu",
+        "activate_output": True,
+        "retention.decay": "paper",
+        "retention.gate": "gelu",
+        "retention.norm": "group",
+        "retention.norm_eps": 1e-5,
+    },
+    options={
+        "num_layer": ("num_layers",),
+        "dim_model": ("dim",),
+        "msr_gate_fn": ("retention.gate",),
+        "mlp_gate_fn": ("activation_fn",),
+        "mlp_bias": ("ffn_bias",),
+        **dict.fromkeys(("value_factor", "mlp_mult"), ()),
+    },
+)
+
+RETENTION = Format(
+    "retention",
+    marks=("model.backbone.blocks.*.retention.q_proj.weight", "backbone.blocks.*.retention.q_proj.weight"),
+    rules=(
+        ("model.embed_tokens.*", "embed_tokens.*"),
+        ("model.backbone.*", "backbone.*"),
+        ("embed_tokens.*", "embed_tokens.*"),
+        ("backbone.*", "backbone.*"),
+        ("lm_head.*", "lm_head.*"),
+    ),
+    prepare=_tied,
+)
+
+FORMATS = {
+    known.name: known for known in (TORCHSCALE, SYNCDOTH, YET_ANOTHER_RETNET, JAMIE_STIRLING, RETNET_PYTORCH, RETENTION)
+}
+
+
+def detect(keys: Iterable[str]) -> Format:
+    """The format that keys are of. Raises: ValueError if it is none in FORMATS."""
+    keys = list(keys)
+    for known in FORMATS.values():
+        if known.detects(keys):
+            return known
+    raise ValueError(f"these tensors are of none of the formats {', '.join(FORMATS)}; got {listed(keys)}")

@@ -1,0 +1,119 @@
+"""What a checkpoint's tensors, under our names, tell about the model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from retention.decay import SCHEDULES
+from retention.rotary import frequencies, pair_decays
+
+Tensors = dict[str, Tensor]
+
+
+def described(tensors: Tensors) -> dict[str, Any]:
+    """The options that names and shapes tell. Raises: ValueError if these are not the tensors of a RetNet."""
+
+    def shapes(pattern: str) -> list[tuple[int, ...]]:
+        return [tuple(x.shape) for key, x in tensors.items() if re.fullmatch(rf"backbone\.blocks\.\d+\.{pattern}", key)]
+
+    norm, v_proj, fc1 = (
+        shapes(r"retention_norm\.weight"),
+        shapes(r"retention\.v_proj\.weight"),
+        shapes(r".*fc1\.weight"),
+    )
+    if not (norm and v_proj and fc1):
+        raise ValueError(f"these tensors have no norm, retention or feed-forward that is known; got {listed(tensors)}")
+    embedding, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
+    blocks = {int(found[1]) for key in tensors if (found := re.match(r"backbone\.blocks\.(\d+)\.", key))}
+    routers = {int(key.split(".")[2]): len(x) for key, x in tensors.items() if ".router." in key}
+    facts: dict[str, Any] = {
+        "vocab_size": 0 if embedding is None else len(embedding),
+        "dim": norm[0][0],
+        "num_layers": max(blocks) + 1,
+        "ffn_dim": fc1[0][0],
+        "norm": "layer" if shapes(r"retention_norm\.bias") else "rms",
+        "norm_before": True,
+        "final_norm": "backbone.norm.weight" in tensors,
+        "layernorm_embedding": "backbone.embedding_norm.weight" in tensors,
+        "subln": _kind(shapes(r"ffn\.(experts\.\d+\.)?norm\.weight"), shapes(r"ffn\.(experts\.\d+\.)?norm\.bias")),
+        "moe_freq": min(routers, default=-1) + 1,
+        "moe_expert_count": next(iter(routers.values()), 0),
+        "retention.value_dim": v_proj[0][0],
+        "retention.bias": bool(shapes(r"retention\.q_proj\.bias")),
+        "tie_word_embeddings": embedding is not None and head is not None and torch.equal(embedding, head),
+        "lm_head_bias": "lm_head.bias" in tensors,
+    }
+    if len(routers) < len(blocks):
+        facts |= {"use_glu": bool(shapes(r"ffn\.gate\.weight")), "ffn_bias": bool(shapes(r"ffn\.fc1\.bias"))}
+    affine = shapes(r"retention\.norm\.weight")
+    facts["retention.norm_affine"] = False if not affine else "channel" if len(affine[0]) == 2 else "shared"
+    return facts | ({"num_heads": affine[0][0]} if affine and len(affine[0]) == 2 else {})
+
+
+def positions(tensors: Tensors, facts: dict[str, Any], usual: str) -> dict[str, Any]:
+    """Heads and decays, as buffers tell them. usual: the schedule to think of first.
+
+    Raises: ValueError if buffers contradict each other, or hold angles that we do not compute.
+    """
+    heads, decays = {facts["num_heads"]} if "num_heads" in facts else set(), set()
+    for name, x in tensors.items():
+        kind = name.split(".")[1] if name.startswith("constant.") else None
+        if kind in ("log_decays", "gammas"):
+            heads.add(x.numel())
+            decays.add(_decay(x.flatten(), usual, gammas=kind == "gammas"))
+        elif kind is not None:
+            key_dim = x.numel() * (2 if kind == "pair_scales" else 1)
+            heads.add(facts["dim"] // key_dim)
+            if not same(x.flatten(), _rotation(kind, key_dim)):
+                raise ValueError(f"the rotation in these weights is another than ours; got {kind} {x.flatten()[:4]}")
+    if len(heads) > 1 or len(decays) > 1:
+        raise ValueError(f"the buffers in these weights contradict each other; got heads {heads}, decays {decays}")
+    found: dict[str, Any] = {"num_heads": heads.pop()} if heads else {}
+    for decay in decays:
+        found["retention.decay"] = decay if isinstance(decay, str) else list(decay)
+    return found
+
+
+def constants(key_dim: int, decays: tuple[float, ...]) -> Tensors:
+    """The angles and log-decays that torchscale keeps as buffers, bit for bit as it computes them in float32."""
+    angles = (1.0 / 10000 ** torch.linspace(0, 1, key_dim // 2)).repeat_interleave(2)
+    paper = torch.log(1 - 2 ** (-5 - torch.arange(len(decays), dtype=torch.float32)))
+    is_paper = decays == SCHEDULES["paper"](len(decays))
+    return {"constant.angles": angles, "constant.log_decays": paper if is_paper else torch.tensor(decays)}
+
+
+def same(x: Tensor, exact: Tensor) -> bool:
+    """Equal but for the rounding of float32, in which it was computed, and of the dtype that x is kept in."""
+    return x.shape == exact.shape and torch.allclose(
+        x.double().cpu(), exact.double(), rtol=1e-5 + 2 * torch.finfo(x.dtype).eps, atol=2e-7
+    )
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """The names with commas, the first of many."""
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _rotation(kind: str, key_dim: int) -> Tensor:
+    if kind == "angles":  # of each channel
+        return torch.tensor(frequencies("paper", key_dim), dtype=torch.float64).repeat_interleave(2)
+    return (512 * torch.tensor(pair_decays(key_dim), dtype=torch.float64)).exp()  # xPos' scale of each pair
+
+
+def _decay(x: Tensor, usual: str, *, gammas: bool) -> str | tuple[float, ...]:
+    """The schedule that a buffer holds, or else its log-decays."""
+    for name in dict.fromkeys((usual, *SCHEDULES)):
+        exact = torch.tensor(SCHEDULES[name](len(x)), dtype=torch.float64)
+        if same(x, exact.exp() if gammas else exact):
+            return name
+    return tuple((x.double().log() if gammas else x.double()).tolist())
+
+
+def _kind(weights: list[Any], biases: list[Any]) -> str | None:
+    return None if not weights else "layer" if biases else "rms"

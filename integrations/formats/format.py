@@ -1,0 +1,126 @@
+"""`Format`: how one implementation of RetNet writes a model down."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from retention.layer import MultiScaleRetention
+from retention.model import RetNetBackbone
+
+from .facts import Tensors, described, positions
+
+Rules = tuple[tuple[str, str], ...]
+
+_BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype", "retention"}
+_LAYER = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
+_HEADS = {"z_loss_coeff", "router_aux_loss_coef", "initializer_range", "pad_token_id", "bos_token_id", "eos_token_id"}
+OPTIONS = {*_BACKBONE, *_HEADS, "vocab_size", "lm_head_bias", *(f"retention.{name}" for name in _LAYER)}
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one implementation writes a model down.
+
+    marks: patterns of keys; a checkpoint that has a key like one of them is of this format.
+    rules: pairs of patterns (theirs, ours), read in both directions. A star is one part of a name, at the end all the
+        rest. The first that fits counts. What is `constant.` on our side is compared with what we compute.
+    defaults: options that weights do not tell: what the implementation does, or does unless told otherwise.
+    options: what their options are called here; () for those that change nothing or that the weights tell.
+    prepare: their tensors to tensors that the rules can rename, each as we keep it; refuses what is not of this format.
+    """
+
+    name: str
+    marks: tuple[str, ...]
+    rules: Rules
+    defaults: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    prepare: Callable[[Tensors], Tensors] = dict
+
+    def detects(self, keys: Iterable[str]) -> bool:
+        return any(_pattern(mark).fullmatch(key) for key in keys for mark in self.marks)
+
+    def to_ours(self, key: str) -> str | None:
+        """Our name for a key of theirs; None if no rule knows it."""
+        return _renamed(key, self.rules)
+
+    def to_theirs(self, key: str) -> str | None:
+        return _renamed(key, tuple((ours, theirs) for theirs, ours in self.rules))
+
+    def known(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Those of the options that `config` takes: a config.json holds many more."""
+        return {name: value for name, value in options.items() if name in self.options or name in OPTIONS}
+
+    def config(self, tensors: Tensors, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of the model whose tensors, under our names, these are; for `RetNetConfig`.
+
+        given: options under their names or ours, for what the weights do not tell.
+        Raises: ValueError for an unknown option, one that contradicts the weights, or one that is needed and unknown.
+        """
+        facts = described(tensors)
+        facts |= positions(tensors, facts, self.defaults.get("retention.decay", "paper"))
+        if not facts.pop("final_norm") and self.defaults.get("final_norm", True):
+            facts["norm_before"] = False  # with its norms after the sums, a model has none at the end
+        else:
+            facts["deepnorm"] = False
+        told: dict[str, Any] = {}
+        for name, value in flat(given).items():
+            for ours in self._meaning(name):
+                told[ours] = _in_our_words(ours, value)
+                if ours in facts and ours != "retention.decay" and facts[ours] != told[ours]:
+                    raise ValueError(f"{name} {value!r} contradicts the weights, which have {ours} {facts[ours]!r}")
+        merged = {**self.defaults, **told, **facts}
+        self._check_complete(merged)
+        layer = {name[10:]: value for name, value in merged.items() if name.startswith("retention.")}
+        return {name: merged[name] for name in merged if not name.startswith("retention.")} | {"retention": layer}
+
+    def _meaning(self, name: str) -> tuple[str, ...]:
+        if name in self.options:
+            return self.options[name]
+        if name in OPTIONS:
+            return (name,)
+        known = ", ".join(sorted({*self.options} | OPTIONS))
+        raise ValueError(f"unknown option {name!r} for {self.name}; known are {known}")
+
+    def _check_complete(self, config: dict[str, Any]) -> None:
+        if "num_heads" not in config:
+            name = next((name for name, ours in self.options.items() if "num_heads" in ours), "num_heads")
+            raise ValueError(f'these weights do not tell how many heads there are; give a config: {{"{name}": N}}')
+        if not config["norm_before"] and "deepnorm" not in config:
+            raise ValueError(
+                "this model has its norms after the sums, and its weights do not tell whether it scales the residuals; "
+                'give a config: {"deepnorm": true} or {"deepnorm": false}'
+            )
+
+
+def flat(options: dict[str, Any]) -> dict[str, Any]:
+    """The options with those of the layer beside them, under the prefix `retention.`."""
+    layer = options.get("retention") or {}
+    if not isinstance(layer, dict):
+        raise ValueError(f"retention must hold options of the layer, by name; got retention {layer!r}")
+    return {k: v for k, v in options.items() if k != "retention"} | {f"retention.{k}": v for k, v in layer.items()}
+
+
+def _in_our_words(name: str, value: Any) -> Any:
+    if name == "retention.decay" and isinstance(value, bool):  # use_lm_decay
+        return "log_linear" if value else "paper"
+    return "silu" if value == "swish" else value
+
+
+@lru_cache
+def _pattern(text: str) -> re.Pattern[str]:
+    inner = "([^.]+)".join(re.escape(part) for part in text.removesuffix("*").split("*"))
+    return re.compile(inner + "(.+)" if text.endswith("*") else inner)
+
+
+def _renamed(key: str, rules: Rules) -> str | None:
+    for old, new in rules:
+        if found := _pattern(old).fullmatch(key):
+            for part in found.groups():
+                new = new.replace("*", part, 1)
+            return new
+    return None

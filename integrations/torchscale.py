@@ -1,0 +1,266 @@
+"""torchscale's RetNet on our blocks: for code written for torchscale, only the import changes. Needs torch alone.
+
+    from retention.integrations.torchscale import RetNetConfig, RetNetDecoder
+
+The results are those of torchscale 0.3.0, and so are the names in the state dict: checkpoints go in both directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from retention.layer import MultiScaleRetention
+from retention.model import RetNetBackbone
+from retention.state import RetentionState
+
+from .formats import TORCHSCALE, constants, same
+
+_ABSENT = ("multiway", "use_xmoe", "xpos_rel_pos", "rel_pos_buckets", "max_rel_pos", "fsdp")
+ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
+
+
+@dataclass(kw_only=True)
+class RetNetConfig:
+    """The options of torchscale's RetNetConfig and their defaults; an unknown one is a TypeError.
+
+    decoder_value_embed_dim: torchscale's default, 1280, cannot be divided among its 3 heads; here it is that of the
+        paper, 2 decoder_embed_dim.
+    moe_*: as there, but no token is dropped and the second expert is always taken, so that those about capacities and
+        chance have no effect.
+    multiway, use_xmoe, xpos_rel_pos, rel_pos_buckets, max_rel_pos, fsdp: must be off.
+    """
+
+    decoder_embed_dim: int = 768
+    decoder_value_embed_dim: int | None = None
+    decoder_retention_heads: int = 3
+    decoder_ffn_embed_dim: int = 1280
+    decoder_layers: int = 12
+    decoder_normalize_before: bool = True
+    activation_fn: str = "gelu"
+    dropout: float = 0.0
+    drop_path_rate: float = 0.0
+    activation_dropout: float = 0.0
+    no_scale_embedding: bool = True
+    layernorm_embedding: bool = False
+    moe_freq: int = 0
+    moe_top1_expert: bool = False
+    moe_expert_count: int = 0
+    moe_gating_use_fp32: bool = True
+    moe_eval_capacity_token_fraction: float = 0.25
+    moe_second_expert_policy: str = "random"
+    moe_normalize_gate_prob_before_dropping: bool = False
+    use_xmoe: bool = False
+    rel_pos_buckets: int = 0
+    max_rel_pos: int = 0
+    deepnorm: bool = False
+    subln: bool = True
+    multiway: bool = False
+    share_decoder_input_output_embed: bool = False
+    max_target_positions: int = 1024
+    no_output_layer: bool = False
+    layernorm_eps: float = 1e-6
+    chunkwise_recurrent: bool = False
+    recurrent_chunk_size: int = 512
+    vocab_size: int = -1
+    checkpoint_activations: bool = False
+    fsdp: bool = False
+    ddp_rank: int = 0
+    xpos_rel_pos: bool = False
+    xpos_scale_base: int = 512
+
+    def __post_init__(self) -> None:
+        if self.decoder_value_embed_dim is None:
+            self.decoder_value_embed_dim = 2 * self.decoder_embed_dim
+        if self.deepnorm:
+            self.decoder_normalize_before = self.subln = False
+        if self.subln:
+            self.decoder_normalize_before = True
+
+    def override(self, args: Any) -> None:
+        """Take over what `args` has as attributes under these names, unless None; then the rules apply anew."""
+        if self.decoder_value_embed_dim == 2 * self.decoder_embed_dim:
+            self.decoder_value_embed_dim = None  # follows the width
+        for name in vars(self):
+            if getattr(args, name, None) is not None:
+                setattr(self, name, getattr(args, name))
+        self.__post_init__()
+
+
+class RetNetDecoder(nn.Module):
+    """Embedding, blocks and head: tokens (B, T) in, logits (B, T, vocab_size) out.
+
+    args: a `RetNetConfig`, or anything with its attributes.
+    embed_tokens: default: an embedding of its own if args.vocab_size is above 0.
+    output_projection: default: a head, unless args.no_output_layer; with share_decoder_input_output_embed it has the
+        embedding's weight.
+    Raises: ValueError for options that are not there.
+    """
+
+    def __init__(self, args: Any, embed_tokens: nn.Module | None = None, output_projection: nn.Module | None = None):
+        super().__init__()
+        _check(args)
+        self.args = args
+        self.embed_dim, self.num_layers = args.decoder_embed_dim, args.decoder_layers
+        if embed_tokens is None and args.vocab_size > 0:
+            embed_tokens = nn.Embedding(args.vocab_size, self.embed_dim)
+            nn.init.normal_(embed_tokens.weight, std=self.embed_dim**-0.5)
+        if output_projection is None and not args.no_output_layer and args.vocab_size > 0:
+            output_projection = nn.Linear(self.embed_dim, args.vocab_size, bias=False)
+            nn.init.normal_(output_projection.weight, std=self.embed_dim**-0.5)
+            if args.share_decoder_input_output_embed:
+                output_projection.weight = cast(Any, embed_tokens).weight
+        self.embed_tokens, self.output_projection = embed_tokens, output_projection
+        self.backbone = _backbone(args)
+        self.backbone.gradient_checkpointing = args.checkpoint_activations
+        self.register_state_dict_post_hook(_to_theirs)
+        self.register_load_state_dict_pre_hook(_to_ours)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.backbone.blocks
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        incremental_state: dict[Any, Any] | None = None,
+        features_only: bool = False,
+        return_all_hiddens: bool = False,
+        token_embeddings: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Logits (B, T, vocab_size), or with features_only the hidden states (B, T, dim); and a dict with
+
+            inner_states: the input of the first block and the output of each; l_aux: the loss of each block's experts,
+            None without; attn: None.
+
+        incremental_state: a dict that the caller keeps, at first empty. Each call is given the tokens from the start,
+            computes those it has not seen, in one pass, and returns logits for these alone. It then holds for each
+            block tensors by name whose first dimension is the batch. {"is_first_step": True} forgets what was there.
+        token_embeddings (B, T, dim): instead of the embedding, of all tokens or of the new ones.
+        kwargs: what fairseq passes to other models; return_all_hiddens: they come anyway.
+        Raises: ValueError if no token is new.
+        """
+        state = self._state(incremental_state)
+        tokens = prev_output_tokens[:, _seen(state) :]
+        if not tokens.shape[1]:
+            raise ValueError(
+                f"there must be more tokens than the {_seen(state)} in incremental_state; "
+                f"got tokens {tuple(prev_output_tokens.shape)}"
+            )
+        x = self._embedded(tokens) if token_embeddings is None else token_embeddings[:, -tokens.shape[1] :]
+        out = self.backbone(x, state=state, return_state=incremental_state is not None, return_layers=True)
+        if incremental_state is not None:
+            for i, after in enumerate(out.state):
+                incremental_state[i] = {name: value for name, value in vars(after).items() if value is not None}
+        y = out.hidden if features_only else self.output_layer(out.hidden)
+        return y, {"inner_states": out.layers, "l_aux": out.aux_losses, "attn": None}
+
+    def forward_embedding(
+        self, tokens: Tensor, token_embedding: Tensor | None = None, incremental_state: dict[Any, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What goes into the first block, and the scaled embedding before norm and dropout."""
+        if token_embedding is None:
+            token_embedding = self._embedded(tokens[:, _seen(self._state(incremental_state)) :])
+        scaled = token_embedding * self.backbone.embedding_scale
+        return self.backbone.dropout(self.backbone.embedding_norm(scaled)), scaled
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        if self.output_projection is None:
+            raise ValueError("this decoder has no output layer; pass features_only=True, or a vocab_size to its config")
+        return self.output_projection(features)
+
+    def is_first_step(self, incremental_state: dict[Any, Any] | None) -> bool:
+        return incremental_state is not None and bool(incremental_state.get("is_first_step", False))
+
+    def reorder_incremental_state(self, incremental_state: dict[Any, Any], new_order: Tensor) -> None:
+        """Rows of the batch, as many as new_order names and in that order, for beam search."""
+        for i in range(self.num_layers):
+            for name, x in incremental_state.get(i, {}).items():
+                incremental_state[i][name] = x.index_select(0, new_order)
+
+    def _state(self, incremental_state: dict[Any, Any] | None) -> list[RetentionState] | None:
+        """What the dict holds, if it is not the beginning."""
+        if not incremental_state or not incremental_state.get(0) or self.is_first_step(incremental_state):
+            return None
+        return [RetentionState(**incremental_state[i]) for i in range(self.num_layers)]
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if self.embed_tokens is None:
+            raise ValueError("this decoder has no embedding; pass token_embeddings, or a vocab_size to its config")
+        return self.embed_tokens(tokens)
+
+
+def _check(args: Any) -> None:
+    active = [f"{name} {getattr(args, name)!r}" for name in _ABSENT if getattr(args, name, None)]
+    if active:
+        raise ValueError(f"these options of torchscale are not there; leave them off; got {', '.join(active)}")
+    if args.activation_fn not in ACTIVATIONS:
+        raise ValueError(f"activation_fn must be one of {', '.join(ACTIVATIONS)}; got {args.activation_fn!r}")
+    if args.deepnorm and args.decoder_normalize_before:
+        raise ValueError("deepnorm has its norms after the sums; with it set decoder_normalize_before=False")
+
+
+def _seen(state: list[RetentionState] | None) -> int:
+    """How many tokens the state holds, the same in all rows."""
+    return 0 if state is None else int(state[0].time[0])
+
+
+def _backbone(args: Any) -> RetNetBackbone:
+    layer = {name.removeprefix("retention."): x for name, x in TORCHSCALE.defaults.items() if "." in name}
+    layer |= {"value_dim": args.decoder_value_embed_dim, "norm_eps": args.layernorm_eps}
+    if args.chunkwise_recurrent:
+        layer |= {"form": "chunkwise", "chunk_size": args.recurrent_chunk_size}
+    same_name = ("dropout", "activation_dropout", "drop_path_rate", "no_scale_embedding", "layernorm_embedding")
+    return RetNetBackbone(
+        args.decoder_embed_dim,
+        args.decoder_layers,
+        args.decoder_retention_heads,
+        ffn_dim=args.decoder_ffn_embed_dim,
+        activation_fn=ACTIVATIONS[args.activation_fn],
+        norm_eps=args.layernorm_eps,
+        norm_before=args.decoder_normalize_before,
+        deepnorm=args.deepnorm,
+        subln="layer" if args.subln and args.moe_freq else None,  # in experts alone
+        retention=layer,
+        **{name: getattr(args, name) for name in (*same_name, "moe_freq", "moe_expert_count", "moe_top1_expert")},
+    )
+
+
+def _buffers(decoder: Any) -> dict[str, Tensor]:
+    layer: MultiScaleRetention = decoder.backbone.blocks[0].retention
+    return constants(layer.head_key_dim, layer.decays)
+
+
+def _to_theirs(decoder: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """After `state_dict`: torchscale's names, and its buffers."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        ours = key.removeprefix(prefix)
+        state[prefix + (TORCHSCALE.to_theirs(ours) or ours)] = state.pop(key)
+    device = decoder.backbone.blocks[0].retention.q_proj.weight.device
+    for ours, x in _buffers(decoder).items():
+        state[f"{prefix}{TORCHSCALE.to_theirs(ours)}"] = x.to(device)
+
+
+def _to_ours(
+    decoder: Any,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    unexpected: list[str],
+    errors: list[str],
+) -> None:
+    """Before `load_state_dict`: our names; the buffers are compared, since ours are computed."""
+    computed = _buffers(decoder)
+    for key in [key for key in state if key.startswith(prefix)]:
+        theirs = key.removeprefix(prefix)
+        ours = TORCHSCALE.to_ours(theirs) or theirs
+        value = state.pop(key)
+        if ours not in computed:
+            state[prefix + ours.replace("lm_head.", "output_projection.")] = value
+        elif not same(value, computed[ours]):
+            errors.append(f"{key} holds other values than this decoder computes; got {value[:4]}")
