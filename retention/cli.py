@@ -1,4 +1,4 @@
-"""The `retention` command: train a language model and let it write."""
+"""The `retention` command: train a language model, let it write, convert checkpoints of other RetNets."""
 
 from __future__ import annotations
 
@@ -106,6 +106,28 @@ def generate(
             device = "cpu" if accelerator is None else accelerator.type
         loaded.to(device).eval()
     _write(loaded, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A file of weights, or a folder that holds one or its shards.")],
+    out: Annotated[Path, typer.Argument(help="A folder for a model of ours; a .safetensors or .pt for torchscale's.")],
+    format: Annotated[str | None, typer.Option("--from", help="Whose checkpoint it is. Default: recognised.")] = None,
+    target: Annotated[str | None, typer.Option("--to", help="retention, or torchscale: default for ours.")] = None,
+    config: Annotated[Path | None, typer.Option(help="JSON file of options that the weights do not tell.")] = None,
+) -> None:
+    """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours."""
+    with _told():
+        from .integrations import checkpoints
+        from .integrations.transformers.training import quiet
+
+        quiet()
+        given = checkpoints.read_config(config) if config else None
+        model = checkpoints.convert(source, out, format=format, target=target, config=given)
+    typer.echo(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {out}")
+    if out.is_file():
+        options = ", ".join(f"{name}={value!r}" for name, value in checkpoints.torchscale_options(model).items())
+        typer.echo(f"its torchscale config: RetNetConfig({options})")
 
 
 def _resumed(command: typer.Context, options: dict[str, Any], out: Path) -> Settings:

@@ -29,6 +29,7 @@ LEVELS = (
 )
 DOORS = {
     "transformers": "transformers",
+    "safetensors": "weights",
     "accelerate": "transformers",
     "huggingface_hub": "transformers",
     "typer": "cli",

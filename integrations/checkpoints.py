@@ -1,0 +1,166 @@
+"""Load the checkpoints of other RetNets, and write them as ours or as torchscale's; `formats` says whose.
+
+Loading is strict: every tensor has a place, and every place a tensor of its shape. Nothing is written before all that
+has been checked, nor over what is there.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tempfile
+from dataclasses import fields
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retention.layer import MultiScaleRetention
+
+from . import torchscale
+from .formats import FORMATS, TORCHSCALE, Format, Tensors, constants, described, detect, flat, listed
+from .transformers import RetNetConfig, RetNetForCausalLM, RetNetModel
+from .weights import read, read_config, write
+
+__all__ = ["convert", "load", "read_config", "torchscale_options", "torchscale_tensors"]
+
+Model = RetNetForCausalLM | RetNetModel
+TARGETS = ("retention", "torchscale")
+
+# What torchscale's function is, where ours has a choice. The layer's defaults are the paper's, and so are most of its.
+_FREE = ("value_dim", "decay", "dropout", "init_gain", "init_scale", "backend", "form", "chunk_size")
+_LAYER = {
+    f"retention.{name}": option.default
+    for name, option in inspect.signature(MultiScaleRetention).parameters.items()
+    if name not in ("dim", "num_heads", "device", "dtype", *_FREE)
+}
+_THEIRS: dict[str, Any] = {
+    **dict(norm="rms", use_glu=True, ffn_bias=False, activate_output=False, final_norm=True, lm_head_bias=False),
+    **{name: TORCHSCALE.defaults.get(name, default) for name, default in _LAYER.items()},
+}
+
+
+def load(source: str | Path, format: str | None = None, config: dict[str, Any] | None = None) -> Model:
+    """The model in a checkpoint, in evaluation mode: a `RetNetModel` if there is no head in it.
+
+    source: a safetensors or torch file, or a folder that holds one, or its shards and their index.
+    format: a name in `formats.FORMATS`; default: recognised by the names of the tensors.
+    config: what the weights do not tell, under the implementation's names or ours. It stands above a config.json
+        beside the weights, and that above the implementation's defaults.
+    Raises: OSError or ValueError that says what is wrong with the checkpoint, or what the config must say.
+    """
+    return _load(Path(source), format, config)[0]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    format: str | None = None,
+    target: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> Model:
+    """Load a checkpoint and write it to `out`; returns the model.
+
+    target: "retention", a folder for `from_pretrained`; or "torchscale", a file of tensors, .safetensors or .pt.
+        Default: "retention", or "torchscale" if the source is ours.
+    Raises: as `load`; FileExistsError if `out` exists; ValueError for what torchscale cannot compute.
+    """
+    out = Path(out)
+    if target not in (*TARGETS, None):
+        raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}")
+    if os.path.lexists(out):
+        raise FileExistsError(f"{out} exists; name another place")
+    model, found = _load(Path(source), format, config)
+    if target is None:
+        target = "torchscale" if found.name == "retention" else "retention"
+    tensors = torchscale_tensors(model) if target == "torchscale" else None
+    if tensors is not None and out.suffix not in (".safetensors", ".pt"):
+        raise ValueError(f"torchscale's weights go into a file, .safetensors or .pt; got {out.name}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+        made = Path(folder, out.name)
+        if tensors is None:
+            model.save_pretrained(made)
+        else:
+            write(tensors, made)
+        os.rename(made, out)  # all of it or nothing
+    return model
+
+
+def torchscale_tensors(model: Model) -> Tensors:
+    """The state dict of torchscale's RetNetDecoder for this model. Raises: ValueError for what it cannot compute."""
+    _check_torchscale_can(model.config)
+    base: Any = getattr(model, "model", model)
+    layer = base.backbone.blocks[0].retention
+    ours = _tensors(model) | constants(layer.head_key_dim, layer.decays)
+    return {str(TORCHSCALE.to_theirs(key)): x.contiguous() for key, x in ours.items()}
+
+
+def torchscale_options(model: Model) -> dict[str, Any]:
+    """What torchscale's RetNetConfig must be told for these weights: all that is not its default."""
+    said = {name: value for name, value in flat(model.config.to_dict()).items() if value is not None}
+    ours = described(_tensors(model)) | said
+    told = {name: ours.get(targets[0]) for name, targets in TORCHSCALE.options.items() if targets}
+    told |= {field.name: ours[field.name] for field in fields(torchscale.RetNetConfig) if field.name in ours}
+    told |= {"subln": ours["subln"] is not None, "share_decoder_input_output_embed": ours["tie_word_embeddings"]}
+    if told["activation_fn"] == "silu":
+        told["activation_fn"] = "swish"
+    usual = {field.name: field.default for field in fields(torchscale.RetNetConfig)}
+    return {name: value for name, value in told.items() if value is not None and value != usual[name]}
+
+
+def _tensors(model: Model) -> Tensors:
+    return {key.removeprefix("model."): x for key, x in model.state_dict().items()}
+
+
+def _check_torchscale_can(config: RetNetConfig) -> None:
+    ours = _LAYER | flat(config.to_dict())
+    wanted = _THEIRS | {"retention.norm_eps": config.norm_eps}
+    wanted["subln"] = "layer" if config.moe_freq and config.subln else None
+    wrong = [f"{name} must be {value!r}, is {ours[name]!r}" for name, value in wanted.items() if ours[name] != value]
+    if config.activation_fn not in torchscale.ACTIVATIONS.values():
+        wrong.append(f"activation_fn must be gelu, relu or silu, is {config.activation_fn!r}")
+    if wrong:
+        raise ValueError(f"torchscale's RetNet cannot compute what this model does: {'; '.join(wrong)}")
+
+
+def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple[Model, Format]:
+    if name not in (*FORMATS, None):
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}; got {name!r}")
+    tensors, beside = read(source)
+    found = detect(tensors) if name is None else FORMATS[name]
+    tensors = found.prepare(tensors)
+    ours = {known: x for key, x in tensors.items() if (known := found.to_ours(key)) is not None}
+    unknown = [key for key in tensors if found.to_ours(key) is None]
+    if found.name != "retention":
+        config = RetNetConfig(**found.config(ours, {**found.known(beside), **(given or {})}))
+    elif given or not beside:
+        raise ValueError(f"a model of ours has its own config.json, and takes no other; {source} has {listed(beside)}")
+    else:
+        config = RetNetConfig.from_dict(beside)
+    return _filled(config, ours, unknown, found), found
+
+
+def _filled(config: RetNetConfig, ours: Tensors, unknown: list[str], found: Format) -> Model:
+    """The model of `config` with these tensors as its parameters, each in the widest dtype among them."""
+    ours = {key: x for key, x in ours.items() if not key.startswith("constant.")}
+    config.dtype = reduce(torch.promote_types, {x.dtype for x in ours.values()})
+    with torch.device("meta"):  # no time and memory for weights that are replaced
+        model: Model = (RetNetForCausalLM if "lm_head.weight" in ours else RetNetModel)(config)
+    places = {key.removeprefix("model."): (key, x.shape) for key, x in model.state_dict().items()}
+    unknown += [str(found.to_theirs(key)) for key in ours.keys() - places.keys()]
+    missing = [str(found.to_theirs(key)) for key in places.keys() - ours.keys()]
+    misfits = [
+        f"{found.to_theirs(key)} must be {tuple(shape)}, is {tuple(ours[key].shape)}"
+        for key, (_, shape) in places.items()
+        if key in ours and ours[key].shape != shape
+    ]
+    for what, names in (("unknown tensors", unknown), ("missing tensors", missing), ("wrong shapes", misfits)):
+        if names:
+            raise ValueError(f"these weights are not a whole {found.name} checkpoint: {what}: {listed(sorted(names))}")
+    state = {places[key][0]: x.to(config.dtype) for key, x in ours.items()}
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    return model.eval()
