@@ -17,42 +17,42 @@ Tensors = dict[str, Tensor]
 
 def described(tensors: Tensors) -> dict[str, Any]:
     """The options that names and shapes tell. Raises: ValueError if these are not the tensors of a RetNet."""
-
-    def shapes(pattern: str) -> list[tuple[int, ...]]:
-        return [tuple(x.shape) for key, x in tensors.items() if re.fullmatch(rf"backbone\.blocks\.\d+\.{pattern}", key)]
-
-    norm, v_proj, fc1 = (
-        shapes(r"retention_norm\.weight"),
-        shapes(r"retention\.v_proj\.weight"),
-        shapes(r".*fc1\.weight"),
-    )
-    if not (norm and v_proj and fc1):
+    norm, v_proj = _shapes(tensors, r"retention_norm\.weight"), _shapes(tensors, r"retention\.v_proj\.weight")
+    if not (norm and v_proj and _shapes(tensors, r"ffn\..*fc1\.weight")):
         raise ValueError(f"these tensors have no norm, retention or feed-forward that is known; got {listed(tensors)}")
     embedding, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
-    blocks = {int(found[1]) for key in tensors if (found := re.match(r"backbone\.blocks\.(\d+)\.", key))}
-    routers = {int(key.split(".")[2]): len(x) for key, x in tensors.items() if ".router." in key}
+    affine = _shapes(tensors, r"retention\.norm\.weight")
+    per_channel = bool(affine) and len(affine[0]) == 2
     facts: dict[str, Any] = {
         "vocab_size": 0 if embedding is None else len(embedding),
         "dim": norm[0][0],
-        "num_layers": max(blocks) + 1,
-        "ffn_dim": fc1[0][0],
-        "norm": "layer" if shapes(r"retention_norm\.bias") else "rms",
+        "num_layers": max(_blocks(tensors)) + 1,
+        "norm": "layer" if _shapes(tensors, r"retention_norm\.bias") else "rms",
         "norm_before": True,
         "final_norm": "backbone.norm.weight" in tensors,
         "layernorm_embedding": "backbone.embedding_norm.weight" in tensors,
-        "subln": _kind(shapes(r"ffn\.(experts\.\d+\.)?norm\.weight"), shapes(r"ffn\.(experts\.\d+\.)?norm\.bias")),
-        "moe_freq": min(routers, default=-1) + 1,
-        "moe_expert_count": next(iter(routers.values()), 0),
         "retention.value_dim": v_proj[0][0],
-        "retention.bias": bool(shapes(r"retention\.q_proj\.bias")),
+        "retention.bias": bool(_shapes(tensors, r"retention\.q_proj\.bias")),
+        "retention.norm_affine": "channel" if per_channel else "shared" if affine else False,
         "tie_word_embeddings": embedding is not None and head is not None and torch.equal(embedding, head),
         "lm_head_bias": "lm_head.bias" in tensors,
     }
-    if len(routers) < len(blocks):
-        facts |= {"use_glu": bool(shapes(r"ffn\.gate\.weight")), "ffn_bias": bool(shapes(r"ffn\.fc1\.bias"))}
-    affine = shapes(r"retention\.norm\.weight")
-    facts["retention.norm_affine"] = False if not affine else "channel" if len(affine[0]) == 2 else "shared"
-    return facts | ({"num_heads": affine[0][0]} if affine and len(affine[0]) == 2 else {})
+    return facts | _feed_forward(tensors) | ({"num_heads": affine[0][0]} if per_channel else {})
+
+
+def _feed_forward(tensors: Tensors) -> dict[str, Any]:
+    routers = {int(key.split(".")[2]): len(x) for key, x in tensors.items() if ".router." in key}
+    norm = [_shapes(tensors, rf"ffn\.(experts\.\d+\.)?norm\.{part}") for part in ("weight", "bias")]
+    facts: dict[str, Any] = {
+        "ffn_dim": _shapes(tensors, r"ffn\..*fc1\.weight")[0][0],
+        "subln": None if not norm[0] else "layer" if norm[1] else "rms",
+        "moe_freq": min(routers, default=-1) + 1,
+        "moe_expert_count": next(iter(routers.values()), 0),
+    }
+    if len(routers) < len(_blocks(tensors)):  # those without experts
+        facts["use_glu"] = bool(_shapes(tensors, r"ffn\.gate\.weight"))
+        facts["ffn_bias"] = bool(_shapes(tensors, r"ffn\.fc1\.bias"))
+    return facts
 
 
 def positions(tensors: Tensors, facts: dict[str, Any], usual: str) -> dict[str, Any]:
@@ -115,5 +115,10 @@ def _decay(x: Tensor, usual: str, *, gammas: bool) -> str | tuple[float, ...]:
     return tuple((x.double().log() if gammas else x.double()).tolist())
 
 
-def _kind(weights: list[Any], biases: list[Any]) -> str | None:
-    return None if not weights else "layer" if biases else "rms"
+def _blocks(tensors: Tensors) -> set[int]:
+    return {int(found[1]) for key in tensors if (found := re.match(r"backbone\.blocks\.(\d+)\.", key))}
+
+
+def _shapes(tensors: Tensors, pattern: str) -> list[tuple[int, ...]]:
+    """Of the tensors in any block that are named so."""
+    return [tuple(x.shape) for key, x in tensors.items() if re.fullmatch(rf"backbone\.blocks\.\d+\.{pattern}", key)]
