@@ -104,7 +104,7 @@ def torchscale_options(model: Model) -> dict[str, Any]:
     ours = described(_tensors(model)) | said
     told = {name: ours.get(targets[0]) for name, targets in TORCHSCALE.options.items() if targets}
     told |= {field.name: ours[field.name] for field in fields(torchscale.RetNetConfig) if field.name in ours}
-    told |= {"subln": ours["subln"] is not None, "share_decoder_input_output_embed": ours["tie_word_embeddings"]}
+    told |= {"subln": bool(ours["subln"]), "share_decoder_input_output_embed": ours["tie_word_embeddings"]}
     if told["activation_fn"] == "silu":
         told["activation_fn"] = "swish"
     usual = {field.name: field.default for field in fields(torchscale.RetNetConfig)}
@@ -118,7 +118,7 @@ def _tensors(model: Model) -> Tensors:
 def _check_torchscale_can(config: RetNetConfig) -> None:
     ours = _LAYER | flat(config.to_dict())
     wanted = _THEIRS | {"retention.norm_eps": config.norm_eps}
-    wanted["subln"] = "layer" if config.moe_freq and config.subln else None
+    wanted["subln"] = config.subln if config.moe_freq and config.subln in (True, "layer") else False
     wrong = [f"{name} must be {value!r}, is {ours[name]!r}" for name, value in wanted.items() if ours[name] != value]
     if config.activation_fn not in torchscale.ACTIVATIONS.values():
         wrong.append(f"activation_fn must be gelu, relu or silu, is {config.activation_fn!r}")

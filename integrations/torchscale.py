@@ -223,7 +223,7 @@ def _backbone(args: Any) -> RetNetBackbone:
         norm_eps=args.layernorm_eps,
         norm_before=args.decoder_normalize_before,
         deepnorm=args.deepnorm,
-        subln="layer" if args.subln and args.moe_freq else None,  # in experts alone
+        subln=bool(args.subln and args.moe_freq),  # in experts alone
         retention=layer,
         **{name: getattr(args, name) for name in (*same_name, "moe_freq", "moe_expert_count", "moe_top1_expert")},
     )

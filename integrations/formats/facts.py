@@ -45,7 +45,7 @@ def _feed_forward(tensors: Tensors) -> dict[str, Any]:
     norm = [_shapes(tensors, rf"ffn\.(experts\.\d+\.)?norm\.{part}") for part in ("weight", "bias")]
     facts: dict[str, Any] = {
         "ffn_dim": _shapes(tensors, r"ffn\..*fc1\.weight")[0][0],
-        "subln": None if not norm[0] else "layer" if norm[1] else "rms",
+        "subln": False if not norm[0] else "layer" if norm[1] else "rms",
         "moe_freq": min(routers, default=-1) + 1,
         "moe_expert_count": next(iter(routers.values()), 0),
     }
