@@ -15,7 +15,7 @@ from tqdm.auto import trange
 from benchmarks.measure import show
 from retention import RetNet
 from retention.ffn import FeedForward
-from retention.integrations.transformers.training import corpus
+from retention.integrations.transformers.texts import read_texts
 from retention.rotary import frequencies, rotate, rotation
 
 
@@ -76,7 +76,7 @@ def quality(
     ] = False,
 ) -> None:
     """Validation loss of a RetNet and an equal-sized transformer: same data, order, steps and optimiser."""
-    train, valid = (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in corpus())
+    train, valid = (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in read_texts())
     models = {
         "RetNet": lambda: RetNet.from_preset("tiny", dim=dim, num_layers=layers),
         **({"RetNet, paper's options": lambda: RetNet(256, dim, layers, 4)} if paper else {}),

@@ -32,6 +32,8 @@ DOORS = {
     "safetensors": "weights",
     "accelerate": "transformers",
     "huggingface_hub": "transformers",
+    "datasets": "transformers",
+    "matplotlib": "plot",
     "typer": "cli",
 }
 
@@ -109,7 +111,7 @@ def test_import_retention_needs_torch_and_einops_alone():
     code = "import sys, retention; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert {"torch", "einops"} <= loaded
-    assert not loaded & {"transformers", "accelerate", "typer", "xformers", "timm", "triton", "matplotlib"}
+    assert not loaded & {"transformers", "accelerate", "typer", "xformers", "timm", "triton", "datasets", "matplotlib"}
 
 
 def test_the_mapped_folder_has_one_name():

@@ -1,0 +1,89 @@
+"""Text files, some of their documents held out."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .codec import END
+
+_END = END.encode()
+
+
+def read_texts(
+    files: Sequence[str | Path] = (), *, skip: Path | None = None, validation_limit: int = 100_000
+) -> tuple[bytes, bytes]:
+    """Training and validation text, the documents ended by a zero byte.
+
+    files: text files, or folders of them; none: the source of the Python standard library. What is hidden, holds zero
+    bytes or lies in the folder `skip` is left out. Held out is what `split` holds out.
+    Raises: ValueError for a path that does not exist or holds no text.
+    """
+    paths = list(_documents(files)) if files else _standard_library()
+    paths = [path for path in paths if skip is None or not path.resolve().is_relative_to(skip.resolve())]
+    texts = [text for text in (path.read_bytes() for path in paths) if _END not in text]
+    if not texts:
+        raise ValueError(f"the corpus must hold at least one text; got none in {', '.join(map(str, files))}")
+    return split([text + _END for text in texts], validation_limit)
+
+
+def split(documents: list[bytes], validation_limit: int) -> tuple[bytes, bytes]:
+    """Training and validation text.
+
+    Of 20 documents or more every 20th is held out for validation, of fewer the last 5 % of each. It is cut to
+    `validation_limit` bytes.
+    """
+    if len(documents) >= 20:
+        held_out = documents[::20]
+        kept = [text for i, text in enumerate(documents) if i % 20]
+    else:
+        cuts = [_between_characters(text, len(text) * 19 // 20) for text in documents]
+        held_out = [text[cut:] for text, cut in zip(documents, cuts, strict=True)]
+        kept = [text[:cut] for text, cut in zip(documents, cuts, strict=True)]
+    valid = b"".join(held_out)
+    return b"".join(kept), valid[: _between_characters(valid, validation_limit)]
+
+
+def portions(text: bytes, size: int = 1_000_000) -> list[str]:
+    """The documents of a text, the long ones in pieces of some `size` characters that end with a line if they can."""
+    found = []
+    for document in text.decode(errors="replace").split(END):
+        ended, begin = document + END, 0
+        while begin < len(ended):
+            end = begin + size
+            if end < len(ended):
+                end = ended.rfind("\n", begin, end) + 1 or end
+            found.append(ended[begin:end])
+            begin = end
+    found[-1] = found[-1].removesuffix(END)  # what follows the last END is no document, or one without an end
+    return found
+
+
+def _between_characters(text: bytes, place: int) -> int:
+    """`place`, or the one before it where UTF-8 may be cut."""
+    while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+def _documents(files: Iterable[str | Path]) -> Iterable[Path]:
+    for file in map(Path, files):
+        if file.is_dir():
+            yield from sorted(
+                path for path in file.rglob("*") if path.is_file() and not _hidden(path.relative_to(file))
+            )
+        elif file.is_file():
+            yield file
+        else:
+            raise ValueError(f"no such file or folder: {file}")
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+
+
+def _standard_library() -> list[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "test", "tests", "idle_test", "__pycache__"}
+    return sorted(path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts))
