@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
-import json
-import math
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -23,7 +22,9 @@ from .layer import set_backend
 from .model import PRESETS
 
 if TYPE_CHECKING:
-    from .integrations.transformers.training import Settings
+    from .integrations.transformers.codec import Codec
+    from .integrations.transformers.settings import Settings
+    from .integrations.transformers.training import Run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 
@@ -36,60 +37,75 @@ Seed = Annotated[int, typer.Option(help="Of everything that is left to chance.")
 @app.command()
 def train(
     command: typer.Context,
-    files: Annotated[list[str] | None, typer.Argument(help="Texts or folders. Default: Python's own source.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints and the model.")] = Path("runs/retnet"),
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts, folders of texts, or a saved dataset. Default: Python's own source."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the model and a plot.")] = Path("runs/retnet"),
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its settings.")] = False,
     preset: Annotated[str, typer.Option(help=f"Size: {', '.join(PRESETS)}.")] = "tiny",
+    config: Annotated[Path | None, typer.Option(help="Instead: options of RetNetConfig, a JSON file.")] = None,
+    tokenizer: Annotated[str, typer.Option(help="Folder, tokenizer.json or name on the hub. Default: bytes.")] = "",
+    text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1200,
-    batch: Annotated[int, typer.Option(help="Sequences per step.")] = 16,
-    context: Annotated[int, typer.Option(help="Bytes per sequence.")] = 128,
+    batch: Annotated[int, typer.Option(help="Sequences at a time on each process.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
+    context: Annotated[int, typer.Option(help="Tokens per sequence; bytes without a tokenizer.")] = 128,
     lr: Annotated[float, typer.Option(help="Peak learning rate; falls as a cosine.")] = 4e-3,
+    warmup: Annotated[int | None, typer.Option(help="Steps to the peak. Default: a tenth, at most 100.")] = None,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
     seed: Seed = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 250,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+    ] = False,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
-    sample: Annotated[int, typer.Option(min=0, help="Bytes to write at the end.")] = 400,
+    sample: Annotated[int, typer.Option(min=0, help="Tokens to write at the end; bytes without a tokenizer.")] = 400,
 ) -> None:
-    """Train a byte-level RetNet language model, then write a sample. Ctrl-C saves; --resume goes on."""
-    given = dict(command.params, files=[str(Path(file).resolve()) for file in files or []])
+    """Train a RetNet language model, then write a sample. Ctrl-C saves; --resume goes on.
+
+    On many devices: torchrun --nproc_per_node N -m retention.cli train ...
+    """
     with _told():
         from .integrations.transformers import training
 
         training.quiet()
-        options = {f.name: given[f.name] for f in fields(training.Settings) if f.name in given}
-        settings = _resumed(command, options, out) if resume else training.Settings(**options)
-        if not resume and (training.last_checkpoint(out) or (out / "config.json").exists()):
-            raise ValueError(f"{out} holds a run already; continue it with --resume, or name another --out")
-        model, loss = training.train(settings, out, resume=resume)
-    if loss is None:
-        typer.echo(f"stopped and saved; continue with: retention train --resume --out {out}")
+        settings = _settings(command, out)
+        run = training.train(settings, out, resume=resume)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if run.loss is None:
+        _say(f"stopped and saved; continue with: retention train --resume --out {out}")
         raise typer.Exit(130)
-    typer.echo(f"validation {loss:.4f} nats, {loss / math.log(2):.4f} bits per byte; the model is in {out}")
-    if sample:
-        typer.echo(f"\nA sample (for more: retention generate --model {out} --prompt TEXT):\n")
-        _write(model, "def ", sample, temperature=0.8, seed=seed)
+    _say(f"{run.corpus.report(run.loss)}; the model is in {out}, the losses in {out / training.PLOT}")
+    if sample and _process("RANK") == 0:
+        _sample(run, out, sample, seed)
 
 
 @app.command()
 def generate(
     model: Annotated[Path, typer.Option(help="Folder that `retention train` wrote.")],
-    prompt: Annotated[str, typer.Option(help="What the text begins with.")] = "def ",
-    tokens: Annotated[int, typer.Option(min=1, help="Bytes to write.")] = 400,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest byte each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K bytes only.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="What the text begins with. Default: 'def '; with a tokenizer, nothing.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write; bytes without a tokenizer.")] = 400,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K tokens only.")] = None,
     seed: Seed = 0,
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
 ) -> None:
-    """Let a trained model continue a text, byte by byte, from a state of constant size."""
+    """Let a trained model continue a text, token by token, from a state of constant size."""
     with _told():
         from .integrations.transformers import RetNetForCausalLM
-        from .integrations.transformers.training import DTYPES, check_device, quiet
+        from .integrations.transformers.settings import DTYPES, check_device, codec_of
+        from .integrations.transformers.training import quiet
 
         quiet()
         if not (model / "config.json").is_file():
@@ -97,15 +113,22 @@ def generate(
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {dtype!r}")
         check_device(device)
-        if not prompt:
-            raise ValueError("prompt must hold at least one character; got an empty prompt")
+        codec = codec_of(model)
+        prompt = codec.opening if prompt is None else prompt
+        if not codec.prompt(prompt):
+            raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
         loaded: Any = RetNetForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        if loaded.config.vocab_size < codec.size:
+            raise ValueError(
+                f"the model must know the {codec.size} tokens of its tokenizer (bytes, if it has none); "
+                f"it has vocab_size {loaded.config.vocab_size}; put the right tokenizer into {model}"
+            )
         set_backend(loaded, backend, form)
         if device == "auto":
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             device = "cpu" if accelerator is None else accelerator.type
         loaded.to(device).eval()
-    _write(loaded, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+    _write(loaded, codec, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
 
 
 @app.command()
@@ -130,30 +153,71 @@ def convert(
         typer.echo(f"its torchscale config: RetNetConfig({options})")
 
 
+def _settings(command: typer.Context, out: Path) -> Settings:
+    """Of a new run, or of the one in `out` that is resumed."""
+    from .integrations.transformers import training
+    from .integrations.transformers.settings import Settings, read_config
+
+    given = command.params
+    options = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
+    options["files"] = [str(Path(file).resolve()) for file in given["files"] or []]
+    if given["tokenizer"] and Path(given["tokenizer"]).exists():
+        options["tokenizer"] = str(Path(given["tokenizer"]).resolve())
+    options["config"] = {}
+    if given["config"]:
+        if _is_given(command, "preset"):
+            raise ValueError(f"preset and config must not both be given; got {given['preset']!r} and {given['config']}")
+        options |= {"preset": "", "config": read_config(given["config"])}
+    if given["resume"]:
+        return _resumed(command, options, out)
+    if training.last_checkpoint(out) or (out / "config.json").exists():
+        raise ValueError(f"{out} holds a run already; continue it with --resume, or name another --out")
+    return Settings(**options)
+
+
 def _resumed(command: typer.Context, options: dict[str, Any], out: Path) -> Settings:
     """The settings the run began with. What the user gives anew must be the same."""
-    from .integrations.transformers import training
+    from .integrations.transformers.settings import read_settings
 
-    file = out / training.SETTINGS
-    if not file.is_file():
-        raise ValueError(f"nothing to resume in {out}: it has no {training.SETTINGS}")
-    begun = training.Settings(**json.loads(file.read_text()))
+    begun = read_settings(out)
     for name, value in asdict(begun).items():
-        source = command.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE" and options[name] != value:
+        if _is_given(command, name) and options[name] != value:
             raise ValueError(f"a resumed run keeps its settings; got {name} {options[name]!r}, the run has {value!r}")
     return begun
 
 
-def _write(model: Any, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
+def _is_given(command: typer.Context, name: str) -> bool:
+    source = command.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _sample(run: Run, out: Path, tokens: int, seed: int) -> None:
+    if run.corpus.unit != run.codec.unit:
+        typer.echo("no sample: the corpus came as token ids, and without a --tokenizer they cannot be read")
+        return
+    typer.echo(f"\nA sample (for more: retention generate --model {out} --prompt TEXT):\n")
+    _write(run.model, run.codec, run.codec.opening, tokens, temperature=0.8, seed=seed)
+
+
+def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
     """Print the prompt and what the model adds to it, as it comes."""
-    start = torch.tensor([list(prompt.encode())], device=model.device)
+    start = codec.prompt(prompt)
     chance = torch.Generator(model.device).manual_seed(seed)
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    new = model.eval().stream(torch.tensor([start], device=model.device), tokens, generator=chance, **options)
     typer.echo(prompt, nl=False)
-    for token in model.eval().stream(start, tokens, generator=chance, **options):
-        typer.echo(decoder.decode(bytes([token.item()])), nl=False)
-    typer.echo(decoder.decode(b"", final=True))
+    for text in codec.text(start, (token.item() for token in new)):
+        typer.echo(text, nl=False)
+    typer.echo()
+
+
+def _process(rank: str) -> int:
+    """RANK or LOCAL_RANK, of this process among those of torchrun; 0 if it is alone."""
+    return int(os.environ.get(rank, 0))
+
+
+def _say(line: str) -> None:
+    if _process("RANK") == 0:
+        typer.echo(line)
 
 
 @contextmanager
@@ -162,9 +226,16 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError, BackendError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        if _process("LOCAL_RANK") > 0:  # the first says it for all, if torchrun does not end it before
+            time.sleep(10)
+        else:
+            typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(2) from error
 
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

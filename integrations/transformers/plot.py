@@ -1,0 +1,44 @@
+"""A picture of how the loss fell."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+try:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+except ImportError as error:
+    raise ImportError('the plot of the losses needs matplotlib; pip install "multiscale-retention[cli]"') from error
+
+
+def draw(history: Sequence[dict[str, Any]], tokens_per_step: int, unit: str, file: Path) -> None:
+    """Training and validation loss against what was seen, from the log of a transformers Trainer, as a PNG."""
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    seen, losses = _curve(history, "loss", tokens_per_step)
+    axes.plot(seen, losses, color="C0", alpha=0.25, linewidth=1)
+    axes.plot(seen, smooth(losses), color="C0", label="training, smoothed")
+    seen, losses = _curve(history, "eval_loss", tokens_per_step)
+    axes.plot(seen, losses, color="C1", marker="o", markersize=4, label="validation")
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.set(xlabel=f"{unit} seen", ylabel=f"loss, nats per {unit.removesuffix('s')}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Each value's mean with its neighbours, as many before it as after it, so that the curve does not lag."""
+    width = len(values) // 25
+    reach = (min(i, len(values) - 1 - i, width) for i in range(len(values)))
+    return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]
+
+
+def _curve(history: Sequence[dict[str, Any]], name: str, tokens_per_step: int) -> tuple[list[int], list[float]]:
+    points = [(entry["step"] * tokens_per_step, float(entry[name])) for entry in history if name in entry]
+    points = [point for point in points if math.isfinite(point[1])]
+    return [seen for seen, _ in points], [loss for _, loss in points]

@@ -1,0 +1,164 @@
+"""What a training run is made of, and the checks that need nothing but itself."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from retention.layer import MultiScaleRetention
+from retention.model import PRESETS
+
+from .codec import Codec, load_codec
+from .modeling import RetNetConfig
+
+SETTINGS = "training.json"
+DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = ("float32", "bfloat16", "float16")
+
+_CHANGED = {
+    "vocabulary": "the tokenizer is not what it was when the run began; put it back, or begin a new run",
+    "corpus": "the corpus is not what it was when the run began; put its files back, or begin a new run",
+    "processes": "a resumed run keeps its number of processes, {begun}; got {found}; "
+    "start it with torchrun --nproc_per_node {begun}",
+}
+
+
+@dataclass
+class Settings:
+    """What a run is made of; kept beside its checkpoints, so that it can be resumed without being told again."""
+
+    files: list[str] = field(default_factory=list)  # none: the Python standard library
+    text_column: str = "text"
+    tokenizer: str = ""  # none: bytes
+    preset: str = "tiny"
+    config: dict[str, Any] = field(default_factory=dict)  # options of RetNetConfig, in place of the preset
+    steps: int = 1200
+    batch: int = 16
+    accumulate: int = 1
+    context: int = 128
+    lr: float = 4e-3
+    warmup: int | None = None
+    weight_decay: float = 0.01
+    seed: int = 0
+    eval_every: int = 250
+    save_every: int = 250
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: str = "float32"
+    backend: str = "auto"
+    form: str = "auto"
+    # Found out when the run begins, and the same when it is resumed.
+    corpus: str = ""  # a SHA-256
+    vocabulary: str = ""  # the tokenizer's SHA-256
+    unit: str = ""  # of the corpus: bytes or tokens
+    processes: int = 0
+
+    def check(self) -> None:
+        """Raises: ValueError that names the option."""
+        if not self.config and self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {self.preset!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {self.dtype!r}")
+        for name in ("steps", "batch", "accumulate", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {name} {getattr(self, name)}")
+        if self.context < 2:
+            raise ValueError(f"context must be at least 2; got context {self.context}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be above 0; got lr {self.lr}")
+        if self.warmup is not None and not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup must be between 0 and steps, {self.steps}; got warmup {self.warmup}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be at least 0; got weight_decay {self.weight_decay}")
+        check_device(self.device)
+
+    def check_same(self, **found: Any) -> None:
+        """Whether a run may go on. found: what it finds now. Raises: ValueError if it began with something else."""
+        for name, value in found.items():
+            begun = getattr(self, name)
+            if begun and value != begun:
+                raise ValueError(_CHANGED[name].format(begun=begun, found=value))
+
+    def write(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def model_config(self, codec: Codec, least: int) -> RetNetConfig:
+        """The model's options. least: how many tokens it must know.
+
+        Raises: ValueError for a vocab_size that is too small.
+        """
+        size = {"vocab_size": codec.size}
+        options = size | self.config if self.config else PRESETS[self.preset] | size
+        config = RetNetConfig(**options | codec.specials)
+        if config.vocab_size < least:
+            raise ValueError(
+                f"vocab_size must be at least {least}, the number of tokens; got {config.vocab_size}; "
+                "raise it in the config, or name the --tokenizer and leave it out"
+            )
+        return config
+
+
+def check_device(device: str) -> None:
+    """Raises: ValueError for a device that is unknown or not here."""
+    if device not in DEVICES:
+        raise ValueError(f"device must be one of {', '.join(DEVICES)}; got device {device!r}")
+    here = torch.accelerator.current_accelerator(check_available=True)
+    if device not in ("auto", "cpu") and (here is None or here.type != device):
+        raise ValueError(f"device {device!r} is not available here; use --device cpu")
+
+
+def read_settings(out: Path) -> Settings:
+    """Of the run in `out`. Raises: ValueError if there is none."""
+    file = out / SETTINGS
+    if not file.is_file():
+        raise ValueError(f"nothing to resume in {out}: it has no {SETTINGS}")
+    return Settings(**json.loads(file.read_text()))
+
+
+def codec_of(folder: Path) -> Codec:
+    """How a model in a folder reads and writes text. Raises: ValueError if it was trained on tokens of unknown make."""
+    if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return load_codec(str(folder))
+    if (folder / SETTINGS).is_file() and read_settings(folder).unit == "tokens":
+        raise ValueError(f"{folder} must hold the model's tokenizer, for it was trained on token ids; put it there")
+    return load_codec("")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The options of `RetNetConfig` in a JSON file, or in a folder's config.json.
+
+    Raises: ValueError for a file that is not there, is no JSON object, or holds an option that is unknown.
+    """
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(f"no such config: {file}")
+    try:
+        options = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} must be JSON; {error}") from error
+    if not isinstance(options, dict) or not options:
+        raise ValueError(f'{file} must hold options of a RetNet, such as {{"dim": 256, "num_layers": 6}}')
+    kind = options.get("model_type", RetNetConfig.model_type)
+    if kind != RetNetConfig.model_type:
+        raise ValueError(f"model_type must be {RetNetConfig.model_type!r}; {file} is of a {kind!r}")
+    try:
+        understood = RetNetConfig(**options).to_dict()
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} has an option that cannot be: {error}") from error
+    _check_names(file, understood.keys() - RetNetConfig().to_dict().keys())  # it keeps what it does not know
+    layer = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
+    _check_names(file, (understood["retention"] or {}).keys() - layer)
+    return options
+
+
+def _check_names(file: Path, unknown: set[str]) -> None:
+    if unknown:
+        raise ValueError(f"{file} has options that no RetNet has: {', '.join(sorted(unknown))}; correct or remove them")

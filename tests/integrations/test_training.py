@@ -1,0 +1,485 @@
+"""Training with transformers' Trainer, through the library and through the command."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import transformers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
+from typer.testing import CliRunner
+
+from retention.cli import app
+from retention.integrations.transformers import RetNetForCausalLM, progress, training
+from retention.integrations.transformers.plot import draw, smooth
+from retention.integrations.transformers.settings import SETTINGS, Settings, read_config
+from retention.model import PRESETS
+
+SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)
+
+
+@pytest.fixture
+def settings(text, monkeypatch):
+    monkeypatch.setitem(PRESETS, "test", SMALL)
+    return Settings(
+        files=[str(text)], preset="test", steps=12, batch=2, context=32, eval_every=6, save_every=4, device="cpu"
+    )
+
+
+class Losses(TrainerCallback):
+    """Every step's loss, as it goes into the backward pass."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in logs:
+            self.seen[state.global_step] = logs["loss"]
+
+
+def losses_of(settings, out, monkeypatch, interrupt_at=None, **options):
+    """Train, and give the loss of each step."""
+    record = Losses()
+
+    class Watched(training.SaveOnInterrupt):
+        def on_log(self, *args, **kwargs):
+            record.on_log(*args, **kwargs)
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            if interrupt_at is not None and state.global_step == interrupt_at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    each_step = lambda settings, out: replaced(arguments(settings, out), logging_steps=1)  # noqa: E731
+    arguments = training._arguments
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SaveOnInterrupt", Watched)
+        patch.setattr(training, "_arguments", each_step)
+        run = training.train(settings, out, **options)
+    return run.model, run.loss, record.seen
+
+
+def replaced(arguments, **changes):
+    for name, value in changes.items():
+        setattr(arguments, name, value)
+    return arguments
+
+
+def test_an_interrupted_run_resumes_exactly(settings, tmp_path, monkeypatch):
+    whole, loss, steps = losses_of(settings, tmp_path / "whole", monkeypatch)
+    _, nothing, begun = losses_of(settings, tmp_path / "cut", monkeypatch, interrupt_at=6)
+    assert nothing is None
+    assert (tmp_path / "cut/checkpoint-7/model.safetensors").exists()
+    resumed, same_loss, rest = losses_of(settings, tmp_path / "cut", monkeypatch, resume=True)
+    assert sorted(begun) == list(range(1, 8))
+    assert sorted(rest) == list(range(8, 13))
+    assert {**begun, **rest} == steps
+    assert same_loss == loss
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(settings, tmp_path, monkeypatch):
+    _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
+    for name in ("checkpoint-8", "checkpoint-12"):
+        assert (tmp_path / "run" / name).is_dir()
+    (tmp_path / "run/checkpoint-12/trainer_state.json").unlink()
+    _, same_loss, rest = losses_of(settings, tmp_path / "run", monkeypatch, resume=True)
+    assert sorted(rest) == [9, 10, 11, 12]
+    assert same_loss == loss
+
+
+def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
+    _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
+    weights = (tmp_path / "run/model.safetensors").read_bytes()
+    _, same_loss, steps = losses_of(settings, tmp_path / "run", monkeypatch, resume=True)
+    assert same_loss == loss
+    assert not steps
+    assert (tmp_path / "run/model.safetensors").read_bytes() == weights
+
+
+def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
+    training.train(settings, tmp_path / "run")
+    text.write_text(text.read_text().upper())
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "the corpus is not what it was when the run began" in result.output
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_path, monkeypatch):
+    _, loss, _ = losses_of(settings, tmp_path / "whole", monkeypatch)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / SETTINGS).write_text(json.dumps(dataclasses.asdict(settings)))
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run"), "--sample", "0"])
+    assert result.exit_code == 0, result.output
+    assert f"validation {loss:.4f} nats" in result.output
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "train", lambda *_, **__: training.Run(None, None, None, None))
+    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 130
+    assert f"stopped and saved; continue with: retention train --resume --out {tmp_path}/run" in result.output
+
+
+def test_training_learns(settings, tmp_path):
+    settings.steps, settings.batch, settings.lr = 150, 8, 1e-2
+    assert training.train(settings, tmp_path / "run").loss < 1.5  # nats per byte; 5.5 before training
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_command_trains_resumes_and_generates(text, tmp_path, monkeypatch, dtype):
+    monkeypatch.setitem(PRESETS, "test", SMALL)
+    run, out = CliRunner(), str(tmp_path / "run")
+    options = [
+        "--preset",
+        "test",
+        "--steps",
+        "3",
+        "--batch",
+        "2",
+        "--context",
+        "16",
+        "--dtype",
+        dtype,
+        "--sample",
+        "20",
+    ]
+    result = run.invoke(app, ["train", str(text), "--out", out, *options, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "bits per byte; the model is in" in result.output
+    assert "A sample" in result.output
+    assert json.loads((tmp_path / "run" / SETTINGS).read_text())["steps"] == 3
+
+    again = run.invoke(app, ["train", str(text), "--out", out, *options])
+    assert again.exit_code == 2
+    assert "holds a run already; continue it with --resume, or name another --out" in again.output
+
+    texts = [
+        run.invoke(
+            app, ["generate", "--model", out, "--prompt", "7 squared", "--tokens", "9", "--device", "cpu", *more]
+        )
+        for more in (
+            [],
+            ["--backend", "eager", "--form", "recurrent"],
+            ["--seed", "1"],
+            ["--temperature", "0", "--top-k", "3"],
+        )
+    ]
+    assert all(result.exit_code == 0 for result in texts), texts[0].output
+    assert texts[0].stdout.startswith("7 squared")
+    assert texts[0].stdout == texts[1].stdout != texts[2].stdout
+
+
+BAD = [
+    (["train", "--preset", "huge"], "preset must be one of tiny, .*; got preset 'huge'"),
+    (["train", "no/such/file"], "no such file or folder: .*no/such/file"),
+    (["train", "--lr", "-1"], "lr must be above 0; got lr -1"),
+    (["train", "--backend", "eager", "--form", "chunkwise"], "backend 'eager' cannot run .*not chunkwise"),
+    (["train", "--steps", "0"], "steps must be at least 1; got steps 0"),
+    (["train", "--context", "1"], "context must be at least 2; got context 1"),
+    (["train", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16; got dtype 'int8'"),
+    (["train", "--backend", "magic"], "backend must be 'auto' or one of chunked, eager; got backend 'magic'"),
+    (["train", "--form", "magic"], "form must be one of .*; got form 'magic'"),
+    (["train", "--device", "abacus"], "device must be one of auto, cpu, cuda, mps; got device 'abacus'"),
+    (["train", "--accumulate", "0"], "accumulate must be at least 1; got accumulate 0"),
+    (["train", "--warmup", "1201"], "warmup must be between 0 and steps, 1200; got warmup 1201"),
+    (["train", "--weight-decay", "-1"], "weight_decay must be at least 0; got weight_decay -1"),
+    (["train", "--config", "nowhere"], "no such config: nowhere"),
+    (["train", "--config", "nowhere", "--preset", "tiny"], "preset and config must not both be given; got 'tiny' and"),
+    (["train", "--tokenizer", "/nowhere"], "tokenizer must be a folder, a tokenizer.json or a name on the hub; '/now"),
+    (["train", "--resume"], "nothing to resume in runs/retnet: it has no training.json"),
+    (["generate", "--model", "nowhere"], "no model in nowhere: it has no config.json"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_bad_options_are_named_and_nothing_is_written(words, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert re.search(f"error: {message}", result.output, re.DOTALL), result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_keeps_its_settings(settings, tmp_path):
+    out = tmp_path / "run"
+    settings.steps = 4
+    training.train(settings, out)
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--lr", "0.5"])
+    assert result.exit_code == 2
+    assert "a resumed run keeps its settings; got lr 0.5, the run has 0.004" in result.output
+
+
+def test_a_corpus_that_is_too_short_is_named(tmp_path):
+    (tmp_path / "text").write_text("short")
+    with pytest.raises(ValueError, match="training part of .* must hold at least context bytes; got 5, context 128"):
+        training.train(Settings(files=[str(tmp_path / "text")]), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_accumulated_batches_are_one_batch(settings, tmp_path, monkeypatch):
+    settings.batch = 4
+    _, loss, steps = losses_of(settings, tmp_path / "whole", monkeypatch)
+    settings.batch, settings.accumulate = 2, 2
+    _, same_loss, same_steps = losses_of(settings, tmp_path / "parts", monkeypatch)
+    assert same_steps == pytest.approx(steps, rel=1e-4)
+    assert same_loss == pytest.approx(loss, rel=1e-4)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(settings, tmp_path, monkeypatch):
+    _, loss, steps = losses_of(settings, tmp_path / "plain", monkeypatch)
+    settings.gradient_checkpointing = True
+    model, same_loss, same_steps = losses_of(settings, tmp_path / "checkpointed", monkeypatch)
+    assert model.model.backbone.gradient_checkpointing
+    assert same_steps == pytest.approx(steps, rel=1e-5)
+    assert same_loss == pytest.approx(loss, rel=1e-5)
+
+
+def test_the_learning_rate_and_its_warmup_and_decay(settings, tmp_path):
+    settings.warmup, settings.weight_decay = 5, 0.25
+    args = training._arguments(settings, tmp_path)
+    assert (args.warmup_steps, args.weight_decay, args.learning_rate) == (5, 0.25, 4e-3)
+    settings.warmup = None
+    assert training._arguments(settings, tmp_path).warmup_steps == 1  # a tenth of 12 steps
+    settings.steps = 5000
+    assert training._arguments(settings, tmp_path).warmup_steps == 100
+
+
+def test_the_validation_loss_is_the_cross_entropy_alone(settings, tmp_path):
+    settings.config = {**SMALL, "use_glu": False, "moe_freq": 1, "moe_expert_count": 2, "z_loss_coeff": 0.1}
+    run = training.train(settings, tmp_path / "run")
+    total = 0.0
+    with torch.no_grad():
+        for i in range(len(run.corpus.valid)):
+            tokens = run.corpus.valid[i]["input_ids"][None]
+            total += torch.nn.functional.cross_entropy(run.model.eval()(tokens).logits[0, :-1], tokens[0, 1:]).item()
+    assert run.loss == pytest.approx(total / len(run.corpus.valid), rel=1e-5)
+
+
+# --- the model's options ----------------------------------------------------------------------------------------------
+
+
+def command(*words):
+    """What `retention` prints for these words; it must go well."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+QUICK = ["--steps", "2", "--batch", "2", "--context", "16", "--device", "cpu"]
+
+
+def test_a_config_is_the_models(text, tmp_path):
+    options = {"dim": 24, "num_layers": 1, "num_heads": 3, "retention": {"rotary": None}}
+    (tmp_path / "small.json").write_text(json.dumps(options))
+    out = tmp_path / "run"
+    command("train", text, "--out", out, "--config", tmp_path / "small.json", *QUICK)
+    model = RetNetForCausalLM.from_pretrained(out)
+    assert (model.config.dim, model.config.num_layers, model.config.vocab_size) == (24, 1, 256)
+    assert model.model.backbone.blocks[0].retention.num_heads == 3
+    # The folder of a model is a config too; more tokens than are needed may be there.
+    (out / "config.json").write_text(json.dumps({**json.loads((out / "config.json").read_text()), "vocab_size": 300}))
+    command("train", text, "--out", tmp_path / "again", "--config", out, *QUICK)
+    assert RetNetForCausalLM.from_pretrained(tmp_path / "again").model.embed_tokens.weight.shape == (300, 24)
+    assert "A sample" not in command("generate", "--model", tmp_path / "again", "--tokens", 5)
+
+
+BAD_CONFIGS = [
+    ({"dimm": 8, "layers": 2, "dim": 8}, "has options that no RetNet has: dimm, layers; correct or remove them"),
+    ({"retention": {"gama": 1}}, "has options that no RetNet has: gama; correct"),
+    ({"model_type": "llama"}, "model_type must be 'retention'; .* is of a 'llama'"),
+    ({"dim": "wide"}, "has an option that cannot be: "),
+    ([1], "must hold options of a RetNet"),
+    ({"vocab_size": 255}, "vocab_size must be at least 256, the number of tokens; got 255"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_CONFIGS, ids=str)
+def test_bad_configs_are_named(options, message, text, tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps(options))
+    words = ["train", str(text), "--out", str(tmp_path / "run"), "--config", str(tmp_path / "bad.json"), *QUICK]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 2
+    assert re.search(f"error: .*{message}", result.output, re.DOTALL), result.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_configs_of_other_retnets_are_understood(tmp_path):
+    (tmp_path / "config.json").write_text('{"decoder_embed_dim": 64, "use_lm_decay": true, "hidden_size": 64}')
+    assert read_config(tmp_path)["use_lm_decay"]
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json must be JSON; "):
+        read_config(tmp_path)
+
+
+# --- tokenizers and datasets ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(PRESETS, "test", SMALL)
+    return ["--preset", "test", *QUICK]
+
+
+def test_the_command_trains_on_tokens_and_generates_with_them(text, tokenizer_folder, small, tmp_path):
+    out = tmp_path / "run"
+    printed = command("train", text, "--out", out, "--tokenizer", tokenizer_folder, *small, "--sample", 5)
+    config = RetNetForCausalLM.from_pretrained(out).config
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert (config.vocab_size, config.eos_token_id) == (len(tokenizer), tokenizer.eos_token_id)
+    assert (tmp_path / "run/checkpoint-2/tokenizer.json").exists()
+    assert "2 sequences x 16 tokens = 32 tokens a step" in printed
+    nats, perplexity, bits = map(
+        float,
+        re.search(r"validation (.*) nats per token, perplexity (.*), (.*) bits per byte; the m", printed).groups(),
+    )
+    held_out = text.read_text()[(text.stat().st_size + 1) * 19 // 20 :]
+    per_byte = (len(tokenizer.encode(held_out)) + 1) / (len(held_out) + 1)
+    assert perplexity == pytest.approx(math.exp(nats), rel=1e-3)
+    assert bits == pytest.approx(nats * per_byte / math.log(2), abs=1e-3)
+    assert "A sample" in printed
+
+    written = [
+        command("generate", "--model", out, "--tokens", 9, "--prompt", "7 squared", *more)
+        for more in ([], ["--seed", 1])
+    ]
+    assert all(text.startswith("7 squared") for text in written)
+    assert written[0] != written[1]
+    model, start = RetNetForCausalLM.from_pretrained(out), tokenizer.encode("7 squared")
+    chance = torch.Generator().manual_seed(0)
+    new = [token.item() for token in model.stream(torch.tensor([start]), 9, temperature=0.8, generator=chance)]
+    assert written[0].rstrip("\n") == tokenizer.decode(start + new).rstrip("\n")
+
+
+def test_the_command_trains_on_a_saved_dataset(tokenizer_folder, small, tmp_path):
+    texts = [f"{n} squared is {n * n}.\n" * 5 for n in range(60)]
+    datasets.Dataset.from_dict({"body": texts}).save_to_disk(tmp_path / "data")
+    words = ["--out", tmp_path / "run", "--tokenizer", tokenizer_folder, "--text-column", "body", *small]
+    assert "bits per byte; the model" in command("train", tmp_path / "data", *words)
+    command("train", "--resume", "--out", tmp_path / "run", "--sample", "0")
+    datasets.Dataset.from_dict({"body": texts[::-1]}).save_to_disk(tmp_path / "other")
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run"), str(tmp_path / "other")])
+    assert "a resumed run keeps its settings; got files" in result.output
+
+
+def test_tokens_without_a_tokenizer_are_trained_on_and_not_read(small, tmp_path):
+    datasets.Dataset.from_dict({"input_ids": [[n, 2 * n, 7] * 9 for n in range(99)]}).save_to_disk(tmp_path / "data")
+    printed = command("train", tmp_path / "data", "--out", tmp_path / "run", *small)
+    assert re.search(r"nats per token, perplexity [\d.]+; the model", printed)
+    assert "no sample: the corpus came as token ids" in printed
+    result = CliRunner().invoke(app, ["generate", "--model", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "must hold the model's tokenizer, for it was trained on token ids" in result.output
+
+
+def test_a_changed_tokenizer_or_config_cannot_be_resumed(text, tokenizer_folder, small, tmp_path):
+    out = tmp_path / "run"
+    (tmp_path / "a.json").write_text('{"dim": 16, "num_layers": 1, "num_heads": 2}')
+    words = ["--out", out, "--tokenizer", tokenizer_folder, "--config", tmp_path / "a.json", *QUICK, "--sample", 0]
+    command("train", text, *words)
+    (tmp_path / "a.json").write_text('{"dim": 32}')
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out), "--config", str(tmp_path / "a.json")])
+    assert "a resumed run keeps its settings; got config {'dim': 32}, the run has {'dim': 16" in result.output
+    command("train", "--resume", "--out", out, "--sample", 0)  # what the run began with is kept with it
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+    tokenizer.add_tokens("seventeen")
+    tokenizer.save_pretrained(tokenizer_folder)
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out)])
+    assert result.exit_code == 2
+    assert "the tokenizer is not what it was when the run began" in result.output
+
+
+# --- the plot ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_plot_shows_the_whole_run_after_a_resume(settings, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress, "draw", lambda *args: drawn.append(args) or draw(*args))
+    losses_of(settings, tmp_path / "run", monkeypatch, interrupt_at=7)
+    assert (tmp_path / "run/losses.png").read_bytes().startswith(b"\x89PNG")
+    for _ in range(2):  # the rest; then a run that is finished
+        losses_of(settings, tmp_path / "run", monkeypatch, resume=True)
+        history, tokens_per_step, unit, file = drawn[-1]
+        assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 13))
+        assert {entry["step"] for entry in history if "eval_loss" in entry} == {6, 12}
+        assert (tokens_per_step, unit, file) == (2 * 32, "bytes", tmp_path / "run/losses.png")
+
+
+def test_the_plot_takes_what_a_run_may_log(tmp_path):
+    draw([{"loss": math.nan, "step": 10}, {"eval_loss": 2.0, "step": 10}], 64, "tokens", tmp_path / "a.png")
+    draw([], 64, "tokens", tmp_path / "b.png")
+    assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 0
+
+
+def test_smoothing_neither_lags_nor_pulls():
+    line = [3.0 - 0.01 * n for n in range(200)]
+    assert smooth(line) == pytest.approx(line)
+    spike = smooth([0.0] * 100 + [1.0] + [0.0] * 100)
+    assert max(spike) == pytest.approx(1 / 17)
+    assert smooth([]) == []
+
+
+# --- several processes ------------------------------------------------------------------------------------------------
+
+
+def torchrun(*words, interrupt_after=None):
+    """A training on two processes, which Ctrl-C may interrupt after a line with a certain text. What it prints."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "retention.cli", "train"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    lines = []
+    with subprocess.Popen([*launch, *map(str, words)], **pipes, env=environment, start_new_session=True) as process:
+        too_long = threading.Timer(240, os.killpg, (process.pid, signal.SIGKILL))
+        too_long.start()
+        for line in process.stdout:
+            lines.append(line)
+            if interrupt_after and interrupt_after in line:
+                os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+                interrupt_after = None
+        too_long.cancel()
+    return "".join(lines)
+
+
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.16."), reason='on CPUs it cannot load the optimiser of several, onto "cpu:0"'
+)
+def test_two_processes_train_stop_and_resume_as_one(text, tokenizer_folder, tmp_path):
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps({"dim": 16, "num_layers": 1, "num_heads": 2}))
+    options = ["--config", config, "--tokenizer", tokenizer_folder, "--steps", 100, "--context", 32]
+    options += ["--eval-every", 10, "--lr", 1e-3, "--device", "cpu", "--sample", 0]
+    two, one = tmp_path / "two", tmp_path / "one"
+    begun = torchrun(text, "--out", two, "--batch", 2, *options, interrupt_after="step 10:")
+    assert begun.count("2 sequences x 2 processes x 32 tokens = 128 tokens a step") == 1, begun
+    assert begun.count("stopped and saved") == 1
+    (checkpoint,) = two.glob("checkpoint-*")
+    assert 10 <= int(checkpoint.name.split("-")[1]) < 100
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(two)])
+    assert "keeps its number of processes, 2; got 1; start it with torchrun --nproc_per_node 2" in result.output
+
+    ended = torchrun("--resume", "--out", two)
+    whole = command("train", text, "--out", one, "--batch", 4, *options)
+    loss = lambda lines: float(re.findall(r"validation (\S+) nats per token.*; the model is in", lines)[0])  # noqa: E731
+    assert loss(ended) == pytest.approx(loss(whole), rel=5e-3)
+    logged = [
+        {entry["step"]: entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry}
+        for state in (two / "checkpoint-100/trainer_state.json", one / "checkpoint-100/trainer_state.json")
+    ]
+    assert logged[0] == pytest.approx(logged[1], rel=5e-3)
+
+
+def test_the_package_says_what_it_needs(tmp_path):
+    code = "import sys; sys.modules['transformers'] = None; import retention.integrations.transformers"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(tmp_path)
+    )
+    assert 'pip install "multiscale-retention[transformers]"' in result.stderr
