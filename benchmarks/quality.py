@@ -15,7 +15,7 @@ from tqdm.auto import trange
 from benchmarks.measure import show
 from retention import RetNet
 from retention.ffn import FeedForward
-from retention.integrations.transformers.texts import read_texts
+from retention.integrations.transformers.training.texts import read_texts
 from retention.rotary import frequencies, rotate, rotation
 
 

@@ -22,9 +22,9 @@ from .layer import set_backend
 from .model import PRESETS
 
 if TYPE_CHECKING:
-    from .integrations.transformers.codec import Codec
-    from .integrations.transformers.settings import Settings
-    from .integrations.transformers.training import Run
+    from .integrations.transformers.training.codec import Codec
+    from .integrations.transformers.training.settings import Settings
+    from .integrations.transformers.training.train import Run
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 
@@ -71,7 +71,7 @@ def train(
     On many devices: torchrun --nproc_per_node N -m retention.cli train ...
     """
     with _told():
-        from .integrations.transformers import training
+        from .integrations.transformers.training import train as training
 
         training.quiet()
         settings = _settings(command, out)
@@ -104,8 +104,8 @@ def generate(
     """Let a trained model continue a text, token by token, from a state of constant size."""
     with _told():
         from .integrations.transformers import RetNetForCausalLM
-        from .integrations.transformers.settings import DTYPES, check_device, codec_of
-        from .integrations.transformers.training import quiet
+        from .integrations.transformers.training.settings import DTYPES, check_device, codec_of
+        from .integrations.transformers.training.train import quiet
 
         quiet()
         if not (model / "config.json").is_file():
@@ -142,7 +142,7 @@ def convert(
     """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours."""
     with _told():
         from .integrations import checkpoints
-        from .integrations.transformers.training import quiet
+        from .integrations.transformers.training.train import quiet
 
         quiet()
         given = checkpoints.read_config(config) if config else None
@@ -155,8 +155,8 @@ def convert(
 
 def _settings(command: typer.Context, out: Path) -> Settings:
     """Of a new run, or of the one in `out` that is resumed."""
-    from .integrations.transformers import training
-    from .integrations.transformers.settings import Settings, read_config
+    from .integrations.transformers.training import train as training
+    from .integrations.transformers.training.settings import Settings, read_config
 
     given = command.params
     options = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
@@ -177,7 +177,7 @@ def _settings(command: typer.Context, out: Path) -> Settings:
 
 def _resumed(command: typer.Context, options: dict[str, Any], out: Path) -> Settings:
     """The settings the run began with. What the user gives anew must be the same."""
-    from .integrations.transformers.settings import read_settings
+    from .integrations.transformers.training.settings import read_settings
 
     begun = read_settings(out)
     for name, value in asdict(begun).items():

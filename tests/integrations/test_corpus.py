@@ -9,9 +9,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from retention.integrations.transformers.codec import ByteCodec, TokenCodec, load_codec
-from retention.integrations.transformers.corpus import Blocks, read_corpus
-from retention.integrations.transformers.texts import portions, read_texts, split
+from retention.integrations.transformers.training.codec import ByteCodec, TokenCodec, load_codec
+from retention.integrations.transformers.training.corpus import Blocks, read_corpus
+from retention.integrations.transformers.training.texts import portions, read_texts, split
 
 END = 0  # the tokenizer's end of a document
 DOCUMENTS = [f"Text {n}: " + "round and round, né 😀\n" * (n % 7) for n in range(45)]

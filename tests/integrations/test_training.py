@@ -19,9 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, TrainerCallback
 from typer.testing import CliRunner
 
 from retention.cli import app
-from retention.integrations.transformers import RetNetForCausalLM, progress, training
-from retention.integrations.transformers.plot import draw, smooth
-from retention.integrations.transformers.settings import SETTINGS, Settings, read_config
+from retention.integrations.transformers import RetNetForCausalLM
+from retention.integrations.transformers.training import progress
+from retention.integrations.transformers.training import train as training
+from retention.integrations.transformers.training.plot import draw, smooth
+from retention.integrations.transformers.training.settings import SETTINGS, Settings, read_config
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)

@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from retention.layer import MultiScaleRetention
 from retention.model import PRESETS
 
+from ..modeling import RetNetConfig
 from .codec import Codec, load_codec
-from .modeling import RetNetConfig
 
 SETTINGS = "training.json"
 DEVICES = ("auto", "cpu", "cuda", "mps")

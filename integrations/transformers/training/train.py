@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from retention.layer import set_backend
 
+from ..modeling import RetNetForCausalLM
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
-from .modeling import RetNetForCausalLM
 from .progress import PLOT, Batch, Plot, Progress, SaveOnInterrupt
 from .settings import Settings
 
