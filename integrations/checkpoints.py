@@ -94,7 +94,7 @@ def torchscale_tensors(model: Model) -> Tensors:
     _check_torchscale_can(model.config)
     base: Any = getattr(model, "model", model)
     layer = base.backbone.blocks[0].retention
-    ours = _tensors(model) | constants(layer.head_key_dim, layer.decays)
+    ours = _tensors(model) | constants(layer.head_key_dim, layer.decay.values)
     return {str(TORCHSCALE.to_theirs(key)): x.contiguous() for key, x in ours.items()}
 
 

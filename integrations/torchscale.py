@@ -231,7 +231,7 @@ def _backbone(args: Any) -> RetNetBackbone:
 
 def _buffers(decoder: Any) -> dict[str, Tensor]:
     layer: MultiScaleRetention = decoder.backbone.blocks[0].retention
-    return constants(layer.head_key_dim, layer.decays)
+    return constants(layer.head_key_dim, layer.decay.values)
 
 
 def _to_theirs(decoder: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _on_device: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
 
@@ -80,6 +81,52 @@ def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtyp
         made = torch.tensor(values, dtype=dtype, device=device)
     _on_device[values, device, dtype] = made
     return made
+
+
+class HeadDecay(nn.Module):
+    """The log-decay of each head, fixed or learnt.
+
+    schedule: as `log_decays`. learnable: train `shift`, which is added to the schedule's log(1 - gamma): there, half
+        precision keeps slow heads apart, and weight decay pulls toward the schedule.
+    pairs: log-decays of the pairs of channels inside a head, which are added to the head's.
+    Raises: ValueError for a schedule that does not fit, or is too fast to be learnt.
+    """
+
+    def __init__(
+        self,
+        schedule: str | Tensor | Sequence[float],
+        num_heads: int,
+        *,
+        learnable: bool = False,
+        pairs: tuple[float, ...] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        self.values, self.pairs = log_decays(schedule, num_heads), pairs
+        if learnable and min(self.values) < math.log(1e-4):
+            raise ValueError(f"a learnable decay keeps gamma above 1e-4; got a log-decay of {min(self.values):g}")
+        self.log_gaps = tuple(math.log(max(-math.expm1(x), 1e-12)) for x in self.values)
+        self.shift = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)) if learnable else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.shift is not None:
+            nn.init.zeros_(self.shift)
+
+    def forward(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """(num_heads,), or with pairs (num_heads * len(pairs),), pair by pair."""
+        if self.shift is None:
+            heads = as_tensor(self.values, device, dtype)
+        else:
+            log_gap = as_tensor(self.log_gaps, device, dtype) + self.shift.to(dtype)
+            heads = torch.log1p(-log_gap.clamp(max=-1e-4).exp())  # gamma stays above 0
+        if self.pairs is None:
+            return heads
+        return (heads[:, None] + as_tensor(self.pairs, device, dtype)).flatten()
+
+    def extra_repr(self) -> str:
+        return f"{len(self.values)}, learnable={self.shift is not None}"
 
 
 def horizon(log_decay: float, below: float = 1e-6) -> float:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from . import backends
 from .arguments import ScoreNorm, check_choice, check_number, number
-from .decay import as_tensor, log_decays
+from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, step, token_times
 from .rotary import frequencies, pair_decays, rotate, rotation
@@ -86,8 +86,7 @@ class MultiScaleRetention(nn.Module):
         num_kv_heads: key and value heads; divides num_heads; default num_heads.
         key_dim, value_dim: total width of q and of the heads' outputs; default dim and 2 dim, as in the paper.
         decay: "paper", "log_linear", "short", or num_heads log-decays; see `retention.decay`.
-        learnable_decay: train it: the parameter `decay_shift` is added to the schedule's log(1 - gamma), where half
-            precision keeps slow heads apart and weight decay pulls toward the schedule.
+        learnable_decay: train it; see `retention.decay.HeadDecay`.
         rotary: "paper", "rope", "xpos" or None; see `retention.rotary`. interleaved: which channels form a pair. With
             "xpos" each pair of channels has its own decay, which costs key_dim / num_heads / 2 times as much.
         scale: factor of q . k; default 1 / sqrt(key_dim / num_heads).
@@ -166,9 +165,8 @@ class MultiScaleRetention(nn.Module):
         self.dim, self.num_heads, self.num_kv_heads = dim, num_heads, num_kv_heads
         self.key_dim, self.value_dim = key_dim, value_dim
         self.head_key_dim, self.head_value_dim = key_dim // num_heads, value_dim // num_heads
-        self.decays = log_decays(decay, num_heads)
         self.freqs = None if rotary is None else frequencies(rotary, self.head_key_dim)
-        self.pair_decays = pair_decays(self.head_key_dim) if rotary == "xpos" else None
+        self.pairs = self.head_key_dim // 2 if rotary == "xpos" else 1  # of channels, with decays of their own
         self.interleaved, self.causal = interleaved, causal
         self.scale = self.head_key_dim**-0.5 if scale is None else scale
         self.decay_norm, self.score_norm = decay_norm, score_norm
@@ -176,6 +174,8 @@ class MultiScaleRetention(nn.Module):
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        pairs = pair_decays(self.head_key_dim) if rotary == "xpos" else None
+        self.decay = HeadDecay(decay, num_heads, learnable=learnable_decay, pairs=pairs, **dd)
         self.q_proj = nn.Linear(dim, key_dim, bias, **dd)
         self.k_proj = nn.Linear(dim, num_kv_heads * self.head_key_dim, bias, **dd)
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_value_dim, bias, **dd)
@@ -186,10 +186,6 @@ class MultiScaleRetention(nn.Module):
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
         self.dropout = nn.Dropout(dropout)
-        if learnable_decay and min(self.decays) < math.log(1e-4):
-            raise ValueError(f"a learnable decay keeps gamma above 1e-4; got a log-decay of {min(self.decays):g}")
-        self.log_gaps = tuple(math.log(max(-math.expm1(x), 1e-12)) for x in self.decays)
-        self.decay_shift = nn.Parameter(torch.empty(num_heads, **dd)) if learnable_decay else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -203,19 +199,7 @@ class MultiScaleRetention(nn.Module):
                     nn.init.zeros_(proj.bias)
         if isinstance(self.norm, HeadNorm):
             self.norm.reset_parameters()
-        if self.decay_shift is not None:
-            nn.init.zeros_(self.decay_shift)
-
-    def log_decay(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The log-decay of each head, (num_heads,); with rotary "xpos" of each pair of channels in each head."""
-        if self.decay_shift is None:
-            heads = as_tensor(self.decays, device, dtype)
-        else:
-            log_gap = as_tensor(self.log_gaps, device, dtype) + self.decay_shift.to(dtype)
-            heads = torch.log1p(-log_gap.clamp(max=-1e-4).exp())  # gamma stays above 0
-        if self.pair_decays is None:
-            return heads
-        return (heads[:, None] + as_tensor(self.pair_decays, device, dtype)).flatten()
+        self.decay.reset_parameters()
 
     def forward(
         self,
@@ -250,7 +234,7 @@ class MultiScaleRetention(nn.Module):
         options: dict[str, Any] = dict(
             scale=self.scale, mask=mask, decay_norm=self.decay_norm, score_norm=self.score_norm
         )
-        log_decay = self.log_decay(q.device, state_dtype(q.dtype))
+        log_decay = self.decay(q.device, state_dtype(q.dtype))
         if in_place:
             if state is None:
                 raise ValueError("in_place needs a state to overwrite; `initial_state` makes an empty one")
@@ -287,16 +271,15 @@ class MultiScaleRetention(nn.Module):
         """
         self._check_inputs(x, x, x)
         q, k, _ = self._project(x, x, x, self.rotation(x, mask=mask))
-        log_decay = self.log_decay(q.device, state_dtype(q.dtype))
+        log_decay = self.decay(q.device, state_dtype(q.dtype))
         options: dict[str, Any] = dict(decay_norm=self.decay_norm, score_norm=self.score_norm)
         found = scores(q, k, log_decay, scale=self.scale, mask=mask, causal=self.causal, **options)
-        return found if self.pair_decays is None else reduce(found, "b (h p) n m -> b h n m", "sum", h=self.num_heads)
+        return found if self.pairs == 1 else reduce(found, "b (h p) n m -> b h n m", "sum", h=self.num_heads)
 
     def initial_state(self, batch: int) -> RetentionState:
         """The state before the first token, for `step`."""
         weight = self.q_proj.weight
-        pairs = 1 if self.pair_decays is None else len(self.pair_decays)
-        sizes = (batch, self.num_heads * pairs, self.head_key_dim // pairs, self.head_value_dim)
+        sizes = (batch, self.num_heads * self.pairs, self.head_key_dim // self.pairs, self.head_value_dim)
         return initial_state(*sizes, score_norm=bool(self.score_norm), device=weight.device, dtype=weight.dtype)
 
     def rotation(
@@ -321,18 +304,19 @@ class MultiScaleRetention(nn.Module):
         k, v = (rearrange(z, "b t (h d) -> b h t d", h=self.num_kv_heads) for z in (k, v))
         if rotation is not None:
             q, k = (rotate(z, *rotation, interleaved=self.interleaved) for z in (q, k))
-        if (
-            self.pair_decays is not None
-        ):  # one decay to a head: each pair is a head of its own, and `_output` adds them up
-            pattern = "b h t (p c) -> b (h p) t c" if self.interleaved else "b h t (c p) -> b (h p) t c"
-            q, k = (
-                rearrange(z, pattern, c=2) for z in (q, k.repeat_interleave(self.num_heads // self.num_kv_heads, 1))
-            )
-            v = v.repeat_interleave(q.shape[1] // self.num_kv_heads, dim=1)
+        if self.pairs > 1:
+            return self._heads_of_pairs(q, k, v)
         return q, k, v
 
+    def _heads_of_pairs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each pair of channels as a head, since a head has one decay; the sum of their outputs is that of the head."""
+        pattern = "b h t (p c) -> b (h p) t c" if self.interleaved else "b h t (c p) -> b (h p) t c"
+        k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
+        q, k = (rearrange(z, pattern, c=2) for z in (q, k))
+        return q, k, v.repeat_interleave(q.shape[1] // self.num_kv_heads, dim=1)
+
     def _output(self, out: Tensor, x: Tensor) -> Tensor:
-        if self.pair_decays is not None:
+        if self.pairs > 1:
             out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
         y = rearrange(self.norm(out.transpose(1, 2)), "b t h d -> b t (h d)")
         if self.gate is not None and self.g_proj is not None:

@@ -31,7 +31,7 @@ GATES = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu, "sigmoid": torch.sigmoi
 def make(dim=32, num_heads=4, dtype=torch.float64, **options):
     layer = MultiScaleRetention(dim, num_heads, dtype=dtype, **options)
     for parameter in layer.parameters():  # so that no bias is 0, no norm weight 1 and no gate shut
-        if parameter is not layer.decay_shift:
+        if parameter is not layer.decay.shift:
             torch.nn.init.normal_(parameter, std=0.5)
     return layer
 
@@ -177,7 +177,7 @@ def test_decays_and_positions_stay_exact_in_half_precision(dtype):
     """In bfloat16, 641 of 2048 positions are distinct and the slowest gamma of 8 heads is 1."""
     layer = MultiScaleRetention(64, 8)
     half = copy.deepcopy(layer).to(dtype)
-    assert torch.equal(half.log_decay(torch.device("cpu")), layer.log_decay(torch.device("cpu")))
+    assert torch.equal(half.decay(torch.device("cpu")), layer.decay(torch.device("cpu")))
     cos, sin = half.rotation(torch.randn(1, 3000, 64, dtype=dtype))
     assert cos.dtype == torch.float32
     assert len(torch.unique(torch.stack([cos, sin], -1).reshape(3000, -1), dim=0)) == 3000
@@ -188,25 +188,25 @@ def test_decays_and_positions_stay_exact_in_half_precision(dtype):
 
 def test_a_learnable_decay_keeps_its_slow_heads_in_bfloat16():
     layer = MultiScaleRetention(64, 16, learnable_decay=True).bfloat16()
-    assert layer.decay_shift.dtype == torch.bfloat16
-    got = layer.log_decay(torch.device("cpu"))
+    assert layer.decay.shift.dtype == torch.bfloat16
+    got = layer.decay(torch.device("cpu"))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor(log_decays("paper", 16)))
     layer(torch.randn(1, 9, 64, dtype=torch.bfloat16)).sum().backward()
-    assert layer.decay_shift.grad.isfinite().all()
-    assert layer.decay_shift.grad.any()
+    assert layer.decay.shift.grad.isfinite().all()
+    assert layer.decay.shift.grad.any()
 
 
 def test_a_learnable_decay_is_shifted_in_log_of_one_minus_gamma():
     layer = MultiScaleRetention(64, 2, learnable_decay=True)
-    torch.nn.init.constant_(layer.decay_shift, math.log(2))
-    torch.testing.assert_close(layer.log_decay(torch.device("cpu")).exp(), torch.tensor([1 - 2 / 32, 1 - 2 / 64]))
+    torch.nn.init.constant_(layer.decay.shift, math.log(2))
+    torch.testing.assert_close(layer.decay(torch.device("cpu")).exp(), torch.tensor([1 - 2 / 32, 1 - 2 / 64]))
 
 
 def test_a_learnable_decay_cannot_leave_its_range():
     layer = make(learnable_decay=True)
-    torch.nn.init.constant_(layer.decay_shift, 9.0)
-    assert math.exp(layer.log_decay(torch.device("cpu"), torch.float64).max().item()) == pytest.approx(1e-4, rel=1e-3)
+    torch.nn.init.constant_(layer.decay.shift, 9.0)
+    assert math.exp(layer.decay(torch.device("cpu"), torch.float64).max().item()) == pytest.approx(1e-4, rel=1e-3)
     assert layer(torch.randn(1, 5, 32, dtype=torch.float64)).isfinite().all()
 
 
@@ -225,7 +225,7 @@ def test_meta_device_then_real():
     layer = MultiScaleRetention(32, 4, device="meta", learnable_decay=True, norm_affine="channel")
     assert layer(torch.randn(2, 5, 32, device="meta")).shape == (2, 5, 32)
     layer.to_empty(device="cpu").reset_parameters()
-    torch.testing.assert_close(layer.log_decay(torch.device("cpu")), torch.tensor(log_decays("paper", 4)))
+    torch.testing.assert_close(layer.decay(torch.device("cpu")), torch.tensor(log_decays("paper", 4)))
     assert layer(torch.randn(2, 5, 32)).isfinite().all()
 
 

@@ -52,7 +52,7 @@ def test_is_the_same_function_as_retnet():
 def test_save_and_load_round_trip(tmp_path, dtype):
     """Decays are no buffers, so loading cannot leave them uninitialised, nor half precision round them."""
     model = make(retention={"learnable_decay": True, "norm_affine": "shared"})
-    torch.nn.init.constant_(model.model.backbone.blocks[1].retention.decay_shift, -2.0)
+    torch.nn.init.constant_(model.model.backbone.blocks[1].retention.decay.shift, -2.0)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").exists()
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
@@ -133,7 +133,7 @@ def test_half_precision_leaves_the_decays_exact(tmp_path, dtype):
     loaded = RetNetForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     retention = loaded.model.backbone.blocks[0].retention
     assert retention.q_proj.weight.dtype == dtype
-    assert retention.log_decay(torch.device("cpu")).tolist() == [-(2.0**-12), -(2.0**-13)]
+    assert retention.decay(torch.device("cpu")).tolist() == [-(2.0**-12), -(2.0**-13)]
 
 
 def test_config_understands_the_options_of_other_retnets():
