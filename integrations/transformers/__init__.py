@@ -7,6 +7,7 @@ except ImportError as error:
         'retention.integrations.transformers needs transformers; pip install "multiscale-retention[transformers]"'
     ) from error
 
+from .adapters import TransformersAttention, load_swapped
 from .cache import RetentionCacheLayer
 from .modeling import (
     RetNetConfig,
@@ -23,4 +24,6 @@ __all__ = [
     "RetNetForTokenClassification",
     "RetNetModel",
     "RetentionCacheLayer",
+    "TransformersAttention",
+    "load_swapped",
 ]

@@ -1,0 +1,215 @@
+"""Retention in the attention layers of transformers' models.
+
+Their classes differ in projections, norms, rotation and names, and are alike in one thing: they hand q, k and v to a
+function that `config._attn_implementation` names. A replaced layer has a config of its own, which names ours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, Cache, EncoderDecoderCache, PreTrainedModel
+
+from retention.errors import ShapeError
+
+from ..swap import Adapter, Heads, Swapped, register_adapter, replace_attention
+from .cache import retention_layer
+
+IMPLEMENTATION = "hosted_retention"
+MARK = "retention_in_attention"  # of the config of a model with replaced layers
+
+
+class TransformersAttention(Adapter):
+    """Adapter for any attention class of transformers that goes by its `AttentionInterface`."""
+
+    def heads(self, attention: Any) -> Heads:
+        config = attention.config
+        sizes = (getattr(attention, name, None) for name in ("head_dim", "head_size", "attention_head_size"))
+        key_dim = next(size for size in sizes if size)
+        num_heads = config.num_attention_heads
+        num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+        return Heads(config.hidden_size, num_heads, num_kv_heads, key_dim, key_dim, attention.is_causal)
+
+    def why_not(self, attention: Any) -> list[str]:
+        if getattr(attention, "is_cross_attention", False):
+            return ["is cross-attention, and decay needs an order between queries and keys"]
+        return []
+
+    def lost(self, attention: Any) -> list[str]:
+        window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
+        cap = getattr(attention, "attn_logit_softcapping", None)
+        lost = [f"the sliding window of {window} tokens"] if window else []
+        return [*lost, f"the soft cap of {cap}"] if cap else lost
+
+    def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        name = "layer_past" if "layer_past" in kwargs else "past_key_values"
+        cache = kwargs.get(name)
+        if cache is not None:
+            kwargs[name] = _PassThrough()
+        x = args[0] if args else kwargs["hidden_states"]
+        return host_forward(*args, **kwargs, hosted=(x, cache))
+
+    def attach(self, model: Any, options: dict[str, Any]) -> None:
+        replaced: list[Any] = [(name, module) for name, module in model.named_modules() if isinstance(module, Swapped)]
+        for _, module in replaced:
+            if not hasattr(module, "host_config"):
+                module.host_config, module.config = module.config, copy.copy(module.config)
+                module.config._attn_implementation_internal = IMPLEMENTATION
+        if isinstance(model, PreTrainedModel):
+            model._is_stateful = True  # `generate` then refuses what rolls back
+            setattr(model.config, MARK, {"layers": [name for name, _ in replaced], "options": options})
+
+    def detach(self, model: Any) -> None:
+        replaced: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
+        for module in replaced:
+            module.config = module.host_config
+            del module.host_config
+        if isinstance(model, PreTrainedModel):
+            del model._is_stateful
+            delattr(model.config, MARK)
+
+
+def hosted_retention(
+    attention: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    hosted: tuple[Tensor, Cache | None],
+    scaling: float,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in the place of the softmax. hosted: the layer's input and the cache. -> (B, T, H, V)."""
+    x, cache = hosted
+    if isinstance(cache, EncoderDecoderCache):
+        cache = cache.self_attention_cache
+    layer = None if cache is None else retention_layer(cache, attention.layer_idx)
+    state = None if layer is None else layer.state
+    columns = None if layer is None else layer.columns
+    mask = None if attention_mask is None else _real_tokens(attention_mask, x, columns)
+    borders = _borders(attention_mask, mask, x) if state is None else None
+    y, after = attention.retention(
+        *_as_one_row(borders, x, q, k, v),
+        scale=scaling,
+        mask=mask if borders is None else None,
+        cu_seqlens=borders,
+        state=state,
+        return_state=layer is not None and borders is None,
+    )
+    if layer is not None and after is not None:
+        layer.store(after, x.shape[1])
+    return y.view(*x.shape[:2], *y.shape[2:]), None
+
+
+def _real_tokens(attention_mask: Tensor, x: Tensor, columns: Tensor | None) -> Tensor:
+    """Which tokens of x are real, (B, T): those that may look at themselves.
+
+    attention_mask: (B, T), or (B, 1, T, keys), bool or added to the scores. columns: how many tokens the cache saw.
+    """
+    length = x.shape[1]
+    if attention_mask.dim() == 2:
+        return attention_mask[:, -length:].bool()
+    if attention_mask.dim() != 4:
+        raise ShapeError(f"attention_mask must have 2 or 4 dimensions; got {tuple(attention_mask.shape)}")
+    own = torch.arange(length, device=x.device)
+    if columns is not None:  # a window's mask holds fewer keys than were seen
+        own = own + columns.clamp(max=attention_mask.shape[-1] - length)
+    return _allowed(attention_mask, own).expand(x.shape[0], -1)
+
+
+def _borders(attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """Of packed sequences, (N + 1,) int32: where a real token may not look at the real one before it."""
+    length = x.shape[1]
+    if (
+        attention_mask is None
+        or mask is None
+        or attention_mask.dim() != 4
+        or length < 2
+        or torch.compiler.is_compiling()
+    ):
+        return None
+    before = _allowed(attention_mask, torch.arange(length, device=x.device).sub(1).clamp(min=0)).expand(x.shape[0], -1)
+    starts = mask & mask.roll(1, dims=1) & ~before
+    starts[:, 0] = False
+    if not starts.any():
+        return None
+    if not mask.all():
+        raise ValueError("a batch may have padding or packed sequences; got both; pack without padding")
+    starts[:, 0] = True
+    ends = starts.flatten().nonzero()[:, 0]
+    return torch.cat([ends, ends.new_tensor([starts.numel()])]).int()
+
+
+def _allowed(attention_mask: Tensor, keys: Tensor) -> Tensor:
+    """Whether each query may look at the key that `keys` (T,) names for it, (B, T)."""
+    seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
+    return seen.gather(-1, keys[None, :, None].expand(seen.shape[0], -1, 1))[..., 0]
+
+
+def _as_one_row(borders: Tensor | None, x: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+    """x (B, T, dim) and heads (B, H, T, D) as a batch of one, if they are packed."""
+    if borders is None:
+        return x, *heads
+    return x.flatten(0, 1)[None], *(z.transpose(0, 1).flatten(1, 2)[None] for z in heads)
+
+
+def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
+    """A model with replaced layers, as `save_pretrained` wrote it. kwargs: as `from_pretrained`.
+
+    `from_pretrained` of the model's own class would build it with its softmax, and say that it has no place for the
+    weights of the retention.
+    Raises: ValueError if the model in `folder` has no replaced layers.
+    """
+    config: Any = AutoConfig.from_pretrained(folder)
+    mark: Any = getattr(config, MARK, None)
+    if mark is None:
+        raise ValueError(
+            f"the model in {folder} has no layers that were replaced; use from_pretrained of its own class"
+        )
+    host = getattr(transformers, config.architectures[0])
+
+    class Swapping(host):  # type: ignore[misc, valid-type]
+        """Replaced before the weights are loaded."""
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(config, *args, **kwargs)
+            replace_attention(self, where=lambda name, _: name in mark["layers"], allow_lost=True, **mark["options"])
+
+    Swapping.__name__ = host.__name__  # transformers goes by names
+    found = Swapping.from_pretrained(folder, **kwargs)
+    (found[0] if isinstance(found, tuple) else found).__class__ = host
+    return found
+
+
+class _PassThrough:
+    """In the place of a cache: a layer's own keys and values are all that its retention needs."""
+
+    def update(self, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+AttentionInterface.register(IMPLEMENTATION, hosted_retention)
+_adapter = TransformersAttention()
+for _family, _class in {
+    "bert": "BertSelfAttention",
+    "gemma": "GemmaAttention",
+    "gemma2": "Gemma2Attention",
+    "gemma3": "Gemma3Attention",
+    "gpt2": "GPT2Attention",
+    "gpt_neox": "GPTNeoXAttention",
+    "llama": "LlamaAttention",
+    "mistral": "MistralAttention",
+    "mixtral": "MixtralAttention",
+    "opt": "OPTAttention",
+    "phi": "PhiAttention",
+    "qwen2": "Qwen2Attention",
+    "qwen3": "Qwen3Attention",
+}.items():
+    register_adapter(f"transformers.models.{_family}.modeling_{_family}.{_class}", _adapter)

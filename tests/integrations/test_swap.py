@@ -1,0 +1,375 @@
+"""Retention in the attention of real models: it runs, decodes, saves, and comes out again without a trace."""
+
+import copy
+
+import peft
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from retention.integrations.hosted import Heads, HostedRetention
+from retention.integrations.swap import (
+    Adapter,
+    Swapped,
+    plan_replacement,
+    register_adapter,
+    replace_attention,
+    restore_attention,
+)
+from retention.integrations.transformers import TransformersAttention, load_swapped
+
+SIZES = dict(
+    vocab_size=99,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=300,
+    initializer_range=0.5,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+GROUPED = {"num_key_value_heads": 2}
+WIDE = {**GROUPED, "head_dim": 16}  # not hidden_size / num_attention_heads
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.5}
+FAMILIES = {
+    "GPT2": {},
+    "GPT2-scaled": {"scale_attn_by_inverse_layer_idx": True},
+    "GPTNeoX": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+    "GPTNeoX-serial": {"use_parallel_residual": False},
+    "Llama": GROUPED,
+    "Mistral": {**GROUPED, "sliding_window": None},
+    "Mistral-window": {**GROUPED, "sliding_window": 8},
+    "Mixtral": {**GROUPED, "num_local_experts": 2},
+    "Qwen2": GROUPED,
+    "Qwen3": WIDE,
+    "Gemma": WIDE,
+    "Gemma2": {**WIDE, "sliding_window": 8},
+    "Gemma3": {**WIDE, "sliding_window": 8},
+    "OPT": OPT,
+    "OPT-post": {**OPT, "do_layer_norm_before": False},
+    "Phi": {},
+}
+LENGTHS = (100, 70, 7)
+
+
+def build(family):
+    torch.manual_seed(0)
+    name = family.partition("-")[0]
+    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    return getattr(transformers, name + head)(config(**SIZES | FAMILIES[family])).eval()
+
+
+def padded():
+    """Prompts, and all of them as one batch with padding on the left."""
+    rows = [torch.randint(3, 99, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
+    mask = (torch.arange(100) >= 100 - torch.tensor(LENGTHS)[:, None]).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    return rows, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+# --- every family -----------------------------------------------------------------------------------------------------
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+all_or_some = pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
+
+
+@each_family
+@all_or_some
+@torch.no_grad()
+def test_restoring_is_bit_exact(family, layers):
+    model, (_, batch) = build(family), padded()
+    before, logits = copy.deepcopy(model.state_dict()), model(**batch).logits
+    names = [name for name, _ in model.named_parameters()]
+    report = replace_attention(model, layers=layers, allow_lost=True)
+    assert len(report.replaced) == (2 if layers is None else 1)
+    assert not torch.allclose(model(**batch).logits, logits, atol=1e-2)
+    assert set(names) <= {name for name, _ in model.named_parameters()}
+    assert sum(p.numel() for p in model.parameters()) == report.parameters_after > report.parameters_before
+    assert restore_attention(model) == report.replaced
+    assert [name for name, _ in model.named_parameters()] == names
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name])
+    assert torch.equal(model(**batch).logits, logits)
+
+
+@each_family
+@all_or_some
+@torch.no_grad()
+def test_padding_cuts_and_steps_leave_the_logits_alone(family, layers):
+    model, (rows, batch) = build(family), padded()
+    replace_attention(model, layers=layers, allow_lost=True)
+    close = dict(rtol=1e-4, atol=1e-4)
+    for row, prompt, logits in zip(range(3), rows, model(**batch).logits, strict=True):
+        torch.testing.assert_close(logits[-len(prompt) :], model(prompt[None]).logits[0], **close, msg=f"row {row}")
+    cache, parts = DynamicCache(config=model.config), []
+    for start, end in ((0, 60), (60, 90), *((n, n + 1) for n in range(90, 100))):
+        parts.append(model(rows[0][None, start:end], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(parts, 1), model(rows[0][None]).logits, **close)
+    assert cache.layers[1].state.kv.shape[0] == 1
+
+
+@each_family
+@all_or_some
+def test_generation_with_a_cache_is_that_without(family, layers):
+    model, (_, batch) = build(family), padded()
+    replace_attention(model, layers=layers, allow_lost=True)
+    kwargs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8)
+    for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
+        want = model.generate(**kwargs, **options, do_sample=False, use_cache=False)
+        assert torch.equal(model.generate(**kwargs, **options, do_sample=False), want)
+    want = model.generate(**kwargs, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(**kwargs, do_sample=False, cache_implementation="static"), want)
+
+
+@each_family
+def test_every_parameter_learns_with_checkpointing(family):
+    model, (_, batch) = build(family), padded()
+    replace_attention(model, allow_lost=True, gate="silu")
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.16
+    enable()
+    model.train()(**batch, labels=batch["input_ids"]).loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not [name for name in without if "experts" not in name]
+
+
+def test_bert_in_both_directions():
+    torch.manual_seed(0)
+    model = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
+    rows, _ = padded()
+    replace_attention(model)
+    assert not model.encoder.layer[0].attention.self.retention.causal
+    right = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    hidden = model(right, attention_mask=(right != 0).long()).last_hidden_state
+    for row, prompt in zip(hidden, rows, strict=True):
+        torch.testing.assert_close(row[: len(prompt)], model(prompt[None]).last_hidden_state[0], rtol=1e-4, atol=1e-4)
+
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_replaced_layer_is_its_formula():
+    """Scores of features above 0, times the decay, over their sum: what attention is, with other scores."""
+    model = build("GPT2").double()
+    layer = model.transformer.h[1].attn
+    replace_attention(model, layers=[1], gate="silu")
+    retention = layer.retention
+    for parameter in retention.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, 9, 32).double()
+    q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in layer.c_attn(x).split(32, -1))
+    features = [
+        torch.cat([(z / 8**0.25 @ m.weight).softmax(-1), (-(z / 8**0.25 @ m.weight)).softmax(-1)], -1)
+        for z, m in ((q, retention.q_map), (k, retention.k_map))
+    ]
+    n = torch.arange(9.0).double()
+    decay = (retention.decay(x.device, torch.float64)[:, None, None] * (n[:, None] - n)).exp().tril()
+    scores = features[0] @ features[1].mT * decay
+    heads = (scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2) * retention.gain
+    gate = torch.nn.functional.silu(retention.gate(x)).unflatten(-1, (4, 8))
+    torch.testing.assert_close(layer(x)[0], layer.c_proj((heads * gate).flatten(2)))
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu", "relu"])
+def test_gates_are_open_at_the_start(gate):
+    model, (rows, _) = build("GPT2"), padded()
+    replace_attention(model)
+    want = model(rows[0][None]).logits
+    restore_attention(model)
+    replace_attention(model, gate=gate)
+    torch.testing.assert_close(model(rows[0][None]).logits, want, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_sequences_do_not_see_each_other(attention):
+    model, (rows, _) = build("Llama"), padded()
+    model.set_attn_implementation(attention)
+    replace_attention(model, layers=[0])
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
+    packed = model(rows[0][None], position_ids=positions, use_cache=False).logits
+    alone = [model(rows[0][None, :40]).logits, model(rows[0][None, 40:]).logits]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+
+
+def test_cache_of_a_hybrid_holds_a_state_where_retention_is_and_keys_elsewhere():
+    model, (rows, _) = build("Llama"), padded()
+    replace_attention(model, layers=[1])
+    cache = model(rows[0][None]).past_key_values
+    assert cache.layers[0].keys.shape == (1, 2, 100, 8)
+    assert cache.layers[1].state.kv.shape == (1, 4, 16, 9)
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        model.generate(rows[0][None], assistant_model=build("Llama"), max_new_tokens=3)
+
+
+class CausalSelfAttention(torch.nn.Module):
+    """As many small GPTs have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_attn, self.c_proj = torch.nn.Linear(32, 96), torch.nn.Linear(32, 32)
+
+    def forward(self, x):
+        q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in self.c_attn(x).chunk(3, dim=-1))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.c_proj(y.transpose(1, 2).flatten(2))
+
+
+def test_an_attention_of_ones_own_takes_an_adapter_of_a_few_lines():
+    class SmallGPT(Adapter):
+        def heads(self, attention):
+            return Heads(dim=32, num_heads=4, num_kv_heads=4, key_dim=8, value_dim=8)
+
+        def forward(self, attention, host_forward, x):
+            q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in attention.c_attn(x).chunk(3, dim=-1))
+            y, _ = attention.retention(x, q, k, v, scale=8**-0.5)
+            return attention.c_proj(y.flatten(2))
+
+    register_adapter(CausalSelfAttention, SmallGPT())
+    model, x = torch.nn.Sequential(CausalSelfAttention(), CausalSelfAttention()), torch.randn(2, 9, 32)
+    want = model(x)
+    assert replace_attention(model).replaced == ["0", "1"]
+    y = model(x)
+    assert not torch.allclose(y, want)
+    torch.testing.assert_close(model(x[:, :5]), y[:, :5])
+    restore_attention(model)
+    assert torch.equal(model(x), want)
+
+
+# --- as a module ------------------------------------------------------------------------------------------------------
+
+
+def test_a_replaced_model_saves_loads_and_copies(tmp_path):
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(model, layers=[0], gate="silu")
+    torch.nn.init.normal_(model.model.layers[0].self_attn.retention.gate.weight)
+    want = model(**batch).logits
+    assert torch.equal(copy.deepcopy(model)(**batch).logits, want)
+    model.save_pretrained(tmp_path)
+    loaded, info = load_swapped(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert torch.equal(loaded.eval()(**batch).logits, want)
+    _, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert any("retention.gain" in key for key in info["unexpected_keys"])  # it does not pass in silence
+    restore_attention(loaded)
+    loaded.save_pretrained(tmp_path / "restored")
+    with pytest.raises(ValueError, match="has no layers that were replaced"):
+        load_swapped(tmp_path / "restored")
+
+
+def test_parameters_keep_their_identity_dtype_and_mode():
+    model = build("Llama").to(torch.bfloat16).train()
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    weight.requires_grad_(False)
+    replace_attention(model)
+    layer = model.model.layers[0].self_attn
+    assert layer.q_proj.weight is weight
+    assert not weight.requires_grad
+    assert layer.retention.gain.dtype == torch.bfloat16
+    assert layer.retention.training
+    assert isinstance(layer, LlamaAttention)
+    assert isinstance(layer, Swapped)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+def test_lora_trains_a_replaced_model():
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(model)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model(**batch, labels=batch["input_ids"]).loss.backward()
+    trained = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    assert len(trained) == 2 * 2
+    assert all("q_proj.lora" in name for name in trained)
+
+
+def test_a_replaced_model_compiles():
+    model, (rows, _) = build("Llama"), padded()
+    replace_attention(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    want = model(rows[0][None], use_cache=False).logits
+    torch.testing.assert_close(compiled(rows[0][None], use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_module_under_two_names_is_replaced_once():
+    model = build("Llama")
+    model.model.layers[1].self_attn = model.model.layers[0].self_attn
+    report = replace_attention(model)
+    assert report.replaced == ["model.layers.0.self_attn"]
+    assert isinstance(model.model.layers[1].self_attn, Swapped)
+
+
+# --- what is asked for, and what cannot be ----------------------------------------------------------------------------
+
+
+def test_layers_are_chosen_by_number_and_by_name():
+    model = build("Llama")
+    for chosen in ({"layers": [-1]}, {"where": lambda name, module: "layers.1" in name}):
+        plan = plan_replacement(model, **chosen)
+        assert plan.replaced == ["model.layers.1.self_attn"]
+        assert plan.kept == {"model.layers.0.self_attn": "not asked for"}
+        assert not any(isinstance(module, Swapped) for module in model.modules())
+    report = replace_attention(model, layers=[-1])
+    assert report == plan
+    assert "retention in 1 layers: model.layers.1.self_attn" in str(report)
+    assert "kept model.layers.0.self_attn: not asked for" in str(report)
+
+
+def test_twice_is_once_and_other_options_are_refused():
+    model = build("Llama")
+    replace_attention(model, layers=[0])
+    gain = model.model.layers[0].self_attn.retention.gain
+    report = replace_attention(model)
+    assert model.model.layers[0].self_attn.retention.gain is gain
+    assert len(report.replaced) == 2
+    with pytest.raises(ValueError, match=r"layers.0.self_attn: has retention already, .*; restore_attention first"):
+        replace_attention(model, gate="silu")
+
+
+def test_nothing_is_touched_if_one_layer_cannot_be_replaced():
+    model = build("Mistral-window")
+    with pytest.raises(ValueError, match=r"would lose the sliding window of 8 tokens; pass allow_lost=True"):
+        replace_attention(model)
+    assert not any(isinstance(module, Swapped | HostedRetention) for module in model.modules())
+    assert replace_attention(model, allow_lost=True).lost["model.layers.0.self_attn"] == [
+        "the sliding window of 8 tokens"
+    ]
+
+
+def test_cross_attention_is_refused_and_self_attention_beside_it_replaced():
+    config = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=1, n_head=4, add_cross_attention=True)
+    model = transformers.GPT2LMHeadModel(config)
+    with pytest.raises(ValueError, match="crossattention: is cross-attention"):
+        replace_attention(model)
+    assert replace_attention(model, where=lambda name, _: name.endswith(".attn")).replaced == ["transformer.h.0.attn"]
+
+
+def test_errors_name_what_is_there():
+    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, num_layers=1, num_heads=2))
+    with pytest.raises(ValueError, match=r"no attention of T5EncoderModel has .*T5Attention \(as .*register_adapter"):
+        replace_attention(t5)
+    model = build("Llama")
+    with pytest.raises(ValueError, match="layers must be from -2 to 1; got 2"):
+        replace_attention(model, layers=[2])
+    with pytest.raises(ValueError, match="layers and where leave nothing to replace; the model has model.layers.0"):
+        replace_attention(model, where=lambda *_: False)
+    with pytest.raises(TypeError, match="gates"):
+        replace_attention(model, gates="silu")
+    with pytest.raises(ValueError, match="gate must be one of 'silu', .*; got gate 'sil'"):
+        replace_attention(model, gate="sil")
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no attention that was replaced"):
+        restore_attention(model)
+    with pytest.raises(ValueError, match="LlamaAttention has an adapter already"):
+        register_adapter(LlamaAttention, TransformersAttention())
+    assert not any(isinstance(module, Swapped) for module in model.modules())
