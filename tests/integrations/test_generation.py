@@ -10,8 +10,8 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from retention.backends.chunked import walk
+from retention.decay import HeadDecay
 from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM, modeling
-from retention.layer import MultiScaleRetention
 
 MODES = ("auto", "parallel", "chunkwise", "recurrent")
 LENGTHS = (200, 150, 131, 7, 180)
@@ -289,19 +289,16 @@ def test_a_dropped_padding_mask_is_caught(model, monkeypatch):
 def test_an_uninitialised_decay_is_caught(model, monkeypatch, tmp_path):
     """As buffers that are not saved come out of `from_pretrained`."""
     check_round_trip(model, tmp_path)
-    true = MultiScaleRetention.log_decay
-    build = MultiScaleRetention.__init__
-    later = []
+    true, build, loaded = HeadDecay.forward, HeadDecay.__init__, []
 
-    def uninitialised(self, *args, **kwargs):
+    def remembered(self, *args, **kwargs):
         build(self, *args, **kwargs)
-        later.append(self)
+        loaded.append(self)
 
-    monkeypatch.setattr(MultiScaleRetention, "__init__", uninitialised)
-    monkeypatch.setattr(
-        MultiScaleRetention,
-        "log_decay",
-        lambda self, *args: true(self, *args) * (1e-18 if any(self is layer for layer in later) else 1),
-    )
+    def uninitialised(self, *args):
+        return true(self, *args) * (1e-18 if any(self is decay for decay in loaded) else 1)
+
+    monkeypatch.setattr(HeadDecay, "__init__", remembered)
+    monkeypatch.setattr(HeadDecay, "forward", uninitialised)
     with pytest.raises(AssertionError):
         check_round_trip(model, tmp_path)
