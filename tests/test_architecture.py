@@ -17,7 +17,7 @@ FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT 
 # Each may import those to its left.
 LEVELS = (
     ("version", "errors"),
-    ("decay", "rotary", "state"),
+    ("decay", "rotary", "state", "packing"),
     ("backends",),
     ("arguments",),
     ("functional",),

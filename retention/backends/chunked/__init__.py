@@ -18,8 +18,6 @@ torch.compile and torch.export see one node, not one per chunk.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ...packing import ask_for_huge_pages, borders, empty, pack, unpack
 from ...state import state_dtype
 from .walk import Decays, backward, forward
 
@@ -66,8 +65,6 @@ class Chunked:
 
 backend = Chunked()
 
-_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None  # Linux only
-
 
 @torch.library.custom_op("retention::chunkwise", mutates_args=())
 def chunkwise(
@@ -86,14 +83,12 @@ def chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
     if mask is not None and not mask.all():
-        real = mask.nonzero(as_tuple=True)
-        packed = [_pack(x, real) for x in (q, k, v)]
         options = (scale, causal, chunk_size, return_state, out_dtype)
-        out, final = chunkwise(*packed, log_decay, state, None, _cu_seqlens(mask), *options)
-        return _unpack(out, real, mask), final
+        out, final = chunkwise(*pack(mask, q, k, v), log_decay, state, None, borders(mask), *options)
+        return unpack(mask, out), final
 
     out, final = _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
-    _ask_for_huge_pages(out)
+    ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
         before = None if state is None else state[states].clone()
@@ -122,15 +117,13 @@ def chunkwise_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
     if mask is not None and not mask.all():
-        real = mask.nonzero(as_tuple=True)
-        dout, q, k, v = (_pack(x, real) for x in (dout, q, k, v))
-        rest = (log_decay, state, None, _cu_seqlens(mask), scale, causal, chunk_size, decay_grad)
+        dout, q, k, v = pack(mask, dout, q, k, v)
+        rest = (log_decay, state, None, borders(mask), scale, causal, chunk_size, decay_grad)
         dq, dk, dv, dlog_decay, dstate = chunkwise_backward(dout, dfinal, q, k, v, *rest)
-        dq, dk, dv = (_unpack(x, real, mask) for x in (dq, dk, dv))
-        return dq, dk, dv, dlog_decay, dstate
+        return *(unpack(mask, x) for x in (dq, dk, dv)), dlog_decay, dstate
 
     dq, dk, dv, dlog_decay, dstate = _gradients(q, k, v, log_decay, state)
-    _ask_for_huge_pages(dq, dk, dv)
+    ask_for_huge_pages(dq, dk, dv)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
         parts = [x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv)]
@@ -173,16 +166,10 @@ def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
 chunkwise.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _empty(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(B, H, T, width) that lies as (B, T, H, width) in memory, which is how layers go on with it."""
-    batch, heads, length, _ = x.shape
-    return x.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
-
-
 def _outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    out = _empty(q, v.shape[-1], out_dtype)
+    out = empty(q, v.shape[-1], out_dtype)
     if not return_state:
         return out, q.new_empty(0, dtype=state_dtype(q.dtype))
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -193,40 +180,8 @@ def _gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dstate = q.new_empty(0, dtype=state_dtype(q.dtype)) if state is None else torch.empty_like(state)
-    dq, dk, dv = (_empty(x, x.shape[-1], x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(x, x.shape[-1], x.dtype) for x in (q, k, v))
     return dq, dk, dv, torch.zeros_like(log_decay), dstate
-
-
-def _ask_for_huge_pages(*tensors: Tensor) -> None:
-    """Let Linux map large CPU memory 2 MB at a time: by 4 kB, to touch an output first can cost more than computing it.
-
-    Below 32 MB glibc hands out memory that was touched before.
-    """
-    for x in tensors:
-        memory = x.untyped_storage()
-        if _madvise is None or memory.device.type != "cpu" or memory.nbytes() < 32 * 2**20:
-            continue
-        start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        size = memory.data_ptr() + memory.nbytes() - start
-        # Advice only: what it returns does not matter.
-        _madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
-
-
-def _pack(x: Tensor, real: tuple[Tensor, ...]) -> Tensor:
-    """The real tokens of (B, H, T, D) one after another, (1, H, N, D)."""
-    return x.transpose(1, 2)[real].transpose(0, 1)[None]
-
-
-def _unpack(x: Tensor, real: tuple[Tensor, ...], mask: Tensor) -> Tensor:
-    """The opposite of `_pack`, 0 at padding."""
-    batch, length = mask.shape
-    out = x.new_zeros(batch, length, x.shape[1], x.shape[3])
-    out[real] = x[0].transpose(0, 1)
-    return out.transpose(1, 2)
-
-
-def _cu_seqlens(mask: Tensor) -> Tensor:
-    return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
 
 
 def _pieces(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
