@@ -29,6 +29,7 @@ def describe(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     causal: bool = True,
+    grid: tuple[int, int] | None = None,
     score_norm: ScoreNorm = False,
     chunk_size: int | None = None,
     form: str = "auto",
@@ -47,6 +48,8 @@ def describe(
         raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
     _check_mask(q, mask)
     _check_cu_seqlens(q, cu_seqlens, mask)
+    if grid is not None:
+        _check_grid(q, grid, causal, mask is not None or cu_seqlens is not None)
     if state is not None:
         rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         _check_state(q, v, state, rows, score_norm)
@@ -81,6 +84,7 @@ def describe(
         needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
         transformed=_transformed(),
         chunk_size=chunk_size,
+        grid=None if grid is None else (grid[0], grid[1]),
     )
 
 
@@ -156,6 +160,17 @@ def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None)
     _require(
         sound, f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}", cu_seqlens
     )
+
+
+def _check_grid(q: Tensor, grid: tuple[int, int], causal: bool, parted: bool) -> None:
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):
+        raise ValueError(f"grid must be (rows, columns), two integers of at least 1, or None; got grid {grid!r}")
+    if grid[0] * grid[1] != q.shape[2]:
+        raise ShapeError(f"grid must have rows * columns = length {q.shape[2]}; got grid {tuple(grid)}")
+    if causal:
+        raise ValueError(f"a grid has no past and needs causal=False; got causal=True, grid {tuple(grid)}")
+    if parted:
+        raise ValueError("mask or cu_seqlens and grid exclude each other; got both; batch images of one size")
 
 
 def _check_state(q: Tensor, v: Tensor, state: RetentionState, rows: int, score_norm: ScoreNorm) -> None:

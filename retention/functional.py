@@ -27,6 +27,7 @@ def retain(
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     causal: bool = True,
+    grid: tuple[int, int] | None = None,
     decay_norm: bool = False,
     score_norm: ScoreNorm = False,
     chunk_size: int | None = None,
@@ -49,6 +50,8 @@ def retain(
         cu_seqlens: (N + 1,) int32, the borders 0 = c_0 <= ... <= c_N = T of N sequences packed into one row (B = 1).
             Nothing crosses a border; states then have N rows.
         causal: False gives D_nm = gamma^|t_n - t_m| for all m; no state then.
+        grid: (rows, columns) of an image whose cells are the tokens, row by row, T = rows * columns; with causal=False
+            D_nm = gamma^(|row_n - row_m| + |column_n - column_m|). In the parallel form only; no mask or cu_seqlens.
         decay_norm: divide D_nm by sqrt(sum_i D_ni).
         score_norm: divide R_nm by max(|sum_i R_ni|, 1). "absolute" takes min(max(sum_i |R_ni|, 1), 5e4) without
             gradient, as torchscale does; it cannot be had from a state, so form "parallel" only.
@@ -70,6 +73,7 @@ def retain(
         mask=mask,
         cu_seqlens=cu_seqlens,
         causal=causal,
+        grid=grid,
         score_norm=score_norm,
         chunk_size=chunk_size,
         form=form,
@@ -121,12 +125,14 @@ def scores(
     scale: float | None = None,
     mask: Tensor | None = None,
     causal: bool = True,
+    grid: tuple[int, int] | None = None,
     decay_norm: bool = False,
     score_norm: ScoreNorm = False,
 ) -> Tensor:
     """The retention scores R of the parallel form, (B, H, T, T): `retain` is R v. Arguments and source as there."""
-    call = describe(q, k, k, log_decay, scale=scale, mask=mask, causal=causal, score_norm=score_norm, form="parallel")
-    found = eager.scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask)
+    options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid)
+    call = describe(q, k, k, log_decay, score_norm=score_norm, form="parallel", **options)
+    found = eager.scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
     if decay_norm:
         found = found / _total_decay(call, log_decay, None, mask, None).sqrt()[..., None]
     if score_norm:
@@ -204,7 +210,7 @@ def _run(
     out, kv = run(v, None if state is None else state.kv)
     mass = k_sum = None
     if score_norm == "absolute":
-        scores = eager.scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask)
+        scores = eager.scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)
         mass = scores.detach().abs().sum(-1, keepdim=True)
     elif score_norm:  # sum_i R_ni is retention with values of 1
         before = None if state is None or state.k_sum is None else state.k_sum[..., None]
@@ -228,6 +234,10 @@ def _total_decay(
 ) -> Tensor:
     """sum_i D_ni of each token, (B or 1, H, T)."""
     wide = state_dtype(call.dtype)
+    if call.grid is not None:  # a sum over rows times a sum over columns
+        sides = (replace(call, batch=1, length=n, grid=None) for n in call.grid)
+        rows, columns = (_total_decay(side, log_decay, None, None, None) for side in sides)
+        return (rows[..., :, None] * columns[..., None, :]).flatten(2)
     times = token_times(call.batch, call.length, log_decay.device, state, mask, cu_seqlens)
     rate = log_decay.to(wide)[:, None]
     behind = geometric_sum(rate, (times + 1)[:, None].to(wide))

@@ -212,6 +212,7 @@ class MultiScaleRetention(nn.Module):
         state: RetentionState | None = None,
         return_state: bool = False,
         in_place: bool = False,
+        grid: tuple[int, int] | None = None,
         rotation: tuple[Tensor, Tensor] | None = None,
         form: str | None = None,
         backend: str | None = None,
@@ -221,6 +222,8 @@ class MultiScaleRetention(nn.Module):
         Shapes: x (B, T, dim); key, value (B, T, dim), what to retain instead of x (value defaults to key, key to x);
             mask (B, T) bool, True = real token; cu_seqlens (N + 1,) int32 with B = 1.
         in_place: one token without gradient; the state after it overwrites `state`.
+        grid: (rows, columns) of the image whose cells are the tokens, row by row, as in `retain`; needs causal=False.
+            Rotary positions go on counting the tokens one by one.
         rotation: what `self.rotation` returns, to compute it once for many layers.
         form, backend: for this call, instead of the layer's own.
         Returns: y (B, T, dim); with return_state, also the state after the last token.
@@ -236,8 +239,10 @@ class MultiScaleRetention(nn.Module):
         )
         log_decay = self.decay(q.device, state_dtype(q.dtype))
         if in_place:
-            if state is None:
-                raise ValueError("in_place needs a state to overwrite; `initial_state` makes an empty one")
+            if state is None or grid is not None:
+                raise ValueError(
+                    "in_place needs a state to overwrite, and no grid; `initial_state` makes an empty state"
+                )
             y = self._output(step(q, k, v, log_decay, state, **options), x)
             return (y, state) if return_state else y
         retained = retain(
@@ -248,6 +253,7 @@ class MultiScaleRetention(nn.Module):
             state=state,
             cu_seqlens=cu_seqlens,
             causal=self.causal,
+            grid=grid,
             chunk_size=self.chunk_size,
             backend=backend or self.backend,
             form=form or self.form,
@@ -264,15 +270,15 @@ class MultiScaleRetention(nn.Module):
         """Decode one token, x (B, 1, dim) -> y (B, 1, dim); `state` is updated in place, at a cost that never grows."""
         return self(x, state=state, mask=mask, in_place=True)
 
-    def scores(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    def scores(self, x: Tensor, *, mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """The retention scores R that `forward` weighs the values with in its parallel form, (B, num_heads, T, T).
 
-        x (B, T, dim); mask (B, T) bool. For looking at: they take memory in T^2.
+        x (B, T, dim); mask (B, T) bool; grid as in `forward`. For looking at: they take memory in T^2.
         """
         self._check_inputs(x, x, x)
         q, k, _ = self._project(x, x, x, self.rotation(x, mask=mask))
         log_decay = self.decay(q.device, state_dtype(q.dtype))
-        options: dict[str, Any] = dict(decay_norm=self.decay_norm, score_norm=self.score_norm)
+        options: dict[str, Any] = dict(decay_norm=self.decay_norm, score_norm=self.score_norm, grid=grid)
         found = scores(q, k, log_decay, scale=self.scale, mask=mask, causal=self.causal, **options)
         return found if self.pairs == 1 else reduce(found, "b (h p) n m -> b h n m", "sum", h=self.num_heads)
 

@@ -21,12 +21,13 @@ def deviation(got, want):
 
 
 @st.composite
-def calls(draw, dtypes=tuple(BOUNDS), causal=None, kinds=("dense", "masked", "packed")):
+def calls(draw, dtypes=tuple(BOUNDS), causal=None, kinds=("dense", "masked", "packed", "grid")):
     """(q, k, v, log_decay), and options for `retain`: sizes, decays, padding, segments, normalisers at random."""
-    kind = draw(st.sampled_from(kinds))
+    kind = draw(st.sampled_from([kind for kind in kinds if kind != "grid" or not causal]))
     batch = 1 if kind == "packed" else draw(st.integers(1, 3))
     kv_heads, groups = draw(st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2), (3, 1)]))
-    length = draw(st.sampled_from([1, 2, 5, 7, 8, 9, 19, 33]))
+    grid = draw(st.sampled_from([(1, 1), (1, 7), (5, 1), (2, 3), (7, 5), (3, 17)])) if kind == "grid" else None
+    length = grid[0] * grid[1] if grid else draw(st.sampled_from([1, 2, 5, 7, 8, 9, 19, 33]))
     key_dim, value_dim = draw(st.sampled_from([(1, 1), (4, 6), (5, 3), (8, 8), (7, 16)]))
     dtype = draw(st.sampled_from(dtypes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
@@ -42,13 +43,15 @@ def calls(draw, dtypes=tuple(BOUNDS), causal=None, kinds=("dense", "masked", "pa
     rates = st.sampled_from([0.0, -1e-9, -1e-3, -0.03, -0.5, -4.0, -60.0])
     log_decay = torch.tensor([draw(rates) for _ in range(heads)], dtype=torch.float64)
     options = {
-        "causal": draw(st.booleans()) if causal is None else causal,
+        "causal": kind != "grid" and (draw(st.booleans()) if causal is None else causal),
         "scale": draw(st.sampled_from([None, 0.3, -1.0])),
         "decay_norm": draw(st.booleans()),
         "score_norm": draw(st.booleans()),
     }
     if kind == "masked":
         options["mask"] = torch.rand(batch, length, generator=generator) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))
+    if kind == "grid":
+        options["grid"] = grid
     if kind == "packed":
         cuts = sorted(draw(st.lists(st.integers(0, length), max_size=4)))
         options["cu_seqlens"] = torch.tensor([0, *cuts, length], dtype=torch.int32)
@@ -56,13 +59,12 @@ def calls(draw, dtypes=tuple(BOUNDS), causal=None, kinds=("dense", "masked", "pa
 
 
 def runnable(args, options):
-    """Every (backend, form) that says it can run the call, the chunkwise form with several chunk sizes."""
+    """Every (backend, form, chunk size) that says it can run the call."""
     found = []
+    asked = {key: value for key, value in options.items() if key != "decay_norm"}
     for form in FORMS:
-        for backend in retention.backends.names():
-            asked = {key: value for key, value in options.items() if key != "decay_norm"}
-            call = retention.arguments.describe(*args, form=form, **asked)
-            if not retention.backends.why_not(call, backend):
-                sizes = (None, 1, 5, 8) if form == "chunkwise" else (None,)
-                found += [{"backend": backend, "form": form, "chunk_size": size} for size in sizes]
+        for size in (None, 1, 5, 8, 16) if form == "chunkwise" else (None,):
+            call = retention.arguments.describe(*args, form=form, chunk_size=size, **asked)
+            names = [name for name in retention.backends.names() if not retention.backends.why_not(call, name)]
+            found += [{"backend": name, "form": form, "chunk_size": size} for name in names]
     return found

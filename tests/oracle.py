@@ -1,6 +1,7 @@
 """The truth: retention token by token in float64, straight from the definition. Imports nothing of the library.
 
 out_n = scale * sum over m of gamma^|t_n - t_m| (q_n . k_m) v_m     m <= n if causal, own sequence only
+On a grid |t_n - t_m| is the distance in rows plus that in columns.
 """
 
 from itertools import pairwise
@@ -9,7 +10,18 @@ import torch
 
 
 def retain(
-    q, k, v, log_decay, *, scale=None, mask=None, cu_seqlens=None, causal=True, decay_norm=False, score_norm=False
+    q,
+    k,
+    v,
+    log_decay,
+    *,
+    scale=None,
+    mask=None,
+    cu_seqlens=None,
+    causal=True,
+    grid=None,
+    decay_norm=False,
+    score_norm=False,
 ):
     q, k, v, gamma = q.double(), k.double(), v.double(), log_decay.double().exp()
     batch, heads, length, key_dim = q.shape
@@ -21,7 +33,7 @@ def retain(
                 kv_head = h // (heads // k.shape[1])
                 for n, token in enumerate(tokens):
                     seen = range(n + 1) if causal else range(len(tokens))
-                    decay = torch.stack([gamma[h] ** abs(n - m) for m in seen])
+                    decay = torch.stack([gamma[h] ** distance(n, m, grid) for m in seen])
                     if decay_norm:
                         decay = decay / decay.sum().sqrt()
                     other = [tokens[m] for m in seen]
@@ -32,6 +44,13 @@ def retain(
                         score = score / score.sum().abs().clamp(min=1)
                     out[b, h, token] = score @ v[b, kv_head, other]
     return out
+
+
+def distance(n, m, grid):
+    if grid is None:
+        return abs(n - m)
+    cells = [(row, column) for row in range(grid[0]) for column in range(grid[1])]
+    return abs(cells[n][0] - cells[m][0]) + abs(cells[n][1] - cells[m][1])
 
 
 def sequences(b, length, mask, cu_seqlens):

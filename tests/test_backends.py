@@ -47,6 +47,7 @@ class Refusing:
         ({"form": "recurrent"}, "auto", "eager", "recurrent"),
         ({}, "eager", "eager", "parallel"),
         ({"transformed": True}, "auto", "eager", "parallel"),
+        ({"causal": False, "grid": (3, 3)}, "auto", "eager", "parallel"),
         ({"length": 1, "in_place": True, "form": "recurrent"}, "auto", "eager", "recurrent"),
     ],
 )

@@ -30,7 +30,8 @@ def test_every_form_and_backend_agrees_with_the_definition(case):
     args, options = case
     want = oracle.retain(*args, **options)
     ways = cases.runnable(args, options)
-    assert {way["form"] for way in ways} == set(cases.FORMS) - (set() if options["causal"] else {"recurrent"})
+    forms = {"parallel"} if "grid" in options else {"parallel", "chunkwise"}
+    assert {way["form"] for way in ways} == forms | ({"recurrent"} if options["causal"] else set())
     for way in ways:
         got = retain(*args, **options, **way)
         assert got.dtype == args[2].dtype
@@ -51,7 +52,7 @@ def test_a_sequence_may_be_cut_anywhere_and_each_part_run_anyhow(case, data):
         options["mask"] = None if mask is None else mask[:, part]
         options["state"] = state
         inputs = (*(x[:, :, part] for x in (q, k, v)), log_decay)
-        way = data.draw(st.sampled_from(cases.runnable(inputs, options)))
+        way = data.draw(st.sampled_from(cases.runnable(inputs, {**options, "return_state": True})))
         out, state = retain(*inputs, **options, **way, return_state=True)
         parts.append(out)
     assert cases.deviation(torch.cat(parts, 2), want) <= cases.BOUNDS[q.dtype]
@@ -63,8 +64,9 @@ def test_a_sequence_may_be_cut_anywhere_and_each_part_run_anyhow(case, data):
 def test_the_state_is_the_decayed_sum_of_outer_products(case):
     (q, k, v, log_decay), options = case
     want = oracle.state(k, v, log_decay, heads=q.shape[1])
+    options["return_state"] = True
     for way in cases.runnable((q, k, v, log_decay), options):
-        _, state = retain(q, k, v, log_decay, **options, **way, return_state=True)
+        _, state = retain(q, k, v, log_decay, **options, **way)
         assert cases.deviation(state.kv, want) <= cases.BOUNDS[q.dtype]
         assert (state.k_sum is not None) == options["score_norm"]
 
@@ -429,6 +431,16 @@ BAD = [
     ),
     ({"state": STATE, "causal": False}, ValueError, "a state needs causal=True"),
     ({"return_state": True, "causal": False}, ValueError, "a state needs causal=True"),
+    ({"grid": 10}, ValueError, r"grid must be \(rows, columns\), two integers of at least 1, or None; got grid 10"),
+    ({"grid": (0, 10), "causal": False}, ValueError, r"two integers of at least 1, or None; got grid \(0, 10\)"),
+    ({"grid": (3, 3), "causal": False}, ShapeError, r"rows \* columns = length 10; got grid \(3, 3\)"),
+    ({"grid": (2, 5)}, ValueError, r"needs causal=False; got causal=True, grid \(2, 5\)"),
+    ({"grid": (2, 5), "causal": False, "mask": MASK}, ValueError, "mask or cu_seqlens and grid exclude each other"),
+    (
+        {"grid": (2, 5), "causal": False, "backend": "chunked", "form": "chunkwise"},
+        BackendError,
+        r"grid \(2, 5\).*chunked, chunkwise: has no decay on a grid; use the parallel form",
+    ),
     ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1, or None; got chunk_size 0"),
     (
         {"form": "quick"},

@@ -103,6 +103,20 @@ def test_scores_are_what_the_values_are_weighed_with(options):
     torch.testing.assert_close(layer.out_proj((scores @ values).transpose(1, 2).flatten(2)), want)
 
 
+def test_on_a_grid_the_decay_is_that_of_rows_times_that_of_columns():
+    layer = MultiScaleRetention(16, 2, rotary=None, norm=None, gate=None, causal=False, decay="short").double()
+    x = torch.randn(2, 12, 16, dtype=torch.float64)
+    q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (layer.q_proj, layer.k_proj, layer.v_proj))
+    rows, columns = ((torch.arange(n)[:, None] - torch.arange(n)).abs() for n in (3, 4))
+    decay = torch.stack([torch.kron(g**rows, g**columns) for g in layer.decay(x.device, x.dtype).exp()])
+    scores = q @ k.mT * layer.scale * decay
+    torch.testing.assert_close(layer.scores(x, grid=(3, 4)), scores)
+    want = layer.out_proj((scores @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, grid=(3, 4)), want)
+    with pytest.raises(ValueError, match="in_place needs a state to overwrite, and no grid"):
+        layer(x[:, :1], state=layer.initial_state(2), in_place=True, grid=(1, 1))
+
+
 def test_xpos_stays_finite_where_its_factors_leave_every_bound():
     layer = MultiScaleRetention(16, 1, rotary="xpos", decay=[0.0])
     x = torch.randn(1, 60_000, 16)

@@ -23,6 +23,18 @@ def test_bidirectional():
     assert out.flatten().tolist() == pytest.approx([8 + 4 / 2 + 2 / 4, 8 / 2 + 4 + 2 / 2, 8 / 4 + 4 / 2 + 2])
 
 
+def test_grid():
+    out = oracle.retain(one(1, 1, 1, 1), one(1, 1, 1, 1), one(8, 4, 2, 1), HALF, causal=False, grid=(2, 2))
+    assert out.flatten().tolist() == pytest.approx(
+        [
+            8 + 4 / 2 + 2 / 2 + 1 / 4,
+            8 / 2 + 4 + 2 / 4 + 1 / 2,
+            8 / 2 + 4 / 4 + 2 + 1 / 2,
+            8 / 4 + 4 / 2 + 2 / 2 + 1,
+        ]
+    )
+
+
 def test_time_stands_still_over_padding():
     mask = torch.tensor([[True, False, True]])
     out = oracle.retain(one(1, 1, 1), one(1, 1, 1), one(8, 4, 2), HALF, mask=mask)

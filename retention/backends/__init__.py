@@ -5,8 +5,9 @@ is one object with two abilities: to say why it cannot run a call, and to run it
 
     out[n] = scale * sum over m of gamma^|t_n - t_m| (q_n . k_m) v_m
 
-with m <= n if causal, over the real tokens of n's own segment, and out[n] = 0 where n is padding. Normalisers and
-checks of the arguments stand above, in `retention.functional`, once for all backends.
+with m <= n if causal, over the real tokens of n's own segment, and out[n] = 0 where n is padding. On a grid the tokens
+are its cells, row by row, and their distance is that in rows plus that in columns. Normalisers and checks of the
+arguments stand above, in `retention.functional`, once for all backends.
 
 To add one: write an object like those in this folder and `register` it, or name it in the entry-point group
 `retention.backends` of your own distribution.
@@ -38,7 +39,7 @@ class Call:
 
     chunk_size None leaves it to the backend. in_place: the state given is to be overwritten. transformed: inside
     torch.func transforms or forward-mode differentiation. out_dtype: of the output; wider than dtype where a normaliser
-    follows.
+    follows. grid: (rows, columns) with rows * columns = length, never causal, masked or packed.
     """
 
     batch: int
@@ -61,6 +62,7 @@ class Call:
     needs_grad: bool = False
     transformed: bool = False
     chunk_size: int | None = None
+    grid: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         options = ("causal", "masked", "packed", "has_state", "return_state", "in_place", "needs_grad", "transformed")
@@ -69,6 +71,8 @@ class Call:
             f"key_dim {self.key_dim}, value_dim {self.value_dim}",
             f"{self.dtype} on {self.device}, form {self.form}",
             *(name for name in options if getattr(self, name)),
+            *([] if self.grid is None else [f"grid {self.grid}"]),
+            *([] if self.chunk_size is None else [f"chunk_size {self.chunk_size}"]),
         ]
         return f"retain({', '.join(words)})"
 

@@ -49,7 +49,7 @@ class Eager:
         if mask is not None:  # 0 * NaN is NaN: what stands in the padding must not count
             q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
         if call.form == "parallel":
-            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal)
+            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal, call.grid)
         elif call.in_place and state is not None:
             out, final = _step(q, k, v, log_decay, state, mask)
         else:
@@ -70,17 +70,26 @@ class Eager:
 
 
 def scores(
-    q: Tensor, k: Tensor, log_decay: Tensor, *, scale: float = 1.0, causal: bool = True, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = True,
+    mask: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor:
     """R = scale (q k^T) * D, the retention scores (B, H, T, T) of Eq. 5, in float32 at least.
 
-    Shapes: q (B, H, T, K); k (B, Hkv, T, K); log_decay (H,); mask (B, T), True = real token.
+    Shapes: q (B, H, T, K); k (B, Hkv, T, K); log_decay (H,); mask (B, T), True = real token; grid (rows, columns) with
+        rows * columns = T.
     """
     wide = state_dtype(q.dtype)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     index = torch.arange(q.shape[2], device=q.device)
     time = index[None] if mask is None else mask.cumsum(1)  # (B or 1, T): padding does not advance time
-    distance = (time[:, :, None] - time[:, None, :]).abs()
+    axes = (time,) if grid is None else (time // grid[1], time % grid[1])
+    distance = torch.stack([(x[:, :, None] - x[:, None, :]).abs() for x in axes]).sum(0)
     decay = (log_decay.to(wide)[:, None, None] * distance[:, None]).exp()  # (B or 1, H, T, T)
     seen = index[:, None] >= index if causal else torch.ones_like(distance[0], dtype=torch.bool)
     if mask is not None:
@@ -89,14 +98,21 @@ def scores(
 
 
 def _parallel(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    grid: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor]:
     age = torch.ones_like(q[:, 0, :, 0], dtype=torch.long) if mask is None else mask.long()
     age = age.cumsum(1)[:, None]  # (B, 1, T): real tokens since the state, the own one included
     count = age[..., -1:] if q.shape[2] else age.new_zeros(len(age), 1, 1)
     rate = log_decay[:, None]
 
-    out = scores(q, k, log_decay, causal=causal, mask=mask) @ v
+    out = scores(q, k, log_decay, causal=causal, mask=mask, grid=grid) @ v
     final = (k * (rate * (count - age)).exp()[..., None]).mT @ v
     if state is not None:
         out = out + (q * (rate * age).exp()[..., None]) @ state

@@ -41,6 +41,8 @@ class Chunked:
         reasons = []
         if call.form != "chunkwise":
             reasons.append(f"has the form chunkwise, not {call.form}")
+        if call.grid is not None:
+            reasons.append("has no decay on a grid; use the parallel form")
         if call.in_place:
             reasons.append("does not overwrite a state")
         if call.transformed:
