@@ -30,7 +30,7 @@ def floor(
             f"{value:.2f}",
             f"{low:.2f} to {high:.2f}",
             f"{sign} {bound}",
-            "met" if _holds(value, sign, bound) else "MISSED",
+            "met" if holds(value, sign, bound) else "MISSED",
         ]
         for name, (value, low, high), sign, bound in results
     ]
@@ -42,7 +42,7 @@ def floor(
 Result = tuple[str, tuple[float, float, float], str, float]
 
 
-def _holds(value: float, sign: str, bound: float) -> bool:
+def holds(value: float, sign: str, bound: float) -> bool:
     return value >= bound if sign == ">=" else value <= bound
 
 

@@ -27,6 +27,8 @@ def report() -> str:
         lines += ["", f"backends on {device}, best first"]
         for name, forms in _answers(device).items():
             lines += [f"  {name:<14} {forms}"]
+            found = backends.found_by(name, device)
+            lines += [] if found is None else [f"  {'':<14} found {found}"]
     return "\n".join(lines)
 
 

@@ -4,6 +4,8 @@ import hypothesis
 import pytest
 import torch
 
+from retention import backends
+
 # The same examples each time where a failure must not depend on luck; new ones at a developer's desk.
 everything = list(hypothesis.HealthCheck)
 hypothesis.settings.register_profile("desk", deadline=None, suppress_health_check=everything)
@@ -14,3 +16,12 @@ hypothesis.settings.load_profile("ci" if "CI" in os.environ else "desk")
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def registry():
+    """Undo what a test registers."""
+    before = dict(backends._backends)
+    yield backends._backends
+    backends._backends.clear()
+    backends._backends.update(before)

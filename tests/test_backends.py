@@ -16,15 +16,6 @@ SIZES = dict(batch=1, heads=2, kv_heads=2, length=9, key_dim=4, value_dim=4)
 CALL = dict(SIZES, dtype=torch.float32, out_dtype=torch.float32, device="cpu", scale=0.5)
 
 
-@pytest.fixture
-def registry():
-    """Undo what a test registers."""
-    before = dict(backends._backends)
-    yield backends._backends
-    backends._backends.clear()
-    backends._backends.update(before)
-
-
 class Refusing:
     def why_not(self, call):
         return ["the moon is full", "the kettle is cold"]
@@ -48,6 +39,9 @@ class Refusing:
         ({}, "eager", "eager", "parallel"),
         ({"transformed": True}, "auto", "eager", "parallel"),
         ({"causal": False, "grid": (3, 3)}, "auto", "eager", "parallel"),
+        ({}, "xformers", "xformers", "chunkwise"),
+        ({"causal": False, "grid": (3, 3)}, "xformers", "xformers", "parallel"),
+        ({"has_state": True, "length": 1}, "xformers", "xformers", "chunkwise"),
         ({"length": 1, "in_place": True, "form": "recurrent"}, "auto", "eager", "recurrent"),
     ],
 )
@@ -71,20 +65,20 @@ def test_if_none_can_the_error_lists_all_of_them():
 
 def test_a_refusing_backend_is_passed_over_by_auto(registry):
     retention.register("moody", Refusing(), before="chunked")
-    assert backends.names() == ("moody", "chunked", "eager")
+    assert backends.names() == ("moody", "chunked", "eager", "xformers")
     assert backends.choose(Call(**CALL))[0] is backends._backends["chunked"]
 
 
 def test_registration_is_never_by_accident(registry):
     with pytest.raises(ValueError, match="unique; got name 'eager' again"):
         retention.register("eager", Refusing())
-    with pytest.raises(ValueError, match="before must be one of chunked, eager; got before 'x'"):
+    with pytest.raises(ValueError, match="before must be one of chunked, eager, xformers; got before 'x'"):
         retention.register("moody", Refusing(), before="x")
-    with pytest.raises(ValueError, match="backend must be one of chunked, eager; got name 'moody'"):
+    with pytest.raises(ValueError, match="backend must be one of chunked, eager, xformers; got name 'moody'"):
         retention.unregister("moody")
     retention.register("moody", Refusing())
     retention.unregister("moody")
-    assert backends.names() == ("chunked", "eager")
+    assert backends.names() == ("chunked", "eager", "xformers")
 
 
 def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monkeypatch):
@@ -97,7 +91,7 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
     monkeypatch.setattr(backends, "entry_points", lambda group: found)
     monkeypatch.setattr(backends, "_plugins_loaded", False)
     with pytest.warns(UserWarning, match="test_backends:Refusing is not used: there is a backend 'eager' already"):
-        assert backends.names() == ("chunked", "eager", "broken", "incomplete", "good")
+        assert backends.names() == ("chunked", "eager", "xformers", "broken", "incomplete", "good")
     assert "AttributeError" in backends.why_not(Call(**CALL), "incomplete")[0]
     assert backends.why_not(Call(**CALL), "broken") == [
         "cannot be loaded (ModuleNotFoundError: No module named 'no_such_module_at_all')"
@@ -132,7 +126,8 @@ def keeps_the_contract(backend):
 
 
 @pytest.mark.parametrize(
-    "backend", [dict(backend="chunked", chunk_size=4), dict(form="parallel"), dict(form="recurrent")]
+    "backend",
+    [dict(backend="chunked", chunk_size=4), dict(backend="xformers"), dict(form="parallel"), dict(form="recurrent")],
 )
 def test_built_in_backends_keep_the_contract(backend):
     assert keeps_the_contract(backend)

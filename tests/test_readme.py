@@ -13,7 +13,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: re.findall(r"import (\w+)$", text, re.MULTILINE)[-1])
-def test_snippet_runs(snippet):
+def test_snippet_runs(snippet, registry):
     exec(compile(snippet, "README.md", "exec"), {})
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from . import chunked, eager
+from . import chunked, eager, xformers
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 
@@ -78,6 +78,12 @@ class Call:
 
 
 class Backend(Protocol):
+    """A backend that leans on another library may also have
+
+    cause: the exception that keeps it from running at all, or None; errors are raised from it.
+    found(device): a line on what there is of that library, or None; `explain` and `python -m retention` print it.
+    """
+
     def why_not(self, call: Call) -> list[str]:
         """Every reason this backend cannot run `call`, whose form is a concrete one. Empty means it can."""
 
@@ -103,17 +109,18 @@ class Backend(Protocol):
 class Absent:
     """Stands in for a backend that could not be loaded, and gives the reason."""
 
-    def __init__(self, reason: str):
-        self.reason = reason
+    def __init__(self, reason: str, cause: BaseException | None = None):
+        self.reason, self.cause = reason, cause
 
     def why_not(self, call: Call) -> list[str]:
         return [self.reason]
 
     def __call__(self, *_: object) -> tuple[Tensor, Tensor | None]:
-        raise BackendError(self.reason)
+        raise BackendError(self.reason) from self.cause
 
 
-_backends: dict[str, Backend] = {"chunked": chunked.backend, "eager": eager.backend}  # the order of preference
+# The order of preference. xformers is never faster than chunked, and eager can be differentiated any number of times.
+_backends: dict[str, Backend] = {"chunked": chunked.backend, "eager": eager.backend, "xformers": xformers.backend}
 _plugins_loaded = False
 
 
@@ -157,7 +164,7 @@ def load_plugins() -> None:
         try:
             backend = plugin.load()
         except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
-            backend = Absent(f"cannot be loaded ({type(error).__name__}: {error})")
+            backend = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
         register(plugin.name, backend)
 
 
@@ -172,7 +179,8 @@ def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
             return candidate, asked
     refusals = [f"  {name}, {asked.form}: {'; '.join(why)}" for name, _, asked, why in _answers(call, backend)]
     what = "no backend can" if backend == "auto" else f"backend {backend!r} cannot"
-    raise BackendError("\n".join([f"{what} run {call}", *refusals]))
+    cause = None if backend == "auto" else getattr(_backends[backend], "cause", None)
+    raise BackendError("\n".join([f"{what} run {call}", *refusals])) from cause
 
 
 def explain(call: Call, backend: str = "auto") -> str:
@@ -183,7 +191,14 @@ def explain(call: Call, backend: str = "auto") -> str:
         answer = "cannot: " + "; ".join(reasons) if reasons else "can" if taken else "can, and is chosen"
         taken = taken or not reasons
         lines.append(f"  {asked.form:<10} {name:<10} {answer}")
-    return "\n".join(lines)
+    found = {name: found_by(name, call.device) for name in (names() if backend == "auto" else (backend,))}
+    return "\n".join([*lines, *(f"  {name} found {text}" for name, text in found.items() if text)])
+
+
+def found_by(backend: str, device: str) -> str | None:
+    """What a backend says of the library that it leans on; None if there is none, or it cannot be used."""
+    found = getattr(_backends[backend], "found", None)
+    return None if found is None else found(device)
 
 
 def why_not(call: Call, backend: str) -> list[str]:

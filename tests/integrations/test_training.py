@@ -189,7 +189,7 @@ BAD = [
     (["train", "--steps", "0"], "steps must be at least 1; got steps 0"),
     (["train", "--context", "1"], "context must be at least 2; got context 1"),
     (["train", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16; got dtype 'int8'"),
-    (["train", "--backend", "magic"], "backend must be 'auto' or one of chunked, eager; got backend 'magic'"),
+    (["train", "--backend", "magic"], "backend must be 'auto' or one of chunked, eager, xformers; got backend 'magic'"),
     (["train", "--form", "magic"], "form must be one of .*; got form 'magic'"),
     (["train", "--device", "abacus"], "device must be one of auto, cpu, cuda, mps; got device 'abacus'"),
     (["train", "--accumulate", "0"], "accumulate must be at least 1; got accumulate 0"),

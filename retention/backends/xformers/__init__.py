@@ -1,0 +1,81 @@
+"""Retention on block-sparse matrices, multiplied by xformers (https://github.com/facebookresearch/xformers).
+
+The chunkwise form computes the blocks on the diagonal and carries a state between them: linear in length. The parallel
+form computes every block in which two tokens see each other, and may leave out those that have decayed.
+
+xformers is imported at first use only, and trusted after a small test of its results and of the gradients. What is used
+of it needs no compiled library and runs on every device.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .blocks import SMALLEST, USUAL
+from .operator import block_sparse
+from .probe import cause, found, trouble
+
+if TYPE_CHECKING:
+    from .. import Call
+
+
+class XFormers:
+    """eps: the parallel form leaves out blocks in which no decay is above it; 0 is exact.
+
+    block_size: tokens of a block, at least 16, and of a chunk unless the call says.
+    An approximation is asked for by a name of its own: `retention.register("xformers-1e-4", XFormers(eps=1e-4))`.
+    """
+
+    def __init__(self, eps: float = 0.0, block_size: int = USUAL):
+        if not 0 <= eps < 1:
+            raise ValueError(f"eps must be at least 0 and below 1, a decay that may be left out; got eps {eps!r}")
+        if block_size < SMALLEST:
+            raise ValueError(f"block_size must be at least {SMALLEST}; got block_size {block_size!r}")
+        self.eps, self.block_size = eps, block_size
+
+    def why_not(self, call: Call) -> list[str]:
+        reasons = []
+        if call.form not in ("parallel", "chunkwise"):
+            reasons.append(f"has the forms parallel and chunkwise, not {call.form}")
+        if call.form == "chunkwise" and call.grid is not None:
+            reasons.append("the chunkwise form has no decay on a grid; use parallel")
+        if call.form == "parallel" and (call.has_state or call.return_state):
+            reasons.append("the parallel form has no state; use chunkwise")
+        if call.form == "chunkwise" and call.chunk_size is not None and call.chunk_size < SMALLEST:
+            reasons.append(f"chunks have at least {SMALLEST} tokens, not {call.chunk_size}")
+        if call.in_place:
+            reasons.append("does not overwrite a state")
+        if call.transformed:
+            reasons.append("has no rule for torch.func transforms and forward-mode differentiation")
+        broken = trouble("cpu" if call.device == "meta" else call.device)
+        return reasons + ([broken] if broken else [])
+
+    @property
+    def cause(self) -> BaseException | None:
+        """The exception that keeps it from running at all."""
+        return cause()
+
+    def found(self, device: str) -> str | None:
+        """What there is of xformers, for people; None if it cannot be used."""
+        return found(device)
+
+    def __call__(
+        self,
+        call: Call,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        size = self.block_size if call.form == "parallel" or call.chunk_size is None else call.chunk_size
+        options = (call.form, size, call.scale, call.causal, call.grid or (), self.eps, call.return_state)
+        out, final = block_sparse(q, k, v, log_decay, state, mask, cu_seqlens, *options, call.out_dtype)
+        return out, final if call.return_state else None
+
+
+backend = XFormers()
