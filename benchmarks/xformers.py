@@ -38,10 +38,10 @@ def xformers(
         _block_sizes(rounds)
 
 
-def both(length: int, **options: Any) -> Callable[[], object]:
+def both(length: int, decay: str = "paper", **options: Any) -> Callable[[], object]:
     """Forward and backward."""
     q, k, v = inputs(length, grad=True)
-    log_decay, dout = torch.tensor(log_decays("paper", HEADS)), torch.randn(1, HEADS, length, VALUE_DIM)
+    log_decay, dout = torch.tensor(log_decays(decay, HEADS)), torch.randn(1, HEADS, length, VALUE_DIM)
 
     def run() -> object:
         out = retain(q, k, v, log_decay, **options)
@@ -130,7 +130,9 @@ def _parallel(rounds: int) -> None:
         "bidirectional, 2048 tokens": (2048, {"causal": False}),
         "grid 14 x 14": (196, {"causal": False, "grid": (14, 14)}),
         "grid 32 x 32": (1024, {"causal": False, "grid": (32, 32)}),
+        "grid 32 x 32, fast decays": (1024, {"causal": False, "grid": (32, 32), "decay": "short"}),
         "grid 48 x 48": (2304, {"causal": False, "grid": (48, 48)}),
+        "grid 48 x 48, fast decays": (2304, {"causal": False, "grid": (48, 48), "decay": "short"}),
         "32 documents, 4096 tokens": (4096, {"cu_seqlens": documents(length=4096)}),
     }
     rows = []
@@ -148,7 +150,7 @@ def _parallel(rounds: int) -> None:
 
 
 def _block_sizes(rounds: int) -> None:
-    sizes = (16, 32, 64, 128)
+    sizes = (32, 64, 128, 256)
     for form in ("chunkwise", "parallel"):
         sides = {}
         for size in sizes:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .blocks import SMALLEST, USUAL
+from .blocks import SMALLEST
 from .operator import block_sparse
 from .probe import cause, found, trouble
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 class XFormers:
     """eps: the parallel form leaves out blocks in which no decay is above it; 0 is exact.
 
-    block_size: tokens of a block, at least 16, and of a chunk unless the call says.
+    block_size: tokens of a block, at least 16, and of a chunk unless the call says; default: what is fast on CPU.
     An approximation is asked for by a name of its own: `retention.register("xformers-1e-4", XFormers(eps=1e-4))`.
     """
 
-    def __init__(self, eps: float = 0.0, block_size: int = USUAL):
+    def __init__(self, eps: float = 0.0, block_size: int | None = None):
         if not 0 <= eps < 1:
             raise ValueError(f"eps must be at least 0 and below 1, a decay that may be left out; got eps {eps!r}")
-        if block_size < SMALLEST:
+        if block_size is not None and block_size < SMALLEST:
             raise ValueError(f"block_size must be at least {SMALLEST}; got block_size {block_size!r}")
         self.eps, self.block_size = eps, block_size
 
@@ -72,10 +72,16 @@ class XFormers:
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        size = self.block_size if call.form == "parallel" or call.chunk_size is None else call.chunk_size
-        options = (call.form, size, call.scale, call.causal, call.grid or (), self.eps, call.return_state)
+        options = (call.form, self._size(call), call.scale, call.causal, call.grid or (), self.eps, call.return_state)
         out, final = block_sparse(q, k, v, log_decay, state, mask, cu_seqlens, *options, call.out_dtype)
         return out, final if call.return_state else None
+
+    def _size(self, call: Call) -> int:
+        """Measured by `python -m benchmarks xformers --blocks`: large blocks copy less, small ones leave out more."""
+        if call.form == "chunkwise" and call.chunk_size is not None:
+            return call.chunk_size
+        whole = call.form == "parallel" and not (call.packed or call.masked)
+        return self.block_size or ((128 if self.eps else 256) if whole else 64)
 
 
 backend = XFormers()

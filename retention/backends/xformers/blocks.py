@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 SMALLEST = 16  # tokens of a block: what a BlockSparseTensor takes
-USUAL = 64  # on CPU faster than 128; `python -m benchmarks xformers --blocks`
 
 
 @functools.cache

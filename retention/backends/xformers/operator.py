@@ -47,7 +47,7 @@ def block_sparse(
         walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
         chunkwise.forward(walk, q, k, v, out, state, final if return_state else None)
     else:
-        heads = parallel.Walk(q, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
         parallel.forward(heads, q, k, v, out)
     return out, final
 
@@ -88,7 +88,7 @@ def block_sparse_backward(
         ends = (dfinal, None if state is None else dstate)
         dlog_decay += chunkwise.backward(walk, tensors, grads, state, *ends, decay_grad)
     else:
-        heads = parallel.Walk(q, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
         dlog_decay += parallel.backward(heads, tensors, grads, decay_grad)
     return dq, dk, dv, dlog_decay, dstate
 

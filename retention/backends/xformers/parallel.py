@@ -18,15 +18,16 @@ from ...state import state_dtype
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
 CACHE_BYTES = 64 * 2**20
+SCORES_AT_ONCE = 4 * 2**20  # of several heads, where they are small
 
 
 class Pattern(NamedTuple):
-    """Which blocks one head computes, and what it multiplies them with: that depends on how far apart they are only."""
+    """Which blocks G heads compute, and what they multiply them with: that depends on how far apart they are only."""
 
     blocks: Blocks
     apart: Tensor  # (blocks there,) which of the D that follow
     distance: Tensor  # (D, C, C) exponents of gamma
-    decay: Tensor  # (D, C, C) 0 where nothing is seen
+    decay: Tensor  # (G, D, C, C) 0 where nothing is seen
 
     @property
     def nbytes(self) -> int:
@@ -60,11 +61,15 @@ patterns = Cache(CACHE_BYTES)
 
 
 class Walk:
-    """The heads of a call, one at a time. In grid (rows, columns) a block holds whole rows."""
+    """The heads of a call, G at a time; with eps one, for each has blocks of its own. On a grid blocks hold whole rows.
+
+    Rows of the batch and these heads are one dimension R.
+    """
 
     def __init__(
         self,
         q: Tensor,
+        k: Tensor,
         log_decay: Tensor,
         cu_seqlens: Tensor | None,
         size: int,
@@ -83,23 +88,37 @@ class Walk:
             self.size = self.columns * max(1, self.size // self.columns, -(-SMALLEST // self.columns))
         self.alignment = Alignment(self.borders, self.size, q.device)
         self.piece = self.alignment.piece(0, len(self.alignment.counts))
-        self.heads = range(len(self.rates)) if self.alignment.counts else range(0)
+        self.groups = self._groups(q.shape[0], q.shape[1] // k.shape[1])
 
-    def load(self, x: Tensor, head: int) -> Tensor:
-        """The tokens of query head `head` of x (B, H or fewer, T, D): (B, L, D)."""
-        return self.piece.load(self.head(x, head), 1, self.dtype)
+    def _groups(self, batch: int, sharing: int) -> list[range]:
+        """The query heads to take at a time: all those that share a key, or several such, or a part of one."""
+        heads, scores = len(self.rates), batch * (len(self.alignment.counts) * self.size) ** 2
+        if scores == 0:
+            return []
+        most = 1 if self.eps else min(heads, max(1, SCORES_AT_ONCE // scores))
+        at_once = max(n for n in range(1, most + 1) if n % sharing == 0 or sharing % n == 0)
+        return [range(start, min(start + at_once, heads)) for start in range(0, heads, at_once)]
 
-    def head(self, x: Tensor, head: int) -> Tensor:
-        """(B, 1, T, D)"""
-        head = head * x.shape[1] // len(self.rates)
-        return x[:, head : head + 1]
+    def load(self, x: Tensor, heads: range) -> Tensor:
+        """The tokens of these query heads in x (B, H or Hkv, T, D): (R, L, D)."""
+        return self.piece.load(self.part(x, heads), len(heads), self.dtype)
 
-    def pattern(self, head: int) -> Pattern:
-        rate = self.rates[head]
-        key = (self.borders, self.columns, self.causal, self.eps, self.size, rate, self.dtype, self.device)
-        return patterns(key, lambda: self._pattern(rate))
+    def part(self, x: Tensor, heads: range) -> Tensor:
+        """x (B, H or Hkv, T, D) for these query heads."""
+        first, last = (head * x.shape[1] // len(self.rates) for head in (heads[0], heads[-1]))
+        return x[:, first : last + 1]
 
-    def _pattern(self, rate: float) -> Pattern:
+    def decays(self, pattern: Pattern, values: Tensor) -> Tensor:
+        """values (R, blocks there, C, C) times the decay of each pair, in place."""
+        values.unflatten(0, (-1, len(pattern.decay))).mul_(pattern.decay[:, pattern.apart])
+        return values
+
+    def pattern(self, heads: range) -> Pattern:
+        rates = tuple(self.rates[heads.start : heads.stop])
+        key = (self.borders, self.columns, self.causal, self.eps, self.size, rates, self.dtype, self.device)
+        return patterns(key, lambda: self._pattern(rates))
+
+    def _pattern(self, rates: tuple[float, ...]) -> Pattern:
         segment = torch.tensor(self.alignment.segments, device=self.device)
         layout = segment[:, None] == segment
         layout = layout.tril() if self.causal else layout
@@ -107,9 +126,10 @@ class Walk:
         reach = int((row - column).max())  # blocks that the farthest pair is apart
         behind = 0 if self.causal else reach
         distance, seen = self._distance(reach, behind)
+        rate = torch.tensor(rates, dtype=self.dtype, device=self.device)[:, None, None, None]
         decay = (rate * distance).exp().masked_fill_(~seen, 0)
         apart = row - column + behind
-        counts = (decay.amax((1, 2)) > self.eps)[apart]
+        counts = (decay.amax((0, 2, 3)) > self.eps)[apart]
         layout = layout.index_put((row, column), counts)
         return Pattern(Blocks(layout, self.size), apart[counts], distance, decay)
 
@@ -127,11 +147,11 @@ class Walk:
 
 def forward(walk: Walk, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """Fill `out`."""
-    for head in walk.heads:
-        q_, k_, v_ = (walk.load(x, head) for x in (q, k, v))
-        blocks, apart, _, decay = walk.pattern(head)
-        scores = blocks.product(q_ * walk.scale, k_).mul_(decay[apart])
-        walk.piece.store(walk.head(out, head), blocks.times(scores, v_))
+    for heads in walk.groups:
+        q_, k_, v_ = (walk.load(x, heads) for x in (q, k, v))
+        pattern = walk.pattern(heads)
+        scores = walk.decays(pattern, pattern.blocks.product(q_ * walk.scale, k_))
+        walk.piece.store(walk.part(out, heads), pattern.blocks.times(scores, v_))
 
 
 def backward(
@@ -143,18 +163,20 @@ def backward(
     """Fill the gradients of q, k and v; return that of log_decay, (H,). tensors: q, k, v, dout."""
     ddecay = torch.zeros(len(walk.rates), dtype=walk.dtype, device=walk.device)
     sums = [grad.new_zeros(grad.shape, dtype=walk.dtype) for grad in grads]  # several heads may share a key
-    for head in walk.heads:
-        q_, k_, v_, dy = (walk.load(x, head) for x in tensors)
+    for heads in walk.groups:
+        q_, k_, v_, dy = (walk.load(x, heads) for x in tensors)
         q_ = q_ * walk.scale
-        blocks, apart, distance, decay = walk.pattern(head)
-        scores, dscores = blocks.product(q_, k_), blocks.product(dy, v_).mul_(decay[apart])
+        pattern = walk.pattern(heads)
+        blocks = pattern.blocks
+        scores, dscores = blocks.product(q_, k_), walk.decays(pattern, blocks.product(dy, v_))
         if decay_grad:
-            ddecay[head] = (scores * dscores * distance[apart]).sum()
-        scores.mul_(decay[apart])
+            weights = (scores * dscores * pattern.distance[pattern.apart]).sum((1, 2, 3))
+            ddecay[heads.start : heads.stop] = weights.view(-1, len(heads)).sum(0)
+        walk.decays(pattern, scores)
         dq = blocks.times(dscores, k_) * walk.scale
         parts = dq, blocks.transposed_times(dscores, q_), blocks.transposed_times(scores, dy)
         for total, part in zip(sums, parts, strict=True):
-            walk.piece.store(walk.head(total, head), part, add=True)
+            walk.piece.store(walk.part(total, heads), part, add=True)
     for grad, total in zip(grads, sums, strict=True):
         grad.copy_(total)
     return ddecay
