@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from retention.integrations import checkpoints
 from retention.integrations.torchscale import RetNetConfig, RetNetDecoder
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -247,7 +248,6 @@ def group(folder, monkeypatch):
 
 @pytest.mark.parametrize("options", [dict(), dict(moe_top1_expert=True), dict(subln=False, layernorm_eps=1e-3)])
 def test_experts(options, tmp_path, monkeypatch):
-    checkpoints = pytest.importorskip("retention.integrations.checkpoints")
     # Theirs drops tokens over a capacity, and second experts by chance; not so with these.
     options = dict(moe_freq=2, moe_expert_count=4, decoder_layers=4, **options)
     kept = dict(moe_eval_capacity_token_fraction=1.0, moe_second_expert_policy="all")
