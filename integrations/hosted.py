@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from retention.arguments import check_choice
 from retention.backends import check_name
@@ -28,7 +29,6 @@ class Heads:
     num_kv_heads: int
     key_dim: int
     value_dim: int
-    causal: bool = True
 
 
 class FeatureMap(nn.Module):
@@ -54,7 +54,8 @@ class HostedRetention(nn.Module):
     features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
         takes them as they are and divides by the root mean square of each head.
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
-    The output of each channel is multiplied by `gain`, 1 at the start.
+    The output of each channel is multiplied by `gain`, 1 at the start. While `calibrating`, it gives the softmax's
+    output, and sets the gain of each head to what brings its own to the same root mean square.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class HostedRetention(nn.Module):
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.causal, self.features = heads.causal, features
+        self.features, self.calibrating = features, False
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         self.decay = HeadDecay(decay, heads.num_heads, learnable=learnable_decay, **dd)
         self.q_map = FeatureMap(heads.num_heads, heads.key_dim, **dd) if features else nn.Identity()
@@ -98,6 +99,7 @@ class HostedRetention(nn.Module):
         v: Tensor,
         *,
         scale: float,
+        causal: bool = True,
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
@@ -108,6 +110,7 @@ class HostedRetention(nn.Module):
         Shapes: x (B, T, dim), the layer's input; q (B, H, T, K); k, v (B, Hkv, T, K or V); mask (B, T), True = real.
         For one token without gradients, `state` is overwritten.
         """
+        wanted = softmax(q, k, v, scale, causal, mask, cu_seqlens) if self.calibrating else None
         q, k = (z * abs(scale) ** 0.5 for z in (q, k))
         q, k = self.q_map(q), self.k_map(k)
         if self.features:  # the sum of the scores is what values of 1 gather
@@ -126,7 +129,7 @@ class HostedRetention(nn.Module):
                 mask=mask,
                 cu_seqlens=cu_seqlens,
                 state=state,
-                causal=self.causal,
+                causal=causal,
                 backend=self.backend,
                 form=self.form,
                 chunk_size=self.chunk_size,
@@ -135,7 +138,33 @@ class HostedRetention(nn.Module):
             out, after = (found, None) if isinstance(found, Tensor) else found
         if self.features:
             out = out[..., :-1] / out[..., -1:].clamp(min=1e-6)
-        y = self.norm(out.transpose(1, 2)) * self.gain
+        y = self.norm(out.transpose(1, 2))
+        if wanted is not None:
+            self._calibrate(y, wanted)
+            return wanted, after
+        y = y * self.gain
         if self.gate is not None and self.activation is not None:
             y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
         return y, after
+
+    @torch.no_grad()
+    def _calibrate(self, y: Tensor, wanted: Tensor) -> None:
+        have, want = (z.float().square().mean(dim=(0, 1, 3)).sqrt() for z in (y, wanted))
+        self.gain.copy_((want / have.clamp(min=1e-6))[:, None].expand_as(self.gain))
+
+
+def softmax(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """What attention gathers from the same q, k and v, (B, T, H, V). Arguments as `HostedRetention.forward`."""
+    length = q.shape[2]
+    seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device)
+    if causal:
+        seen = seen.tril()
+    if mask is not None:
+        seen = seen & mask[:, None, None, :]
+    if cu_seqlens is not None:
+        segment = torch.bucketize(torch.arange(length, device=q.device), cu_seqlens, right=True)
+        seen = seen & (segment[:, None] == segment)
+    y = F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
+    return y.transpose(1, 2)

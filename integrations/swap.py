@@ -6,18 +6,22 @@ An attention module stays the object it is, with its projections under their own
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
+
+from retention.arguments import check_choice
 
 from .hosted import Heads, HostedRetention
 
 # Integrations that bring adapters, by the library whose models they are for; imported when such a model comes.
-_INTEGRATIONS = {"transformers": "transformers"}
+_INTEGRATIONS = {"transformers": "transformers", "torch": "torch_nn"}
 
 
 class Adapter:
@@ -31,13 +35,25 @@ class Adapter:
         """The layer's forward, with `attention.retention` where the softmax was; host_forward: its own, bound to it."""
         raise NotImplementedError
 
-    def why_not(self, attention: Any) -> list[str]:
-        """Every reason why it cannot be replaced; none if it can."""
+    def why_not(self, attention: Any, parent: nn.Module | None) -> list[str]:
+        """Every reason why it cannot be replaced; none if it can. parent: what it is a child of."""
         return []
 
     def lost(self, attention: Any) -> list[str]:
         """What the layer does that retention will not do, such as a sliding window."""
         return []
+
+    def reset(self, attention: Any, model: nn.Module) -> None:
+        """Give the layer, which `model` has a twin of, new weights.
+
+        Raises: ValueError if it is not known how.
+        """
+        for name, module in attention.named_modules():
+            if hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+            elif any(True for _ in module.parameters(recurse=False)):
+                where = f"{type(attention).__name__}.{name}".rstrip(".")
+                raise ValueError(f'init="fresh" needs a reset_parameters of {where}, or a reset of the adapter')
 
     def attach(self, model: Any, options: dict[str, Any]) -> None:
         """Let the model around the layers know, once they are replaced. options: of `HostedRetention`."""
@@ -67,6 +83,7 @@ class Place:
 
     names: list[str]
     attention: nn.Module
+    parent: nn.Module | None
     kept: str = ""
     lost: list[str] = field(default_factory=list)
 
@@ -94,6 +111,9 @@ class Swapped:
     host: type[nn.Module]
     retention: HostedRetention
 
+    def __reduce__(self) -> Any:  # pickle does not find a class that was made
+        return _blank, (self.host,), self.__dict__
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         host_forward = self.host.forward.__get__(self)
         return adapter_of(self).forward(self, host_forward, *args, **kwargs)
@@ -105,11 +125,17 @@ def swapped_class(host: type[nn.Module]) -> type[nn.Module]:
     return type(f"Retention{host.__name__}", (Swapped, host), {"host": host, "__module__": __name__})
 
 
+def _blank(host: Any) -> nn.Module:
+    kind = swapped_class(host)
+    return kind.__new__(kind)
+
+
 def replace_attention(
     model: nn.Module,
     *,
     layers: Iterable[int] | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
+    init: str = "copy",
     allow_lost: bool = False,
     **options: Any,
 ) -> SwapReport:
@@ -117,20 +143,27 @@ def replace_attention(
 
     layers: which, counted from 0 over all that have an adapter, negative from the end. where: name and module to
         whether. Both given: both must hold; none: all.
+    init: "copy" keeps the weights of the layers, the projections above all; "fresh" gives them new ones, and what
+        they were is gone.
     allow_lost: replace layers too that do what retention will not do, such as looking at a window only.
     options: of `HostedRetention`, the same for all layers.
     Twice the same is once. Nothing is touched unless everything can be done.
     Raises: ValueError if nothing matches, or if a layer that is asked for cannot be replaced, or has been with other
         options; the text says why, and what attention there is.
 
-    The projections, norms and biases carry over exactly. The softmax does not: train the model afterwards.
+    The projections, norms and biases carry over exactly. The softmax does not: `calibrate` the model, and train it.
     """
+    check_choice("init", init, ("copy", "fresh"))
     report, chosen = _planned(model, layers, where, allow_lost, options)
-    fresh = [(place, _build(place.attention, options)) for place in chosen if not isinstance(place.attention, Swapped)]
-    for place, retention in fresh:
-        place.attention.retention = retention
-        host: Any = _host(place.attention)
-        place.attention.__class__ = swapped_class(host)
+    new = [place.attention for place in chosen if not isinstance(place.attention, Swapped)]
+    built = [_build(attention, options) for attention in new]
+    weights = [_fresh_weights(attention, model) for attention in new] if init == "fresh" else []
+    for attention, fresh in zip(new, weights, strict=False):
+        attention.load_state_dict(fresh)
+    for attention, retention in zip(new, built, strict=True):
+        attention.retention = retention
+        host: Any = type(attention)
+        attention.__class__ = swapped_class(host)
     for adapter in _adapters_of(chosen):
         adapter.attach(model, options)
     return report
@@ -148,10 +181,30 @@ def plan_replacement(
     return _planned(model, layers, where, allow_lost, options)[0]
 
 
+@torch.no_grad()
+def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Bring the output of each replaced head to the size of its attention's, in place, by one pass of `model`.
+
+    args, kwargs: a batch, for the model. In this pass every layer gives what its attention would, so that each sees
+    what it saw in the model as it was.
+    Raises: ValueError if nothing in the model is replaced.
+    """
+    found = [module.retention for module in model.modules() if isinstance(module, Swapped)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no replaced attention; call replace_attention first")
+    for retention in found:
+        retention.calibrating = True
+    try:
+        model(*args, **kwargs)
+    finally:
+        for retention in found:
+            retention.calibrating = False
+
+
 def restore_attention(model: nn.Module) -> list[str]:
     """Take the retention out of `model` again, in place; the attention layers are what they were.
 
-    What training has done to their projections stays.
+    What training or `init="fresh"` has done to their projections stays.
     Returns: the names of the layers. Raises: ValueError if there are none.
     """
     found = [place for place in _places(model) if isinstance(place.attention, Swapped)]
@@ -212,7 +265,8 @@ def _places(model: nn.Module) -> list[Place]:
     found: dict[int, Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Swapped) or _full_name(type(module)) in _adapters:
-            found.setdefault(id(module), Place([], module)).names.append(name)
+            parent = model.get_submodule(name.rpartition(".")[0]) if name else None
+            found.setdefault(id(module), Place([], module, parent)).names.append(name)
     return list(found.values())
 
 
@@ -233,7 +287,7 @@ def _objections(place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
         return f"has retention already, with other options, {there}; restore_attention first" if other else ""
     adapter = adapter_of(attention)
     place.lost = adapter.lost(attention)
-    reasons = adapter.why_not(attention)
+    reasons = adapter.why_not(attention, place.parent)
     if place.lost and not allow_lost:
         reasons = [*reasons, f"would lose {', '.join(place.lost)}; pass allow_lost=True if that may be"]
     return "; ".join(reasons)
@@ -245,6 +299,12 @@ def _build(attention: nn.Module, options: dict[str, Any], device: Any = None) ->
     heads = adapter_of(attention).heads(attention)
     built = HostedRetention(heads, **options, device=device or weight.device, dtype=weight.dtype)
     return built.train(attention.training)
+
+
+def _fresh_weights(attention: nn.Module, model: nn.Module) -> dict[str, Any]:
+    twin = copy.deepcopy(attention)
+    adapter_of(attention).reset(twin, model)
+    return twin.state_dict()
 
 
 def _adapters_of(places: Iterable[Place]) -> list[Adapter]:

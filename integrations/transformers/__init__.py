@@ -9,6 +9,7 @@ except ImportError as error:
 
 from .adapters import TransformersAttention, load_swapped
 from .cache import RetentionCacheLayer
+from .interface import register_attn_implementation
 from .modeling import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -26,4 +27,5 @@ __all__ = [
     "RetentionCacheLayer",
     "TransformersAttention",
     "load_swapped",
+    "register_attn_implementation",
 ]

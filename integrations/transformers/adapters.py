@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, Cache, EncoderDecoderCache, PreTrainedModel
 
 from retention.errors import ShapeError
@@ -34,9 +34,9 @@ class TransformersAttention(Adapter):
         key_dim = next(size for size in sizes if size)
         num_heads = config.num_attention_heads
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-        return Heads(config.hidden_size, num_heads, num_kv_heads, key_dim, key_dim, attention.is_causal)
+        return Heads(config.hidden_size, num_heads, num_kv_heads, key_dim, key_dim)
 
-    def why_not(self, attention: Any) -> list[str]:
+    def why_not(self, attention: Any, parent: nn.Module | None) -> list[str]:
         if getattr(attention, "is_cross_attention", False):
             return ["is cross-attention, and decay needs an order between queries and keys"]
         return []
@@ -46,6 +46,13 @@ class TransformersAttention(Adapter):
         cap = getattr(attention, "attn_logit_softcapping", None)
         lost = [f"the sliding window of {window} tokens"] if window else []
         return [*lost, f"the soft cap of {cap}"] if cap else lost
+
+    def reset(self, attention: Any, model: nn.Module) -> None:
+        owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+        if owner is None:
+            raise ValueError(f'init="fresh" needs a PreTrainedModel, which knows how; got {type(model).__name__}')
+        for module in attention.modules():
+            owner._init_weights(module)
 
     def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = "layer_past" if "layer_past" in kwargs else "past_key_values"
@@ -93,11 +100,12 @@ def hosted_retention(
     layer = None if cache is None else retention_layer(cache, attention.layer_idx)
     state = None if layer is None else layer.state
     columns = None if layer is None else layer.columns
-    mask = None if attention_mask is None else _real_tokens(attention_mask, x, columns)
-    borders = _borders(attention_mask, mask, x) if state is None else None
+    mask = None if attention_mask is None else real_tokens(attention_mask, x, columns)
+    borders = borders_of(attention_mask, mask, x) if state is None else None
     y, after = attention.retention(
-        *_as_one_row(borders, x, q, k, v),
+        *as_one_row(borders, x, q, k, v),
         scale=scaling,
+        causal=attention.is_causal,
         mask=mask if borders is None else None,
         cu_seqlens=borders,
         state=state,
@@ -108,7 +116,7 @@ def hosted_retention(
     return y.view(*x.shape[:2], *y.shape[2:]), None
 
 
-def _real_tokens(attention_mask: Tensor, x: Tensor, columns: Tensor | None) -> Tensor:
+def real_tokens(attention_mask: Tensor, x: Tensor, columns: Tensor | None) -> Tensor:
     """Which tokens of x are real, (B, T): those that may look at themselves.
 
     attention_mask: (B, T), or (B, 1, T, keys), bool or added to the scores. columns: how many tokens the cache saw.
@@ -124,7 +132,7 @@ def _real_tokens(attention_mask: Tensor, x: Tensor, columns: Tensor | None) -> T
     return _allowed(attention_mask, own).expand(x.shape[0], -1)
 
 
-def _borders(attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
+def borders_of(attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Of packed sequences, (N + 1,) int32: where a real token may not look at the real one before it."""
     length = x.shape[1]
     if (
@@ -153,7 +161,7 @@ def _allowed(attention_mask: Tensor, keys: Tensor) -> Tensor:
     return seen.gather(-1, keys[None, :, None].expand(seen.shape[0], -1, 1))[..., 0]
 
 
-def _as_one_row(borders: Tensor | None, x: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
+def as_one_row(borders: Tensor | None, x: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
     """x (B, T, dim) and heads (B, H, T, D) as a batch of one, if they are packed."""
     if borders is None:
         return x, *heads

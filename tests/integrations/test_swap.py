@@ -1,6 +1,7 @@
 """Retention in the attention of real models: it runs, decodes, saves, and comes out again without a trace."""
 
 import copy
+import pickle
 
 import peft
 import pytest
@@ -13,12 +14,13 @@ from retention.integrations.hosted import Heads, HostedRetention
 from retention.integrations.swap import (
     Adapter,
     Swapped,
+    calibrate,
     plan_replacement,
     register_adapter,
     replace_attention,
     restore_attention,
 )
-from retention.integrations.transformers import TransformersAttention, load_swapped
+from retention.integrations.transformers import TransformersAttention, load_swapped, register_attn_implementation
 
 SIZES = dict(
     vocab_size=99,
@@ -148,7 +150,6 @@ def test_bert_in_both_directions():
     model = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
     rows, _ = padded()
     replace_attention(model)
-    assert not model.encoder.layer[0].attention.self.retention.causal
     right = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     hidden = model(right, attention_mask=(right != 0).long()).last_hidden_state
     for row, prompt in zip(hidden, rows, strict=True):
@@ -247,6 +248,120 @@ def test_an_attention_of_ones_own_takes_an_adapter_of_a_few_lines():
     assert torch.equal(model(x), want)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
+def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
+    model, (rows, batch) = build(family), padded()
+    ids = rows[0][None]
+    want, last = model(ids).logits, {}
+    keep = lambda name: lambda module, args, out: last.__setitem__(name, out[0])  # noqa: E731
+    replace_attention(model, gate="silu")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
+    for name, layer in layers.items():
+        layer.retention.register_forward_hook(keep(name))
+    for layer in layers.values():
+        layer.retention.calibrating = True
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
+    wanted = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
+    for layer in layers.values():
+        layer.retention.calibrating = False
+        layer.retention.gain.fill_(1)
+    calibrate(model, **batch)
+    assert not any(
+        torch.equal(layer.retention.gain, torch.ones_like(layer.retention.gain)) for layer in layers.values()
+    )
+    calibrate(model, ids)
+    model(ids)
+    sizes = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
+    torch.testing.assert_close(sizes, wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_calibration_keeps_packed_sequences_apart():
+    model, (rows, _) = build("Llama"), padded()
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
+    want = model(rows[0][None], position_ids=positions, use_cache=False).logits
+    replace_attention(model)
+    for module in model.modules():
+        if isinstance(module, HostedRetention):
+            module.calibrating = True
+    got = model(rows[0][None], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Llama"])
+def test_fresh_layers_have_new_weights_under_the_same_parameters(family):
+    model = build(family)
+    before, identity = copy.deepcopy(model.state_dict()), dict(model.named_parameters())
+    replace_attention(model, layers=[1], init="fresh")
+    for name, weight in model.state_dict().items():
+        if ".retention." in name:
+            continue
+        assert weight.data_ptr() == identity.get(name, weight).data_ptr()
+        fresh = "1." in name and "attn" in name and name.endswith("weight")
+        assert torch.equal(weight, before[name]) != fresh, name
+    name = "transformer.h.1.attn.c_attn.weight" if family == "GPT2" else "model.layers.1.self_attn.q_proj.weight"
+    assert identity[name].std().item() == pytest.approx(
+        before[name].std().item(), rel=0.2
+    )  # the family's own initialisation
+    with pytest.raises(ValueError, match="init must be one of 'copy', 'fresh'; got init 'new'"):
+        replace_attention(model, init="new")
+
+
+# --- by name ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama", "Qwen3", "OPT", "Phi"])
+def test_the_attention_implementation_is_what_replacement_begins_with(family):
+    register_attn_implementation()
+    model, (rows, batch) = build(family), padded()
+    softmax = model(**batch).logits
+    model.set_attn_implementation("retention")
+    found = model(**batch).logits
+    for row, prompt, logits in zip(range(3), rows, found, strict=True):
+        torch.testing.assert_close(
+            logits[-len(prompt) :], model(prompt[None]).logits[0], rtol=1e-4, atol=1e-4, msg=f"row {row}"
+        )
+    want = model.generate(rows[0][None], max_new_tokens=8, do_sample=False, use_cache=False)
+    assert torch.equal(model.generate(rows[0][None], max_new_tokens=8, do_sample=False), want)
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**batch).logits, softmax)
+    replace_attention(model)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(model(**batch).logits[real], found[real], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_attention_implementation_serves_encoders_and_packed_sequences_and_models_without_an_adapter():
+    register_attn_implementation()
+    rows, _ = padded()
+    bert = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
+    bert.set_attn_implementation("retention")
+    right = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    hidden = bert(right, attention_mask=(right != 0).long()).last_hidden_state
+    torch.testing.assert_close(hidden[1, :70], bert(rows[1][None]).last_hidden_state[0], rtol=1e-4, atol=1e-4)
+    olmo = transformers.Olmo2ForCausalLM(transformers.Olmo2Config(**SIZES, **GROUPED)).eval()
+    olmo.set_attn_implementation("retention")
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
+    packed = olmo(rows[0][None], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(packed[:, 40:], olmo(rows[0][None, 40:]).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_limits_of_the_attention_implementation_are_errors():
+    with pytest.raises(ValueError, match="decay must be one of 'paper'"):
+        register_attn_implementation(decay="fast")
+    register_attn_implementation()
+    model, (rows, _) = build("Llama"), padded()
+    model.set_attn_implementation("retention")
+    with pytest.raises(ValueError, match="use no static cache, or replace_attention"):
+        model.generate(rows[2][None], max_new_tokens=4, cache_implementation="static")
+    model = build("Mistral-window")
+    model.set_attn_implementation("retention")
+    with pytest.raises(ValueError, match="no sliding window; got one of 8 tokens"):
+        model(rows[0][None])
+
+
 # --- as a module ------------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +382,14 @@ def test_a_replaced_model_saves_loads_and_copies(tmp_path):
     loaded.save_pretrained(tmp_path / "restored")
     with pytest.raises(ValueError, match="has no layers that were replaced"):
         load_swapped(tmp_path / "restored")
+
+
+def test_a_replaced_model_pickles():
+    model, (_, batch) = build("GPT2"), padded()
+    replace_attention(model)
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    restore_attention(loaded)
 
 
 def test_parameters_keep_their_identity_dtype_and_mode():

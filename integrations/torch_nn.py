@@ -1,0 +1,111 @@
+"""Retention in torch's own attention: `nn.MultiheadAttention`, and with it `nn.TransformerEncoder` and its kin."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retention.errors import ShapeError
+
+from .swap import Adapter, Heads, Swapped, register_adapter
+
+
+class MultiheadAttention(Adapter):
+    """Adapter for `nn.MultiheadAttention` that attends to its own input.
+
+    Causal if `is_causal` or if `attn_mask` is the causal mask, else in both directions; another `attn_mask` is an
+    error. There are no weights to return: `need_weights` gives None in their place.
+    """
+
+    def heads(self, attention: Any) -> Heads:
+        size = attention.head_dim
+        return Heads(attention.embed_dim, attention.num_heads, attention.num_heads, size, size)
+
+    def why_not(self, attention: Any, parent: nn.Module | None) -> list[str]:
+        reasons = []
+        crossing = isinstance(parent, nn.TransformerDecoderLayer) and parent.multihead_attn is attention
+        if crossing or not attention._qkv_same_embed_dim:
+            reasons.append("is cross-attention, and decay needs an order between queries and keys")
+        if attention.bias_k is not None or attention.add_zero_attn:
+            reasons.append("adds a key of its own (add_bias_kv or add_zero_attn), which has no place in the order")
+        return reasons
+
+    def reset(self, attention: Any, model: nn.Module) -> None:
+        attention.out_proj.reset_parameters()
+        attention._reset_parameters()
+
+    def forward(
+        self,
+        attention: Any,
+        host_forward: Callable[..., Any],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        if query is not key or key is not value:
+            raise ValueError(
+                "key and value must be the query itself, as retention is in its order; got cross-attention"
+            )
+        if query.is_nested:
+            raise ShapeError("nested tensors are not supported; call replace_attention on the whole encoder")
+        x = query if query.dim() == 3 else query[None]
+        if query.dim() == 3 and not attention.batch_first:
+            x = x.transpose(0, 1)
+        projected = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
+        q, k, v = (z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in projected.chunk(3, dim=-1))
+        mask = None if key_padding_mask is None else _real(key_padding_mask).view(x.shape[:2])
+        causal = is_causal or _is_causal(attn_mask, x.shape[1])
+        y, _ = attention.retention(x, q, k, v, scale=attention.head_dim**-0.5, causal=causal, mask=mask)
+        y = attention.out_proj(y.flatten(2))
+        if query.dim() == 2:
+            return y[0], None
+        return (y if attention.batch_first else y.transpose(0, 1)), None
+
+    def attach(self, model: Any, options: dict[str, Any]) -> None:
+        # Or nn.TransformerEncoder and its layers would compute attention by themselves when there are no gradients.
+        for module in model.modules():
+            if _is_replaced(module):
+                module._qkv_same_embed_dim = False
+            elif getattr(module, "use_nested_tensor", False) and any(map(_is_replaced, module.modules())):
+                module.use_nested_tensor = None  # counts as False, and tells that it was True
+
+    def detach(self, model: Any) -> None:
+        for module in model.modules():
+            if _is_replaced(module):
+                module._qkv_same_embed_dim = True
+            elif getattr(module, "use_nested_tensor", False) is None:
+                module.use_nested_tensor = True
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    return isinstance(module, Swapped) and isinstance(module, nn.MultiheadAttention)
+
+
+def _real(key_padding_mask: Tensor) -> Tensor:
+    """True where a token is real; torch's mask is True, or -inf, where it is not."""
+    return ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == 0
+
+
+def _is_causal(attn_mask: Tensor | None, length: int) -> bool:
+    """Raises: ValueError for a mask that is neither causal nor open."""
+    if attn_mask is None:
+        return False
+    seen = _real(attn_mask)
+    if seen.all():
+        return False
+    if not torch.equal(seen.expand(*seen.shape[:-2], length, length), torch.ones_like(seen).tril()):
+        raise ValueError(
+            "attn_mask must be the causal mask or leave all open; retention sees what comes before, by decay"
+        )
+    return True
+
+
+register_adapter(nn.MultiheadAttention, MultiheadAttention())

@@ -1,0 +1,78 @@
+"""Retention by name: `model.set_attn_implementation("retention")`."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from retention.decay import log_decays
+
+from ..hosted import Heads, HostedRetention
+from .adapters import as_one_row, borders_of, real_tokens
+
+
+def register_attn_implementation(name: str = "retention", *, decay: Any = "short") -> None:
+    """Let `model.set_attn_implementation(name)` put retention into all layers of a model of transformers.
+
+    For a quick look, and for models without an adapter that go by `AttentionInterface`. It is what
+    `replace_attention` gives before training, and has no parameters: features, gain and decays stay as they are.
+    The model keeps all its keys and values and goes through them again for each new token; a sliding window, a static
+    cache and assisted generation are no good with it. `replace_attention` has none of these limits but the last.
+
+    decay: as `MultiScaleRetention`. Raises: ValueError if it is none.
+    """
+    if isinstance(decay, str):
+        log_decays(decay, 1)
+
+    @cache
+    def retention_for(heads: Heads, device: torch.device, dtype: torch.dtype) -> HostedRetention:
+        made = HostedRetention(heads, decay=decay, learnable_decay=False, device=device, dtype=dtype)
+        return made.requires_grad_(False)
+
+    def retain_by_name(
+        attention: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        scaling: float,
+        sliding_window: int | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        if sliding_window is not None:
+            raise ValueError(f"retention has no sliding window; got one of {sliding_window} tokens; pass None")
+        heads = Heads(q.shape[1] * q.shape[3], q.shape[1], k.shape[1], q.shape[3], v.shape[3])
+        before = k.shape[2] - q.shape[2]
+        q = F.pad(q, (0, 0, before, 0))  # what was asked before does not matter for what is asked now
+        x = q[:, 0]
+        mask = _real_keys(attention_mask, x, before)
+        borders = None if before else borders_of(attention_mask, mask, x)
+        y, _ = retention_for(heads, q.device, q.dtype)(
+            *as_one_row(borders, x, q, k, v),
+            scale=scaling,
+            causal=attention.is_causal,
+            mask=mask if borders is None else None,
+            cu_seqlens=borders,
+        )
+        return y.view(q.shape[0], q.shape[2], *y.shape[2:])[:, before:], None
+
+    AttentionInterface.register(name, retain_by_name)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def _real_keys(attention_mask: Tensor | None, x: Tensor, before: int) -> Tensor | None:
+    """Which of the keys are real, (B, T). before: how many of them came before the queries."""
+    if attention_mask is None or before == 0:
+        return None if attention_mask is None else real_tokens(attention_mask, x, None)
+    last = attention_mask[:, 0, -1]
+    mask = (last if last.dtype == torch.bool else last == 0).expand(x.shape[0], -1)
+    if not mask[:, -1].all():
+        raise ValueError("the last key must be that of the last token; use no static cache, or replace_attention")
+    return mask
