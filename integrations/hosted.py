@@ -13,7 +13,7 @@ from retention.arguments import check_choice
 from retention.backends import check_name
 from retention.decay import HeadDecay
 from retention.functional import retain, step
-from retention.layer import ACTIVATIONS, HeadNorm
+from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
 from retention.state import RetentionState, state_dtype
 
 # The bias at which a gate is 1, or as near as it comes.
@@ -47,7 +47,7 @@ class FeatureMap(nn.Module):
         return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
 
 
-class HostedRetention(nn.Module):
+class HostedRetention(HasBackend):
     """Retention of the q, k and v of an attention layer, at the scale of that layer's output.
 
     decay, learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
@@ -73,7 +73,6 @@ class HostedRetention(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        self.options = dict(decay=decay, learnable_decay=learnable_decay, features=features, gate=gate)
         check_choice("features", features, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
@@ -81,6 +80,8 @@ class HostedRetention(nn.Module):
         self.features, self.calibrating = features, False
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         self.decay = HeadDecay(decay, heads.num_heads, learnable=learnable_decay, **dd)
+        schedule = decay if isinstance(decay, str) else list(self.decay.values)
+        self.options = dict(decay=schedule, learnable_decay=learnable_decay, features=features, gate=gate)
         self.q_map = FeatureMap(heads.num_heads, heads.key_dim, **dd) if features else nn.Identity()
         self.k_map = FeatureMap(heads.num_kv_heads, heads.key_dim, **dd) if features else nn.Identity()
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)

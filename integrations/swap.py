@@ -7,7 +7,7 @@ An attention module stays the object it is, with its projections under their own
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -55,8 +55,8 @@ class Adapter:
                 where = f"{type(attention).__name__}.{name}".rstrip(".")
                 raise ValueError(f'init="fresh" needs a reset_parameters of {where}, or a reset of the adapter')
 
-    def attach(self, model: Any, options: dict[str, Any]) -> None:
-        """Let the model around the layers know, once they are replaced. options: of `HostedRetention`."""
+    def attach(self, model: Any) -> None:
+        """Let the model around the layers know, once they are replaced."""
 
     def detach(self, model: Any) -> None:
         """Undo `attach`."""
@@ -136,6 +136,7 @@ def replace_attention(
     layers: Iterable[int] | None = None,
     where: Callable[[str, nn.Module], bool] | None = None,
     init: str = "copy",
+    calibrate_on: Mapping[str, Any] | None = None,
     allow_lost: bool = False,
     **options: Any,
 ) -> SwapReport:
@@ -145,13 +146,15 @@ def replace_attention(
         whether. Both given: both must hold; none: all.
     init: "copy" keeps the weights of the layers, the projections above all; "fresh" gives them new ones, and what
         they were is gone.
+    calibrate_on: a batch, keyword arguments of `model`: one pass of it brings the output of each new head to the size
+        of its attention's. In this pass every layer sees what it would see in the model as it was.
     allow_lost: replace layers too that do what retention will not do, such as looking at a window only.
     options: of `HostedRetention`, the same for all layers.
     Twice the same is once. Nothing is touched unless everything can be done.
     Raises: ValueError if nothing matches, or if a layer that is asked for cannot be replaced, or has been with other
         options; the text says why, and what attention there is.
 
-    The projections, norms and biases carry over exactly. The softmax does not: `calibrate` the model, and train it.
+    The projections, norms and biases carry over exactly. The softmax does not: train the model afterwards.
     """
     check_choice("init", init, ("copy", "fresh"))
     report, chosen = _planned(model, layers, where, allow_lost, options)
@@ -164,8 +167,10 @@ def replace_attention(
         attention.retention = retention
         host: Any = type(attention)
         attention.__class__ = swapped_class(host)
-    for adapter in _adapters_of(chosen):
-        adapter.attach(model, options)
+    for adapter in {adapter_of(attention) for attention in new}:
+        adapter.attach(model)
+    if calibrate_on is not None:
+        _calibrate(model, new, built, calibrate_on)
     return report
 
 
@@ -181,26 +186,6 @@ def plan_replacement(
     return _planned(model, layers, where, allow_lost, options)[0]
 
 
-@torch.no_grad()
-def calibrate(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    """Bring the output of each replaced head to the size of its attention's, in place, by one pass of `model`.
-
-    args, kwargs: a batch, for the model. In this pass every layer gives what its attention would, so that each sees
-    what it saw in the model as it was.
-    Raises: ValueError if nothing in the model is replaced.
-    """
-    found = [module.retention for module in model.modules() if isinstance(module, Swapped)]
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no replaced attention; call replace_attention first")
-    for retention in found:
-        retention.calibrating = True
-    try:
-        model(*args, **kwargs)
-    finally:
-        for retention in found:
-            retention.calibrating = False
-
-
 def restore_attention(model: nn.Module) -> list[str]:
     """Take the retention out of `model` again, in place; the attention layers are what they were.
 
@@ -210,12 +195,35 @@ def restore_attention(model: nn.Module) -> list[str]:
     found = [place for place in _places(model) if isinstance(place.attention, Swapped)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention that was replaced by retention")
-    for adapter in _adapters_of(found):
-        adapter.detach(model)
-    for place in found:
-        del place.attention.retention
-        place.attention.__class__ = _host(place.attention)
+    _restore(model, [place.attention for place in found])
     return [place.names[0] for place in found]
+
+
+def _restore(model: nn.Module, replaced: Sequence[Any]) -> None:
+    adapters = {adapter_of(attention) for attention in replaced}
+    for adapter in adapters:
+        adapter.detach(model)
+    for attention in replaced:
+        del attention.retention
+        attention.__class__ = attention.host
+    for adapter in adapters:
+        if any(isinstance(module, Swapped) and adapter_of(module) is adapter for module in model.modules()):
+            adapter.attach(model)
+
+
+@torch.no_grad()
+def _calibrate(model: nn.Module, new: Sequence[nn.Module], built: Sequence[HostedRetention], batch: Any) -> None:
+    """See `replace_attention`. If the pass fails, the layers are what they were."""
+    for retention in built:
+        retention.calibrating = True
+    try:
+        model(**batch)
+    except BaseException:
+        _restore(model, new)
+        raise
+    finally:
+        for retention in built:
+            retention.calibrating = False
 
 
 def _planned(
@@ -305,11 +313,6 @@ def _fresh_weights(attention: nn.Module, model: nn.Module) -> dict[str, Any]:
     twin = copy.deepcopy(attention)
     adapter_of(attention).reset(twin, model)
     return twin.state_dict()
-
-
-def _adapters_of(places: Iterable[Place]) -> list[Adapter]:
-    found = (adapter_of(place.attention) for place in places)
-    return list({id(adapter): adapter for adapter in found}.values())
 
 
 def adapter_of(attention: Any) -> Adapter:

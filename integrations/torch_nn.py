@@ -69,7 +69,7 @@ class MultiheadAttention(Adapter):
             return y[0], None
         return (y if attention.batch_first else y.transpose(0, 1)), None
 
-    def attach(self, model: Any, options: dict[str, Any]) -> None:
+    def attach(self, model: Any) -> None:
         # Or nn.TransformerEncoder and its layers would compute attention by themselves when there are no gradients.
         for module in model.modules():
             if _is_replaced(module):

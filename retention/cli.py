@@ -1,14 +1,15 @@
-"""The `retention` command: train a language model, let it write, convert checkpoints of other RetNets."""
+"""The `retention` command: train a language model, let it write, swap attention, convert checkpoints."""
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 try:
     import typer
@@ -23,8 +24,9 @@ from .model import PRESETS
 
 if TYPE_CHECKING:
     from .integrations.transformers.training.codec import Codec
-    from .integrations.transformers.training.settings import Settings
-    from .integrations.transformers.training.train import Run
+    from .integrations.transformers.training.settings import Kept, Settings
+
+K = TypeVar("K", bound="Kept")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 
@@ -83,12 +85,73 @@ def train(
         raise typer.Exit(130)
     _say(f"{run.corpus.report(run.loss)}; the model is in {out}, the losses in {out / training.PLOT}")
     if sample and _process("RANK") == 0:
-        _sample(run, out, sample, seed)
+        if run.corpus.unit == run.codec.unit:
+            _sample(run.model, run.codec, out, sample, seed)
+        else:
+            typer.echo("no sample: the corpus came as token ids, and without a --tokenizer they cannot be read")
+
+
+@app.command()
+def swap(
+    command: typer.Context,
+    model: Annotated[str, typer.Argument(help="A model of transformers: a folder, or a name on the hub.")] = "",
+    files: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts, folders of texts, or a saved dataset. Default: Python's own source."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the model and a plot.")] = Path("runs/swap"),
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its settings.")] = False,
+    layers: Annotated[str, typer.Option(help="Which, such as 0,2,-1. Default: all.")] = "",
+    allow_lost: Annotated[
+        bool, typer.Option("--allow-lost", help="Also layers that do what retention will not, such as a window.")
+    ] = False,
+    decay: Annotated[str, typer.Option(help="short, log_linear or paper; learnt from there.")] = "short",
+    features: Annotated[bool, typer.Option(help="Learn a feature map of q and k.")] = True,
+    gate: Annotated[str | None, typer.Option(help="silu, gelu, relu or sigmoid. Default: none.")] = None,
+    parts: Annotated[int, typer.Option(help="Replace the layers in so many parts, one after another.")] = 1,
+    text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
+    transfer_steps: Annotated[int, typer.Option(help="In which layers learn what their attention gave.")] = 500,
+    tuning_steps: Annotated[int, typer.Option(help="In which the model learns from the one it was.")] = 500,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    context: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: 256, if the model can.")] = None,
+    transfer_lr: Annotated[float, typer.Option(help="Peak learning rate of what is new.")] = 1e-2,
+    tuning_lr: Annotated[float, typer.Option(help="Peak learning rate of all else, and in the tuning of all.")] = 1e-3,
+    label_weight: Annotated[float, typer.Option(min=0, help="Of the text itself, beside what the model was.")] = 0.0,
+    seed: Seed = 0,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = "float32",
+    backend: Backend = "auto",
+    form: Form = "auto",
+    sample: Annotated[int, typer.Option(min=0, help="Tokens to write at the end; bytes without a tokenizer.")] = 200,
+) -> None:
+    """Put retention where a model has attention, and train it until it is as good as it was.
+
+    First each new layer learns what its attention gave, then the whole model what it said before. Ctrl-C saves;
+    --resume goes on. One process.
+    """
+    with _told():
+        from .integrations.transformers.training import swapping
+        from .integrations.transformers.training.train import quiet
+
+        quiet()
+        if _process("WORLD_SIZE"):
+            raise ValueError("swap runs on one process; start it without torchrun")
+        settings = _kept(command, swapping.SwapSettings, out, _swap_options(command.params))
+        try:
+            done = swapping.swap(settings, out, resume=resume)
+        except KeyboardInterrupt:
+            typer.echo(f"stopped and saved; continue with: retention swap --resume --out {out}")
+            raise typer.Exit(130) from None
+    typer.echo(f"{done.report}\n{done.recovery}\nthe model is in {out}, the losses in {out / swapping.PLOT}")
+    if sample:
+        _sample(done.model, done.codec, out, sample, seed)
 
 
 @app.command()
 def generate(
-    model: Annotated[Path, typer.Option(help="Folder that `retention train` wrote.")],
+    model: Annotated[Path, typer.Option(help="Folder that `retention train` or `retention swap` wrote.")],
     prompt: Annotated[
         str | None, typer.Option(help="What the text begins with. Default: 'def '; with a tokenizer, nothing.")
     ] = None,
@@ -103,21 +166,20 @@ def generate(
 ) -> None:
     """Let a trained model continue a text, token by token, from a state of constant size."""
     with _told():
-        from .integrations.transformers import RetNetForCausalLM
-        from .integrations.transformers.training.settings import DTYPES, check_device, codec_of
+        from .integrations.transformers.training.settings import check_device, check_dtype, codec_of
         from .integrations.transformers.training.train import quiet
+        from .integrations.transformers.writing import load_language_model
 
         quiet()
         if not (model / "config.json").is_file():
             raise ValueError(f"no model in {model}: it has no config.json; `retention train --out {model}` makes one")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {dtype!r}")
+        check_dtype(dtype)
         check_device(device)
         codec = codec_of(model)
         prompt = codec.opening if prompt is None else prompt
         if not codec.prompt(prompt):
             raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
-        loaded: Any = RetNetForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        loaded = load_language_model(model, dtype=getattr(torch, dtype))
         if loaded.config.vocab_size < codec.size:
             raise ValueError(
                 f"the model must know the {codec.size} tokens of its tokenizer (bytes, if it has none); "
@@ -128,6 +190,9 @@ def generate(
             accelerator = torch.accelerator.current_accelerator(check_available=True)
             device = "cpu" if accelerator is None else accelerator.type
         loaded.to(device).eval()
+        room = _room(loaded, codec, prompt)
+        if tokens > room:
+            raise ValueError(f"tokens must be at most {room}, for which the model has positions left; got {tokens}")
     _write(loaded, codec, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
 
 
@@ -155,12 +220,11 @@ def convert(
 
 def _settings(command: typer.Context, out: Path) -> Settings:
     """Of a new run, or of the one in `out` that is resumed."""
-    from .integrations.transformers.training import train as training
     from .integrations.transformers.training.settings import Settings, read_config
 
-    given = command.params
-    options = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
+    given, options = command.params, dict[str, Any]()
     options["files"] = [str(Path(file).resolve()) for file in given["files"] or []]
+    options["tokenizer"] = given["tokenizer"]
     if given["tokenizer"] and Path(given["tokenizer"]).exists():
         options["tokenizer"] = str(Path(given["tokenizer"]).resolve())
     options["config"] = {}
@@ -168,18 +232,32 @@ def _settings(command: typer.Context, out: Path) -> Settings:
         if _is_given(command, "preset"):
             raise ValueError(f"preset and config must not both be given; got {given['preset']!r} and {given['config']}")
         options |= {"preset": "", "config": read_config(given["config"])}
-    if given["resume"]:
-        return _resumed(command, options, out)
-    if training.last_checkpoint(out) or (out / "config.json").exists():
-        raise ValueError(f"{out} holds a run already; continue it with --resume, or name another --out")
-    return Settings(**options)
+    return _kept(command, Settings, out, options)
 
 
-def _resumed(command: typer.Context, options: dict[str, Any], out: Path) -> Settings:
-    """The settings the run began with. What the user gives anew must be the same."""
-    from .integrations.transformers.training.settings import read_settings
+def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
+    """What `SwapSettings` has otherwise than the command line."""
+    try:
+        layers = [int(number) for number in given["layers"].split(",")] if given["layers"] else None
+    except ValueError:
+        raise ValueError(f"layers must be numbers with commas, such as 0,2,-1; got {given['layers']!r}") from None
+    if not given["model"] and not given["resume"]:
+        raise ValueError("name a model: retention swap MODEL")
+    model = str(Path(given["model"]).resolve()) if Path(given["model"]).exists() else given["model"]
+    return {"layers": layers, "model": model, "files": [str(Path(file).resolve()) for file in given["files"] or []]}
 
-    begun = read_settings(out)
+
+def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]) -> K:
+    """Settings of a new run, or those with which the run in `out` began: what the user gives anew must be the same.
+
+    read: what has another form than on the command line.
+    """
+    options = {f.name: command.params[f.name] for f in fields(kind) if f.name in command.params} | read
+    if not command.params["resume"]:
+        if any(out.rglob("checkpoint-*")) or (out / "config.json").exists():
+            raise ValueError(f"{out} holds a run already; continue it with --resume, or name another --out")
+        return kind(**options)
+    begun = kind.read(out)
     for name, value in asdict(begun).items():
         if _is_given(command, name) and options[name] != value:
             raise ValueError(f"a resumed run keeps its settings; got {name} {options[name]!r}, the run has {value!r}")
@@ -191,19 +269,24 @@ def _is_given(command: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _sample(run: Run, out: Path, tokens: int, seed: int) -> None:
-    if run.corpus.unit != run.codec.unit:
-        typer.echo("no sample: the corpus came as token ids, and without a --tokenizer they cannot be read")
-        return
+def _sample(model: Any, codec: Codec, out: Path, tokens: int, seed: int) -> None:
     typer.echo(f"\nA sample (for more: retention generate --model {out} --prompt TEXT):\n")
-    _write(run.model, run.codec, run.codec.opening, tokens, temperature=0.8, seed=seed)
+    tokens = int(min(tokens, _room(model, codec, codec.opening)))
+    _write(model, codec, codec.opening, tokens, temperature=0.8, seed=seed)
+
+
+def _room(model: Any, codec: Codec, prompt: str) -> float:
+    """How many tokens may follow the prompt."""
+    return getattr(model.config, "max_position_embeddings", math.inf) - len(codec.prompt(prompt))
 
 
 def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
     """Print the prompt and what the model adds to it, as it comes."""
+    from .integrations.transformers.writing import stream
+
     start = codec.prompt(prompt)
     chance = torch.Generator(model.device).manual_seed(seed)
-    new = model.eval().stream(torch.tensor([start], device=model.device), tokens, generator=chance, **options)
+    new = stream(model.eval(), torch.tensor([start], device=model.device), tokens, generator=chance, **options)
     typer.echo(prompt, nl=False)
     for text in codec.text(start, (token.item() for token in new)):
         typer.echo(text, nl=False)

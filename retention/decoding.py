@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import ShapeError
-from .state import RetentionState
+
+State = TypeVar("State")
 
 
 @torch.inference_mode()
 def stream(
-    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, list[RetentionState]]],
-    step: Callable[[Tensor, list[RetentionState]], Tensor],
+    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, State]],
+    step: Callable[[Tensor, State], Tensor],
     tokens: Tensor,
     max_new_tokens: int,
     *,

@@ -73,7 +73,14 @@ class HeadNorm(nn.Module):
         return f"{self.head_dim}, kind={self.kind!r}, affine={self.affine!r}, eps={self.eps}"
 
 
-class MultiScaleRetention(nn.Module):
+class HasBackend(nn.Module):
+    """A module that computes retention itself. backend, form: as `retain`."""
+
+    backend: str
+    form: str
+
+
+class MultiScaleRetention(HasBackend):
     """Multi-scale retention: projections, rotation, retention, norm of each head, gate, output projection.
 
         y = (gate(x W_g) * norm(retain(rotate(x W_q), rotate(x W_k), x W_v))) W_o
@@ -346,14 +353,14 @@ class MultiScaleRetention(nn.Module):
 
 
 def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> nn.Module:
-    """Let `forward` of every `MultiScaleRetention` in `model` run on `backend`, in `form`.
+    """Let `forward` of every module in `model` that computes retention run on `backend`, in `form`.
 
     Raises: ValueError for unknown names.
     """
     backends.check_name(backend)
     check_choice("form", form, (*backends.FORMS, "auto"))
     for module in model.modules():
-        if isinstance(module, MultiScaleRetention):
+        if isinstance(module, HasBackend):
             module.backend, module.form = backend, form
     return model
 

@@ -62,7 +62,7 @@ class TransformersAttention(Adapter):
         x = args[0] if args else kwargs["hidden_states"]
         return host_forward(*args, **kwargs, hosted=(x, cache))
 
-    def attach(self, model: Any, options: dict[str, Any]) -> None:
+    def attach(self, model: Any) -> None:
         replaced: list[Any] = [(name, module) for name, module in model.named_modules() if isinstance(module, Swapped)]
         for _, module in replaced:
             if not hasattr(module, "host_config"):
@@ -70,6 +70,7 @@ class TransformersAttention(Adapter):
                 module.config._attn_implementation_internal = IMPLEMENTATION
         if isinstance(model, PreTrainedModel):
             model._is_stateful = True  # `generate` then refuses what rolls back
+            options = replaced[0][1].retention.options
             setattr(model.config, MARK, {"layers": [name for name, _ in replaced], "options": options})
 
     def detach(self, model: Any) -> None:

@@ -2,7 +2,8 @@
 
 First each replaced layer learns to give what its attention gave, on the teacher's inputs, all layers in one pass; then
 the whole model learns the teacher's probabilities and the labels. Source of the two stages: Zhang et al. 2024,
-arXiv:2410.10254 (LoLCATs). Differs: retention instead of linear attention, all weights instead of LoRA in the second.
+arXiv:2410.10254 (LoLCATs). Differs: retention instead of linear attention, all weights instead of LoRA in the second,
+and the layers may be replaced in parts, one after another.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
 
-from ..swap import Swapped, restore_attention
+from ..swap import Swapped, plan_replacement, replace_attention, restore_attention
 from .training.train import last_checkpoint
+
+TRANSFER, TUNING = "transfer", "tuning"  # the stages, and their folders
 
 
 @dataclass
@@ -48,6 +52,35 @@ def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
     return teacher.requires_grad_(False).eval()
 
 
+def replace_in_parts(
+    model: PreTrainedModel,
+    parts: Sequence[Sequence[int]],
+    train_data: Dataset,
+    valid_data: Dataset,
+    *,
+    out: Path,
+    options: dict[str, Any] | None = None,
+    **arguments: Any,
+) -> list[Recovery]:
+    """Replace some layers, train, replace some more, and so on: each part learns beside layers that still attend.
+
+    parts: numbers of layers, as `replace_attention` takes them. options: for `replace_attention`.
+    out: each part has a folder of its own in it. arguments: of `recover`, the steps of each part.
+    Returns: what each part gave; the last is that of the model as it is now.
+    Raises: ValueError as `replace_attention` does, before anything is trained.
+    """
+    plan_replacement(model, layers=[i for part in parts for i in part], **options or {})
+    teacher = copy.deepcopy(model)
+    found = []
+    for number, part in enumerate(parts, start=1):
+        there = {name for name, module in model.named_modules() if isinstance(module, Swapped)}
+        report = replace_attention(model, layers=part, calibrate_on=_first(train_data, 8), **options or {})
+        new = [name for name in report.replaced if name not in there]
+        folder = out / f"part-{number}"
+        found.append(recover(model, train_data, valid_data, out=folder, teacher=teacher, taught=new, **arguments))
+    return found
+
+
 def recover(
     model: PreTrainedModel,
     train_data: Dataset,
@@ -55,6 +88,7 @@ def recover(
     *,
     out: Path,
     teacher: PreTrainedModel | None = None,
+    taught: Sequence[str] | None = None,
     transfer_steps: int = 500,
     tuning_steps: int = 500,
     batch: int = 8,
@@ -69,15 +103,21 @@ def recover(
     train_data, valid_data: examples {"input_ids": (T,), "labels": (T,)} of equal length.
     out: folder for checkpoints; what was trained there before is gone on from.
     teacher: default: `teacher_of(model)`.
+    taught: names of the layers that learn in the first stage; default: all that are replaced.
     transfer_steps, tuning_steps: of the two stages; 0 leaves one out. transfer_lr: of what retention has brought;
         the projections learn at tuning_lr in both.
     label_weight: of the labels' cross-entropy, beside the divergence from the teacher.
     arguments: for `transformers.TrainingArguments`.
-    Raises: ValueError if nothing in the model is replaced.
+    Raises: ValueError if nothing in the model is replaced, or taught is not. KeyboardInterrupt if a callback ended the
+        training before its end, such as the one that saves on Ctrl-C.
     """
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no replaced attention; call replace_attention first")
+    wrong = [name for name in taught or () if name not in layers]
+    if wrong:
+        raise ValueError(f"taught must name replaced layers; got {wrong[0]!r}; there are {', '.join(layers)}")
+    layers = {name: layers[name] for name in layers if taught is None or name in taught}
     teacher = teacher_of(model) if teacher is None else cast(Any, teacher).requires_grad_(False).eval()
 
     def args(name: str, steps: int, lr: float) -> TrainingArguments:
@@ -95,16 +135,18 @@ def recover(
             **{"report_to": "none", "logging_steps": 10, "save_steps": max(steps // 4, 1), **arguments},
         )
 
-    options: Any = dict(train_dataset=train_data, eval_dataset=valid_data, callbacks=list(callbacks))
-    tuner = _Tuner(model, args("tuning", tuning_steps, tuning_lr), **options)
+    options: Any = dict(train_dataset=train_data, eval_dataset=valid_data)
+    tuner = _Tuner(model, args(TUNING, tuning_steps, tuning_lr), callbacks, **options)
     tuner.lr, tuner.label_weight, tuner.teacher = tuning_lr, label_weight, cast(Any, teacher).to(tuner.args.device)
     as_teacher, replaced = _loss(tuner, tuner.teacher), _loss(tuner, model)
 
     transfer = AttentionTransfer(tuner.teacher, layers)
-    stage = _Stage(transfer, args("transfer", transfer_steps, transfer_lr), **options)
+    stage = _Stage(transfer, args(TRANSFER, transfer_steps, transfer_lr), callbacks, **options)
     stage.lr = tuning_lr
-    stage.run()
-    transfer.release()
+    try:
+        stage.run()
+    finally:
+        transfer.release()
     transferred = _loss(tuner, model)
     tuner.run()
     tokens = (transfer_steps + tuning_steps) * batch * len(train_data[0]["input_ids"])
@@ -154,6 +196,13 @@ class _Stage(Trainer):
 
     lr: float
 
+    def __init__(self, model: Any, args: TrainingArguments, callbacks: Sequence[TrainerCallback], **options: Any):
+        super().__init__(model, args, **options)
+        if any(isinstance(callback, ProgressCallback) for callback in callbacks):
+            self.remove_callback(ProgressCallback)  # one bar is enough
+        for callback in callbacks:
+            self.add_callback(callback)
+
     def run(self) -> None:
         """Train, or go on from where an earlier run ended."""
         last = last_checkpoint(Path(str(self.args.output_dir)))
@@ -161,6 +210,8 @@ class _Stage(Trainer):
             self._load_from_checkpoint(str(last))
         elif self.args.max_steps > 0:
             self.train(resume_from_checkpoint=str(last) if last else None)
+            if self.state.global_step < self.args.max_steps:
+                raise KeyboardInterrupt
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -193,6 +244,11 @@ class _Tuner(_Stage):
         labels = inputs.pop("labels")
         with torch.no_grad():
             return _cross_entropy(model(**inputs, use_cache=False).logits, labels), None, None
+
+
+def _first(data: Any, count: int) -> dict[str, Tensor]:
+    """A batch of the first examples."""
+    return {"input_ids": torch.stack([data[i]["input_ids"] for i in range(min(count, len(data)))])}
 
 
 def _loss(tuner: _Tuner, model: PreTrainedModel) -> float:

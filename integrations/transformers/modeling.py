@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +28,9 @@ from transformers.utils.generic import can_return_tuple
 
 from retention.arguments import check_choice
 from retention.backends import FORMS
-from retention.decoding import stream
 from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
 from retention.model import RetNetBackbone
-from retention.state import RetentionState
 
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
 
@@ -344,17 +341,6 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             retentions=out.retentions,
             aux_loss=out.aux_loss,
         )
-
-    def stream(self, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
-        """Yield the tokens that follow, one (B, 1) at a time; options as `retention.decoding.stream`."""
-        return stream(self._prompt, self._step, input_ids, max_new_tokens, **options)
-
-    def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
-        out = self.model.backbone(self.model.embed_tokens(tokens), mask=mask, return_state=True)
-        return self.lm_head(out.hidden[:, -1:]), out.state
-
-    def _step(self, tokens: Tensor, state: list[RetentionState]) -> Tensor:
-        return self.lm_head(self.model.backbone(self.model.embed_tokens(tokens), state=state, in_place=True).hidden)
 
     def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
         vocab_size = self.config.vocab_size

@@ -14,7 +14,6 @@ from retention.integrations.hosted import Heads, HostedRetention
 from retention.integrations.swap import (
     Adapter,
     Swapped,
-    calibrate,
     plan_replacement,
     register_adapter,
     replace_attention,
@@ -251,7 +250,7 @@ def test_an_attention_of_ones_own_takes_an_adapter_of_a_few_lines():
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
 def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
-    model, (rows, batch) = build(family), padded()
+    model, (rows, _) = build(family), padded()
     ids = rows[0][None]
     want, last = model(ids).logits, {}
     keep = lambda name: lambda module, args, out: last.__setitem__(name, out[0])  # noqa: E731
@@ -265,15 +264,29 @@ def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
     wanted = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
     for layer in layers.values():
         layer.retention.calibrating = False
-        layer.retention.gain.fill_(1)
-    calibrate(model, **batch)
-    assert not any(
-        torch.equal(layer.retention.gain, torch.ones_like(layer.retention.gain)) for layer in layers.values()
-    )
-    calibrate(model, ids)
+    restore_attention(model)
+    replace_attention(model, gate="silu", calibrate_on={"input_ids": ids})
+    for name, layer in layers.items():
+        assert not (layer.retention.gain == 1).any()
+        layer.retention.register_forward_hook(keep(name))
     model(ids)
     sizes = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
     torch.testing.assert_close(sizes, wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_failed_calibration_leaves_the_model_as_it_was():
+    model, (rows, _) = build("Llama"), padded()
+    replace_attention(model, layers=[0])
+    gain = model.model.layers[0].self_attn.retention.gain.clone()
+    want = model(rows[0][None]).logits
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        replace_attention(model, calibrate_on={"nonsense": rows[0][None]})
+    assert not isinstance(model.model.layers[1].self_attn, Swapped)
+    assert torch.equal(model(rows[0][None]).logits, want)
+    assert model.config.retention_in_attention["layers"] == ["model.layers.0.self_attn"]
+    replace_attention(model, calibrate_on={"input_ids": rows[0][None]})
+    assert torch.equal(model.model.layers[0].self_attn.retention.gain, gain)  # only what is new is calibrated
 
 
 @torch.no_grad()

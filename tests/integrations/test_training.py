@@ -23,7 +23,8 @@ from retention.integrations.transformers import RetNetForCausalLM
 from retention.integrations.transformers.training import progress
 from retention.integrations.transformers.training import train as training
 from retention.integrations.transformers.training.plot import draw, smooth
-from retention.integrations.transformers.training.settings import SETTINGS, Settings, read_config
+from retention.integrations.transformers.training.settings import Settings, read_config
+from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)
@@ -119,7 +120,7 @@ def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
 def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "whole", monkeypatch)
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / SETTINGS).write_text(json.dumps(dataclasses.asdict(settings)))
+    (tmp_path / "run" / Settings.FILE).write_text(json.dumps(dataclasses.asdict(settings)))
     result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run"), "--sample", "0"])
     assert result.exit_code == 0, result.output
     assert f"validation {loss:.4f} nats" in result.output
@@ -159,7 +160,7 @@ def test_the_command_trains_resumes_and_generates(text, tmp_path, monkeypatch, d
     assert result.exit_code == 0, result.output
     assert "bits per byte; the model is in" in result.output
     assert "A sample" in result.output
-    assert json.loads((tmp_path / "run" / SETTINGS).read_text())["steps"] == 3
+    assert json.loads((tmp_path / "run" / Settings.FILE).read_text())["steps"] == 3
 
     again = run.invoke(app, ["train", str(text), "--out", out, *options])
     assert again.exit_code == 2
@@ -358,7 +359,7 @@ def test_the_command_trains_on_tokens_and_generates_with_them(text, tokenizer_fo
     assert written[0] != written[1]
     model, start = RetNetForCausalLM.from_pretrained(out), tokenizer.encode("7 squared")
     chance = torch.Generator().manual_seed(0)
-    new = [token.item() for token in model.stream(torch.tensor([start]), 9, temperature=0.8, generator=chance)]
+    new = [token.item() for token in stream(model, torch.tensor([start]), 9, temperature=0.8, generator=chance)]
     assert written[0].rstrip("\n") == tokenizer.decode(start + new).rstrip("\n")
 
 

@@ -23,6 +23,7 @@ from retention.integrations.transformers import (
     RetNetForTokenClassification,
     RetNetModel,
 )
+from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)
@@ -111,7 +112,7 @@ def test_loss_is_the_shifted_cross_entropy_and_ignores_padding():
 
 def test_streaming_is_recurrent_and_matches_the_full_forward():
     model, tokens = make(), torch.randint(256, (2, 5))
-    new = torch.cat(list(model.stream(tokens, 6, temperature=0)), 1)
+    new = torch.cat(list(stream(model, tokens, 6, temperature=0)), 1)
     whole = torch.cat([tokens, new], 1)
     assert torch.equal(model(whole).logits[:, 4:-1].argmax(-1), new)
 

@@ -31,6 +31,34 @@ def draw(history: Sequence[dict[str, Any]], tokens_per_step: int, unit: str, fil
     figure.savefig(file, dpi=120)
 
 
+def draw_recovery(
+    parts: Sequence[tuple[Sequence[dict[str, Any]], Sequence[dict[str, Any]]]],
+    tokens_per_step: int,
+    unit: str,
+    file: Path,
+) -> None:
+    """How replaced layers learnt what attention gave, and the model what its teacher says, as a PNG.
+
+    parts: of the layers, replaced one after another; the logs of the Trainers of both stages, which may be empty.
+    """
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    titles = ("layers: relative squared error", f"model: nats per {unit.removesuffix('s')}")
+    training = ("training", "divergence from the teacher")
+    for stage, axes in enumerate(panels):
+        for number, histories in enumerate(parts):
+            part = f", part {number + 1}" if len(parts) > 1 else ""
+            seen, losses = _curve(histories[stage], "loss", tokens_per_step)
+            axes.plot(seen, smooth(losses), color=f"C{number}", label=training[stage] + part)
+            seen, losses = _curve(histories[stage], "eval_loss", tokens_per_step)
+            axes.plot(seen, losses, "o--", color=f"C{number}", markersize=4, label=f"validation{part}")
+        axes.xaxis.set_major_formatter(EngFormatter())
+        axes.set(xlabel=f"{unit} seen", title=titles[stage], yscale="log")
+        axes.grid(alpha=0.3, which="both")
+        axes.legend()
+    figure.savefig(file, dpi=120)
+
+
 def smooth(values: Sequence[float]) -> list[float]:
     """Each value's mean with its neighbours, as many before it as after it, so that the curve does not lag."""
     width = len(values) // 25

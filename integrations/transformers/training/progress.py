@@ -60,9 +60,16 @@ class Progress(ProgressCallback):
             dynamic_ncols=True,
             mininterval=0.1 if sys.stderr.isatty() else 20,  # seconds; a log file wants few lines
         )
-        sizes = f"{model.num_parameters():,} parameters, {self.corpus.train.tokens:,} {self.batch.unit} to train on"
-        bar.write(f"{sizes}; {self.batch}")
+        bar.write(self.headline(args, model))
         self.last = time.perf_counter(), state.global_step
+
+    def headline(self, args: Any, model: Any) -> str:
+        sizes = f"{model.num_parameters():,} parameters, {self.corpus.train.tokens:,} {self.batch.unit} to train on"
+        return f"{sizes}; {self.batch}"
+
+    def report(self, args: Any, loss: float) -> str:
+        """Of an evaluation, in words."""
+        return self.corpus.report(loss)
 
     def on_prediction_step(self, *_: Any, **__: Any) -> None:
         """No second bar: an evaluation takes seconds."""
@@ -71,7 +78,7 @@ class Progress(ProgressCallback):
         if self.training_bar is None:
             return
         if "eval_loss" in logs:
-            self.training_bar.write(f"step {state.global_step}: {self.corpus.report(logs['eval_loss'])}")
+            self.training_bar.write(f"step {state.global_step}: {self.report(args, logs['eval_loss'])}")
         elif "loss" in logs:
             now, (then, step) = time.perf_counter(), self.last
             speed = (state.global_step - step) * self.batch.tokens / (now - then)

@@ -7,7 +7,7 @@ import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -18,7 +18,9 @@ from retention.model import PRESETS
 from ..modeling import RetNetConfig
 from .codec import Codec, load_codec
 
-SETTINGS = "training.json"
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,8 +33,42 @@ _CHANGED = {
 
 
 @dataclass
-class Settings:
-    """What a run is made of; kept beside its checkpoints, so that it can be resumed without being told again."""
+class Kept:
+    """Settings that are kept beside the checkpoints of a run, so that it can be resumed without being told again."""
+
+    FILE: ClassVar[str]
+
+    @classmethod
+    def read(cls, out: Path) -> Self:
+        """Those of the run in `out`. Raises: ValueError if there is none."""
+        file = out / cls.FILE
+        if not file.is_file():
+            raise ValueError(f"nothing to resume in {out}: it has no {cls.FILE}")
+        return cls(**json.loads(file.read_text()))
+
+    def write(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / self.FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def check_same(self, **found: Any) -> None:
+        """Whether a run may go on. found: what it finds now. Raises: ValueError if it began with something else."""
+        for name, value in found.items():
+            begun = getattr(self, name)
+            if begun and value != begun:
+                raise ValueError(_CHANGED[name].format(begun=begun, found=value))
+
+    def check_counts(self, *names: str) -> None:
+        """Raises: ValueError for a number below 1."""
+        for name in names:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {name} {getattr(self, name)}")
+
+
+@dataclass
+class Settings(Kept):
+    """What a training is made of."""
+
+    FILE: ClassVar[str] = "training.json"
 
     files: list[str] = field(default_factory=list)  # none: the Python standard library
     text_column: str = "text"
@@ -64,11 +100,8 @@ class Settings:
         """Raises: ValueError that names the option."""
         if not self.config and self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {self.preset!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {self.dtype!r}")
-        for name in ("steps", "batch", "accumulate", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {name} {getattr(self, name)}")
+        check_dtype(self.dtype)
+        self.check_counts("steps", "batch", "accumulate", "eval_every", "save_every")
         if self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
         if not 0 < self.lr < math.inf:
@@ -78,17 +111,6 @@ class Settings:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0; got weight_decay {self.weight_decay}")
         check_device(self.device)
-
-    def check_same(self, **found: Any) -> None:
-        """Whether a run may go on. found: what it finds now. Raises: ValueError if it began with something else."""
-        for name, value in found.items():
-            begun = getattr(self, name)
-            if begun and value != begun:
-                raise ValueError(_CHANGED[name].format(begun=begun, found=value))
-
-    def write(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / SETTINGS).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def model_config(self, codec: Codec, least: int) -> RetNetConfig:
         """The model's options. least: how many tokens it must know.
@@ -106,6 +128,12 @@ class Settings:
         return config
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises: ValueError for a dtype that is unknown."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {dtype!r}")
+
+
 def check_device(device: str) -> None:
     """Raises: ValueError for a device that is unknown or not here."""
     if device not in DEVICES:
@@ -115,19 +143,11 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not available here; use --device cpu")
 
 
-def read_settings(out: Path) -> Settings:
-    """Of the run in `out`. Raises: ValueError if there is none."""
-    file = out / SETTINGS
-    if not file.is_file():
-        raise ValueError(f"nothing to resume in {out}: it has no {SETTINGS}")
-    return Settings(**json.loads(file.read_text()))
-
-
 def codec_of(folder: Path) -> Codec:
     """How a model in a folder reads and writes text. Raises: ValueError if it was trained on tokens of unknown make."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_codec(str(folder))
-    if (folder / SETTINGS).is_file() and read_settings(folder).unit == "tokens":
+    if (folder / Settings.FILE).is_file() and Settings.read(folder).unit == "tokens":
         raise ValueError(f"{folder} must hold the model's tokenizer, for it was trained on token ids; put it there")
     return load_codec("")
 

@@ -129,6 +129,16 @@ def _trainer(model: RetNetForCausalLM, args: TrainingArguments, codec: Codec, co
     return trainer
 
 
+def device_arguments(device: str, dtype: str) -> dict[str, Any]:
+    """Of `TrainingArguments`. device, dtype: as `Settings` has them."""
+    return {
+        "use_cpu": device == "cpu" or torch.accelerator.current_accelerator(check_available=True) is None,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
 def _arguments(settings: Settings, out: Path) -> TrainingArguments:
     warmup = min(100, settings.steps // 10) if settings.warmup is None else settings.warmup
     args = TrainingArguments(
@@ -151,10 +161,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         save_steps=settings.save_every,
         save_total_limit=2,
         seed=settings.seed,
-        use_cpu=settings.device == "cpu" or torch.accelerator.current_accelerator(check_available=True) is None,
-        bf16=settings.dtype == "bfloat16",
-        fp16=settings.dtype == "float16",
-        dataloader_pin_memory=torch.cuda.is_available(),
+        **device_arguments(settings.device, settings.dtype),
         ddp_find_unused_parameters=False,
         ddp_timeout=A_DAY,  # the first process may tokenise for hours while the others wait
         report_to="none",

@@ -1,0 +1,205 @@
+"""Replace the attention of a trained model by retention and give it its quality back: what `retention swap` runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
+
+from ...swap import SwapReport, plan_replacement
+from ..adapters import MARK
+from ..distill import TRANSFER, TUNING, Recovery, replace_in_parts
+from .codec import Codec, load_codec
+from .corpus import Corpus, read_corpus
+from .plot import draw_recovery
+from .progress import PLOT, Batch, Progress, SaveOnInterrupt
+from .settings import Kept, check_device, check_dtype, codec_of
+from .train import device_arguments, last_checkpoint
+
+RECOVERY = "recovery.json"  # the losses before, between and after
+
+
+@dataclass
+class SwapSettings(Kept):
+    """What a replacement is made of."""
+
+    FILE: ClassVar[str] = "swap.json"
+
+    model: str = ""  # a folder, or a name on the hub
+    files: list[str] = field(default_factory=list)  # none: the Python standard library
+    text_column: str = "text"
+    layers: list[int] | None = None  # None: all
+    allow_lost: bool = False
+    decay: str = "short"
+    features: bool = True
+    gate: str | None = None
+    parts: int = 1
+    transfer_steps: int = 500
+    tuning_steps: int = 500
+    batch: int = 8
+    context: int | None = None  # None: 256, or as many as the model can
+    transfer_lr: float = 1e-2
+    tuning_lr: float = 1e-3
+    label_weight: float = 0.0
+    seed: int = 0
+    eval_every: int = 100
+    save_every: int = 100
+    device: str = "auto"
+    dtype: str = "float32"
+    backend: str = "auto"
+    form: str = "auto"
+    # Found out when the run begins, and the same when it is resumed.
+    corpus: str = ""  # a SHA-256
+    vocabulary: str = ""  # the tokenizer's SHA-256
+
+    @property
+    def replacement(self) -> dict[str, Any]:
+        """Options of `replace_attention`, without the layers."""
+        names = ("allow_lost", "decay", "features", "gate")
+        return {name: getattr(self, name) for name in names}
+
+    def check(self) -> None:
+        """Raises: ValueError that names the option."""
+        self.check_counts("parts", "batch", "eval_every", "save_every")
+        for name in ("transfer_steps", "tuning_steps"):
+            if getattr(self, name) < 0 or getattr(self, name) % self.parts:
+                raise ValueError(
+                    f"{name} must be a multiple of parts, {self.parts}, at least 0; got {name} {getattr(self, name)}"
+                )
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"context must be at least 2; got context {self.context}")
+        check_dtype(self.dtype)
+        check_device(self.device)
+
+
+@dataclass
+class Swap:
+    """What a replacement gave: the model, how it reads and writes, what was replaced, and the losses."""
+
+    model: Any
+    codec: Codec
+    report: SwapReport
+    recovery: Recovery
+
+
+def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
+    """Run or continue a replacement; checkpoints, the model, its tokenizer and a plot of the losses go to `out`.
+
+    resume: go on from the last checkpoint in `out`, or from the beginning if there is none yet.
+    Raises: ValueError, OSError, ImportError or BackendError for what cannot be, before anything is written to `out`.
+        KeyboardInterrupt when Ctrl-C has come and all is saved.
+    """
+    settings.check()
+    codec = codec_of(Path(settings.model)) if Path(settings.model).is_dir() else load_codec(settings.model)
+    model = _host(settings)
+    plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
+    layers = len(plan.replaced)
+    if settings.parts > layers:
+        raise ValueError(f"parts must be at most {layers}, the layers to replace; got parts {settings.parts}")
+    context = _context(settings, model)
+    corpus = read_corpus(settings.files, codec, context, column=settings.text_column, skip=out)
+    if corpus.vocabulary > model.config.vocab_size:
+        raise ValueError(
+            f"{settings.model} must know all {corpus.vocabulary} tokens of the corpus; it knows "
+            f"{model.config.vocab_size}; put the tokenizer it was trained with into its folder"
+        )
+    if resume:
+        settings.check_same(vocabulary=codec.digest, corpus=corpus.digest)
+    replace(settings, vocabulary=codec.digest, corpus=corpus.digest).write(out)
+
+    set_seed(settings.seed)
+    recovery = _recovered(model, settings, plan, corpus, out)
+    model.save_pretrained(out)
+    if codec.tokenizer is not None:
+        codec.tokenizer.save_pretrained(out)
+    (out / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
+    return Swap(model, codec, plan, recovery)
+
+
+def _host(settings: SwapSettings) -> Any:
+    config: Any = AutoConfig.from_pretrained(settings.model)
+    if hasattr(config, MARK):
+        raise ValueError(f"{settings.model} has retention already; name the model as it was before")
+    return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+
+
+def _context(settings: SwapSettings, model: Any) -> int:
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    if settings.context is None:
+        return int(min(256, longest))
+    if settings.context > longest:
+        raise ValueError(
+            f"context must be at most {longest}, the positions of {settings.model}; got context {settings.context}"
+        )
+    return settings.context
+
+
+def _recovered(model: Any, settings: SwapSettings, plan: SwapReport, corpus: Corpus, out: Path) -> Recovery:
+    batch = Batch(settings.batch, 1, 1, corpus.train.context, corpus.unit)
+    layers = range(len(plan.replaced)) if settings.layers is None else settings.layers
+    found = replace_in_parts(
+        model,
+        [part.tolist() for part in np.array_split(np.array(layers), settings.parts)],
+        corpus.train,
+        corpus.valid,
+        out=out,
+        options=settings.replacement | {"backend": settings.backend, "form": settings.form},
+        transfer_steps=settings.transfer_steps // settings.parts,
+        tuning_steps=settings.tuning_steps // settings.parts,
+        batch=settings.batch,
+        transfer_lr=settings.transfer_lr,
+        tuning_lr=settings.tuning_lr,
+        label_weight=settings.label_weight,
+        callbacks=[SaveOnInterrupt(), StageProgress(batch, corpus), Picture(batch, out)],
+        logging_nan_inf_filter=False,
+        disable_tqdm=False,  # or a callback would print what the bar shows
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        save_steps=settings.save_every,
+        seed=settings.seed,
+        **device_arguments(settings.device, settings.dtype),
+    )
+    return found[-1]
+
+
+class StageProgress(Progress):
+    """The bar and the lines of one stage after the other."""
+
+    def headline(self, args: Any, model: Any) -> str:
+        learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return f"{_stage(args)}: {learning:,} parameters learn; {self.batch}"
+
+    def report(self, args: Any, loss: float) -> str:
+        if Path(args.output_dir).name == TRANSFER:
+            return f"relative error of the layers {loss:.4f}"
+        return super().report(args, loss)
+
+
+class Picture(TrainerCallback):
+    """Draws the losses of all stages so far whenever a checkpoint is written."""
+
+    def __init__(self, batch: Batch, out: Path):
+        self.batch, self.out = batch, out
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        parts = sorted(self.out.glob("part-*"), key=lambda part: int(part.name.split("-")[1]))
+        histories = [(_history(part / TRANSFER), _history(part / TUNING)) for part in parts]
+        draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT)
+
+
+def _stage(args: Any) -> str:
+    """part-1/transfer, ..."""
+    return "/".join(Path(args.output_dir).parts[-2:])
+
+
+def _history(stage: Path) -> list[dict[str, Any]]:
+    last = last_checkpoint(stage)
+    return TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history if last else []

@@ -1,0 +1,38 @@
+"""Any language model of transformers, loaded from a folder, writes token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+
+from retention import decoding
+
+from .adapters import MARK, load_swapped
+
+
+def load_language_model(folder: str | Path, **kwargs: Any) -> Any:
+    """A RetNet, or a model with or without replaced layers. kwargs: as `from_pretrained`."""
+    if hasattr(AutoConfig.from_pretrained(folder), MARK):
+        return load_swapped(folder, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
+
+
+def stream(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
+    """Yield the tokens (B, 1) that follow input_ids (B, T), as they come. Rows without padding.
+
+    options: temperature, top_k and generator, as `retention.decoding.stream`. For all else there is `generate`.
+    """
+    call: Any = model
+
+    def prompt(tokens: Tensor, _: Tensor | None) -> tuple[Tensor, Cache]:
+        out = call(tokens, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
+        return out.logits, out.past_key_values
+
+    def step(token: Tensor, cache: Cache) -> Tensor:
+        return call(token, past_key_values=cache, use_cache=True).logits
+
+    return decoding.stream(prompt, step, input_ids, max_new_tokens, **options)

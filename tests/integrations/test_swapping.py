@@ -1,0 +1,153 @@
+"""`retention swap`: a model goes in, one with retention and the same quality comes out."""
+
+import dataclasses
+import json
+import re
+import signal
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
+
+from retention.cli import app
+from retention.integrations.swap import Swapped
+from retention.integrations.transformers import load_swapped
+from retention.integrations.transformers.training import swapping
+from retention.integrations.transformers.training.swapping import SwapSettings
+from retention.integrations.transformers.writing import load_language_model, stream
+
+SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
+QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
+
+
+@pytest.fixture
+def host(tmp_path):
+    """A GPT-2 that reads bytes."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    model = GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, initializer_range=0.3))
+    model.save_pretrained(tmp_path / "host")
+    return tmp_path / "host"
+
+
+def run(*words):
+    return CliRunner().invoke(app, ["swap", *map(str, words)])
+
+
+def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
+    out = tmp_path / "out"
+    result = run(host, text, "--out", out, *QUIET)
+    assert result.exit_code == 0, result.output
+    assert "retention in 2 layers: transformer.h.0.attn, transformer.h.1.attn" in result.output
+    losses = json.loads((out / "recovery.json").read_text())
+    teacher, tuned = re.search(r"teacher (.*?); .* tuned (.*?) nats per token", result.output).groups()
+    assert losses["teacher"] == pytest.approx(float(teacher), abs=1e-3)
+    assert losses["tuned"] == pytest.approx(float(tuned), abs=1e-3)
+    assert losses["tokens"] == 12 * 2 * 32
+    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert "A sample" in result.output
+
+    model = load_language_model(out).eval()
+    assert all(isinstance(block.attn, Swapped) for block in model.transformer.h)
+    start = torch.tensor([list(b"def ")])
+    new = torch.cat(list(stream(model, start, 9, temperature=0)), 1)
+    assert torch.equal(model.generate(start, max_new_tokens=9, do_sample=False)[:, 4:], new)
+    written = CliRunner().invoke(app, ["generate", "--model", str(out), "--tokens", "9", "--device", "cpu"])
+    assert written.exit_code == 0, written.output
+    assert written.output.startswith("def ")
+    too_long = CliRunner().invoke(app, ["generate", "--model", str(out), "--tokens", "61"])
+    assert "tokens must be at most 60, for which the model has positions left; got 61" in too_long.output
+
+
+def test_layers_are_replaced_in_parts(host, text, tmp_path):
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--gate", "silu")
+    assert result.exit_code == 0, result.output
+    assert "part-2/tuning: " in result.stderr + result.output
+    first, second = (load_part(tmp_path / "out" / f"part-{n}" / "tuning" / "checkpoint-2") for n in (1, 2))
+    assert {name.split(".")[2] for name in first if ".retention." in name} == {"1"}
+    assert {name.split(".")[2] for name in second if ".retention." in name} == {"0", "1"}
+    model = load_swapped(tmp_path / "out")
+    for name, weight in model.state_dict().items():
+        assert name == "lm_head.weight" or torch.equal(weight, second[name]), name
+
+
+def load_part(checkpoint):
+    from safetensors.torch import load_file
+
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_ctrl_c_saves_and_resume_gives_what_an_uninterrupted_run_gives(host, text, tmp_path, monkeypatch):
+    words = [host, text, *QUIET, "--sample", "0"]
+    assert run(*words, "--out", tmp_path / "whole").exit_code == 0
+
+    class Interrupted(swapping.SaveOnInterrupt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if args.output_dir.endswith(stage) and state.global_step == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    out = tmp_path / "cut"
+    with monkeypatch.context() as patch:
+        patch.setattr(swapping, "SaveOnInterrupt", Interrupted)
+        for stage, resume in (("transfer", []), ("tuning", ["--resume"])):  # noqa: B007
+            result = run(*(words if not resume else []), "--out", out, *resume)
+            assert result.exit_code == 130, result.output
+            assert f"stopped and saved; continue with: retention swap --resume --out {out}" in result.output
+            assert not (out / "config.json").exists()
+    assert run("--resume", "--out", out).exit_code == 0
+    whole, cut = (load_swapped(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    for name, weight in whole.items():
+        assert torch.equal(weight, cut[name]), name
+
+
+def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
+    out = tmp_path / "out"
+    assert run(host, text, "--out", out, *QUIET, "--sample", "0").exit_code == 0
+    assert "holds a run already; continue it with --resume" in run(host, text, "--out", out).output
+    assert "a resumed run keeps its settings; got gate 'silu'" in run("--resume", "--out", out, "--gate", "silu").output
+    text.write_text("other " * 9999)
+    assert "the corpus is not what it was" in run("--resume", "--out", out).output
+    assert dataclasses.asdict(SwapSettings.read(out))["transfer_steps"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "name a model: retention swap MODEL"),
+        (["HOST", "--layers", "a"], "layers must be numbers with commas, such as 0,2,-1; got 'a'"),
+        (["HOST", "--layers", "7"], "layers must be from -2 to 1; got 7"),
+        (["HOST", "--gate", "tanh"], "gate must be one of 'silu'"),
+        (["HOST", "--context", "65"], "context must be at most 64, the positions of "),
+        (
+            ["HOST", "--parts", "3", "--transfer-steps", "3", "--tuning-steps", "3"],
+            "parts must be at most 2, the layers",
+        ),
+        (["HOST", "--parts", "3"], "transfer_steps must be a multiple of parts, 3, at least 0"),
+        (["HOST", "--batch", "0"], "batch must be at least 1; got batch 0"),
+        (["HOST", "--decay", "fast"], "decay must be one of 'paper'"),
+        (["HOST", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
+        (["nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_written(host, text, tmp_path, words, told, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    words = [host if word == "HOST" else word for word in words]
+    result = run(*words[:1], *([text] if words else []), "--out", tmp_path / "out", *words[1:])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_has_retention_or_knows_too_few_tokens_is_refused(host, text, tmp_path):
+    assert run(host, text, "--out", tmp_path / "out", *QUIET, "--sample", "0").exit_code == 0
+    assert (
+        "has retention already; name the model as it was" in run(tmp_path / "out", text, "--out", tmp_path / "2").output
+    )
+    model = AutoModelForCausalLM.from_pretrained(host)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path / "few")
+    assert "must know all 256 tokens of the corpus; it knows 100" in " ".join(
+        run(tmp_path / "few", text, "--out", tmp_path / "3", *QUIET).output.split()
+    )
