@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from retention.arguments import check_choice
+from retention.arguments import check_choice, check_number
 from retention.backends import check_name
-from retention.decay import HeadDecay
+from retention.decay import HeadDecay, log_decays
 from retention.functional import retain, step
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
 from retention.state import RetentionState, state_dtype
@@ -32,25 +34,36 @@ class Heads:
 
 
 class FeatureMap(nn.Module):
-    """A learnable map of each head's q or k to features above 0: softmax of W x and of -W x. W starts as the identity.
+    """A learnable map of each head's q or k to features above 0: softmax of W x and -W x. W starts as the identity.
 
-    Source: Zhang et al. 2024, arXiv:2402.04347 (Hedgehog).
+    Each of the `scales` of a head, which differ in decay, has a W; the softmax goes over all of them, so that a token
+    chooses how far it looks.
+
+    Source: Zhang et al. 2024, arXiv:2402.04347 (Hedgehog). Differs: one softmax, over both signs and all scales.
     """
 
-    def __init__(self, num_heads: int, key_dim: int, device: Any = None, dtype: Any = None):
+    def __init__(self, num_heads: int, scales: int, key_dim: int, device: Any = None, dtype: Any = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(key_dim, device=device, dtype=dtype).repeat(num_heads, 1, 1))
+        self.weight = nn.Parameter(torch.empty(num_heads, scales, key_dim, key_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        self.weight.copy_(torch.eye(self.weight.shape[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, T, K) -> (B, H, T, 2 K)."""
-        y = x @ self.weight
-        return torch.cat([y.softmax(-1), (-y).softmax(-1)], dim=-1)
+        """x (B, H, T, K) -> (B, H, scales, T, 2 K)."""
+        y = x[:, :, None] @ self.weight
+        y = rearrange([y, -y], "sign b h s t k -> b h t (s sign k)").softmax(-1)
+        return rearrange(y, "b h t (s k) -> b h s t k", s=self.weight.shape[1])
 
 
 class HostedRetention(HasBackend):
     """Retention of the q, k and v of an attention layer, at the scale of that layer's output.
 
-    decay, learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
+    scales: how many retentions, each with decays of its own, make one head; their scores add up.
+    decay: as `MultiScaleRetention`, for scales * num_heads: the first scale of all heads, then the next.
+    learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
     features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
         takes them as they are and divides by the root mean square of each head.
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
@@ -62,10 +75,11 @@ class HostedRetention(HasBackend):
         self,
         heads: Heads,
         *,
+        scales: int = 2,
         decay: Any = "short",
         learnable_decay: bool = True,
         features: bool = True,
-        gate: str | None = None,
+        gate: str | None = "silu",
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -73,24 +87,39 @@ class HostedRetention(HasBackend):
         dtype: Any = None,
     ):
         super().__init__()
+        check_number("scales", scales, isinstance(scales, int) and scales >= 1, "whole and at least 1")
         check_choice("features", features, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.features, self.calibrating = features, False
+        self.scales, self.features, self.calibrating = scales, features, False
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
-        self.decay = HeadDecay(decay, heads.num_heads, learnable=learnable_decay, **dd)
-        schedule = decay if isinstance(decay, str) else list(self.decay.values)
-        self.options = dict(decay=schedule, learnable_decay=learnable_decay, features=features, gate=gate)
-        self.q_map = FeatureMap(heads.num_heads, heads.key_dim, **dd) if features else nn.Identity()
-        self.k_map = FeatureMap(heads.num_kv_heads, heads.key_dim, **dd) if features else nn.Identity()
+        values = log_decays(decay, scales * heads.num_heads)
+        schedule = decay if isinstance(decay, str) else list(values)
+        self.options = dict(
+            scales=scales, decay=schedule, learnable_decay=learnable_decay, features=features, gate=gate
+        )
+        order = rearrange(np.arange(len(values)), "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)
+        self.decay = HeadDecay([values[i] for i in order], len(values), learnable=learnable_decay, **dd)
+        if features:
+            self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
+            self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
-        self.gain = nn.Parameter(torch.ones(heads.num_heads, heads.value_dim, **dd))
+        self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
         self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
         self.activation = gate
-        if self.gate is not None and gate is not None:
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As at the start."""
+        self.decay.reset_parameters()
+        if self.features:
+            self.q_map.reset_parameters()
+            self.k_map.reset_parameters()
+        nn.init.ones_(self.gain)
+        if self.gate is not None and self.activation is not None:
             nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, _OPEN[gate])
+            nn.init.constant_(self.gate.bias, _OPEN[self.activation])
 
     def forward(
         self,
@@ -112,10 +141,7 @@ class HostedRetention(HasBackend):
         For one token without gradients, `state` is overwritten.
         """
         wanted = softmax(q, k, v, scale, causal, mask, cu_seqlens) if self.calibrating else None
-        q, k = (z * abs(scale) ** 0.5 for z in (q, k))
-        q, k = self.q_map(q), self.k_map(k)
-        if self.features:  # the sum of the scores is what values of 1 gather
-            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)
+        q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
         log_decay = self.decay(q.device, state_dtype(q.dtype))
         after: RetentionState | None = state
         if state is not None and q.shape[2] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
@@ -137,9 +163,11 @@ class HostedRetention(HasBackend):
                 return_state=return_state,
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
+        kv_heads = k.shape[1] // self.scales
+        out = reduce(out, "b (n s g) t v -> b t (n g) v", "sum", n=kv_heads, s=self.scales)
         if self.features:
             out = out[..., :-1] / out[..., -1:].clamp(min=1e-6)
-        y = self.norm(out.transpose(1, 2))
+        y = self.norm(out)
         if wanted is not None:
             self._calibrate(y, wanted)
             return wanted, after
@@ -147,6 +175,16 @@ class HostedRetention(HasBackend):
         if self.gate is not None and self.activation is not None:
             y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
         return y, after
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of attention as those of retention: each key head's scales, each with the query heads that share it."""
+        if self.features:
+            q, k = self.q_map(q), self.k_map(k)
+            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # which gather the sum of the scores
+        else:
+            q, k = (z[:, :, None].expand(-1, -1, self.scales, -1, -1) for z in (q, k))
+        q = rearrange(q, "b (n g) s t k -> b (n s g) t k", n=k.shape[1])
+        return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.scales)
 
     @torch.no_grad()
     def _calibrate(self, y: Tensor, wanted: Tensor) -> None:

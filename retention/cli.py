@@ -107,15 +107,18 @@ def swap(
     ] = False,
     decay: Annotated[str, typer.Option(help="short, log_linear or paper; learnt from there.")] = "short",
     features: Annotated[bool, typer.Option(help="Learn a feature map of q and k.")] = True,
-    gate: Annotated[str | None, typer.Option(help="silu, gelu, relu or sigmoid. Default: none.")] = None,
+    gate: Annotated[str, typer.Option(help="silu, gelu, relu, sigmoid or none.")] = "silu",
+    scales: Annotated[int, typer.Option(help="Retentions, with decays of their own, that make one head.")] = 2,
     parts: Annotated[int, typer.Option(help="Replace the layers in so many parts, one after another.")] = 1,
     text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
     transfer_steps: Annotated[int, typer.Option(help="In which layers learn what their attention gave.")] = 500,
     tuning_steps: Annotated[int, typer.Option(help="In which the model learns from the one it was.")] = 500,
     batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
     context: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: 256, if the model can.")] = None,
-    transfer_lr: Annotated[float, typer.Option(help="Peak learning rate of what is new.")] = 1e-2,
-    tuning_lr: Annotated[float, typer.Option(help="Peak learning rate of all else, and in the tuning of all.")] = 1e-3,
+    transfer_lr: Annotated[
+        float, typer.Option(help="Peak learning rate of new layers; their projections, a tenth.")
+    ] = 3e-2,
+    tuning_lr: Annotated[float, typer.Option(help="The same of the whole model, in the tuning.")] = 1e-3,
     label_weight: Annotated[float, typer.Option(min=0, help="Of the text itself, beside what the model was.")] = 0.0,
     seed: Seed = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,
@@ -244,7 +247,9 @@ def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
     if not given["model"] and not given["resume"]:
         raise ValueError("name a model: retention swap MODEL")
     model = str(Path(given["model"]).resolve()) if Path(given["model"]).exists() else given["model"]
-    return {"layers": layers, "model": model, "files": [str(Path(file).resolve()) for file in given["files"] or []]}
+    files = [str(Path(file).resolve()) for file in given["files"] or []]
+    gate = None if given["gate"] == "none" else given["gate"]
+    return {"layers": layers, "model": model, "files": files, "gate": gate}
 
 
 def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]) -> K:

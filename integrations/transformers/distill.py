@@ -92,7 +92,7 @@ def recover(
     transfer_steps: int = 500,
     tuning_steps: int = 500,
     batch: int = 8,
-    transfer_lr: float = 1e-2,
+    transfer_lr: float = 3e-2,
     tuning_lr: float = 1e-3,
     label_weight: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
@@ -104,8 +104,8 @@ def recover(
     out: folder for checkpoints; what was trained there before is gone on from.
     teacher: default: `teacher_of(model)`.
     taught: names of the layers that learn in the first stage; default: all that are replaced.
-    transfer_steps, tuning_steps: of the two stages; 0 leaves one out. transfer_lr: of what retention has brought;
-        the projections learn at tuning_lr in both.
+    transfer_steps, tuning_steps: of the two stages; 0 leaves one out. transfer_lr: of what retention has brought, in
+        the first; the projections learn there at a tenth of it.
     label_weight: of the labels' cross-entropy, beside the divergence from the teacher.
     arguments: for `transformers.TrainingArguments`.
     Raises: ValueError if nothing in the model is replaced, or taught is not. KeyboardInterrupt if a callback ended the
@@ -137,12 +137,11 @@ def recover(
 
     options: Any = dict(train_dataset=train_data, eval_dataset=valid_data)
     tuner = _Tuner(model, args(TUNING, tuning_steps, tuning_lr), callbacks, **options)
-    tuner.lr, tuner.label_weight, tuner.teacher = tuning_lr, label_weight, cast(Any, teacher).to(tuner.args.device)
+    tuner.label_weight, tuner.teacher = label_weight, cast(Any, teacher).to(tuner.args.device)
     as_teacher, replaced = _loss(tuner, tuner.teacher), _loss(tuner, model)
 
     transfer = AttentionTransfer(tuner.teacher, layers)
     stage = _Stage(transfer, args(TRANSFER, transfer_steps, transfer_lr), callbacks, **options)
-    stage.lr = tuning_lr
     try:
         stage.run()
     finally:
@@ -192,9 +191,9 @@ class AttentionTransfer(nn.Module):
 
 
 class _Stage(Trainer):
-    """The first stage, whose model computes the loss. lr: of all that was there before the replacement."""
+    """The first stage, whose model computes the loss."""
 
-    lr: float
+    slowness = 0.1  # of all that was there before the replacement
 
     def __init__(self, model: Any, args: TrainingArguments, callbacks: Sequence[TrainerCallback], **options: Any):
         super().__init__(model, args, **options)
@@ -218,7 +217,8 @@ class _Stage(Trainer):
             model = cast(nn.Module, self.model)
             named = [(".retention." in name, p) for name, p in model.named_parameters() if p.requires_grad]
             new: dict[str, Any] = {"params": [p for is_new, p in named if is_new]}
-            old: dict[str, Any] = {"params": [p for is_new, p in named if not is_new], "lr": self.lr}
+            slow = self.slowness * self.args.learning_rate
+            old: dict[str, Any] = {"params": [p for is_new, p in named if not is_new], "lr": slow}
             self.optimizer = torch.optim.AdamW([new, old], self.args.learning_rate, weight_decay=0.0)
         return self.optimizer
 
@@ -226,6 +226,7 @@ class _Stage(Trainer):
 class _Tuner(_Stage):
     """The second stage, and the measure of all: the labels' cross-entropy."""
 
+    slowness = 1.0
     teacher: PreTrainedModel
     label_weight: float
 

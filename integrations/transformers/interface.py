@@ -32,7 +32,7 @@ def register_attn_implementation(name: str = "retention", *, decay: Any = "short
 
     @cache
     def retention_for(heads: Heads, device: torch.device, dtype: torch.dtype) -> HostedRetention:
-        made = HostedRetention(heads, decay=decay, learnable_decay=False, device=device, dtype=dtype)
+        made = HostedRetention(heads, decay=decay, learnable_decay=False, gate=None, device=device, dtype=dtype)
         return made.requires_grad_(False)
 
     def retain_by_name(

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from retention.integrations.swap import replace_attention
@@ -108,6 +109,29 @@ def test_a_run_goes_on_from_its_last_checkpoint(replaced, tmp_path):
     again = recover(other, tmp_path, **options)  # from the beginning, with what is in the folder
     assert len(steps) == 8
     assert again.tuned == pytest.approx(first.tuned, abs=1e-5)
+
+
+def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, tmp_path):
+    model = copy.deepcopy(teacher)
+    quiet = dict(use_cpu=True, disable_tqdm=True, logging_steps=1000)
+    options = dict(transfer_steps=15, tuning_steps=30, batch=16, **quiet)
+    data = Countdown(2000), Countdown(64)
+    first, second = distill.replace_in_parts(model, [[1], [0]], *data, out=tmp_path, **options)
+    assert second.tuned < second.teacher + 0.3 * (second.replaced - second.teacher)
+    assert second.replaced > first.tuned  # the second layer's softmax has just gone
+    before = load_file(tmp_path / "part-1" / "tuning" / "checkpoint-30" / "model.safetensors")
+    taught = load_file(tmp_path / "part-2" / "transfer" / "checkpoint-15" / "model.safetensors")
+    assert len(taught) == 8  # of one layer: its four projections, and two maps, decays and the gain
+    assert any("layers.1.self_attn.retention" in name for name in before)
+
+    other, nothing = copy.deepcopy(teacher), []
+    count = TrainerCallback()
+    count.on_step_end = lambda *args, **kwargs: nothing.append(1)
+    again = distill.replace_in_parts(other, [[1], [0]], *data, out=tmp_path, callbacks=[count], **options)
+    assert not nothing  # all of it was in the folder
+    assert again[1].tuned == pytest.approx(second.tuned, abs=1e-5)
+    with pytest.raises(ValueError, match=r"taught must name replaced layers; got 'lm_head'; there are model.layers.0"):
+        recover(model, tmp_path / "none", taught=["lm_head"])
 
 
 def test_a_model_with_its_attention_is_refused(teacher, tmp_path):

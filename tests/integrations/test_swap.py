@@ -160,7 +160,7 @@ def test_bert_in_both_directions():
 
 @torch.no_grad()
 def test_a_replaced_layer_is_its_formula():
-    """Scores of features above 0, times the decay, over their sum: what attention is, with other scores."""
+    """Scores of features above 0, times the decays, over their sum: what attention is, with other scores."""
     model = build("GPT2").double()
     layer = model.transformer.h[1].attn
     replace_attention(model, layers=[1], gate="silu")
@@ -169,22 +169,51 @@ def test_a_replaced_layer_is_its_formula():
         parameter.add_(0.3 * torch.randn_like(parameter))
     x = torch.randn(2, 9, 32).double()
     q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in layer.c_attn(x).split(32, -1))
-    features = [
-        torch.cat([(z / 8**0.25 @ m.weight).softmax(-1), (-(z / 8**0.25 @ m.weight)).softmax(-1)], -1)
-        for z, m in ((q, retention.q_map), (k, retention.k_map))
-    ]
+    features = []
+    for z, weight in ((q, retention.q_map.weight), (k, retention.k_map.weight)):
+        scales = [z / 8**0.25 @ weight[:, s] for s in range(2)]
+        together = torch.cat([scales[0], -scales[0], scales[1], -scales[1]], -1).softmax(-1)
+        features.append((together[..., :16], together[..., 16:]))
     n = torch.arange(9.0).double()
-    decay = (retention.decay(x.device, torch.float64)[:, None, None] * (n[:, None] - n)).exp().tril()
-    scores = features[0] @ features[1].mT * decay
+    log_decay = retention.decay(x.device, torch.float64).view(4, 2, 1, 1)
+    decay = (log_decay * (n[:, None] - n)).exp().tril()
+    scores = sum(features[0][s] @ features[1][s].mT * decay[:, s] for s in range(2))
     heads = (scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2) * retention.gain
     gate = torch.nn.functional.silu(retention.gate(x)).unflatten(-1, (4, 8))
     torch.testing.assert_close(layer(x)[0], layer.c_proj((heads * gate).flatten(2)))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("features", [True, False])
+def test_each_head_has_its_scales_whatever_it_shares(features):
+    decay = [-0.1 * n for n in range(1, 9)]  # the first scale of four heads, then the second
+    retention = HostedRetention(Heads(32, 4, 2, 8, 8), decay=decay, features=features, gate=None).double()
+    for parameter in retention.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    retention.decay.reset_parameters()
+    q, k, v = (torch.randn(1, heads, 9, 8).double() for heads in (4, 2, 2))
+    n = torch.arange(9.0).double()
+    found, _ = retention(q.flatten(2), q, k, v, scale=0.25)
+    for h in range(4):
+        scores = 0
+        for s in range(2):
+            a, b = q[0, h] / 2, k[0, h // 2] / 2
+            if features:
+                a, b = (
+                    (z @ w).flatten() for z, w in ((a, retention.q_map.weight[h]), (b, retention.k_map.weight[h // 2]))
+                )
+                a, b = (z.view(2, 9, 8).transpose(0, 1) for z in (a, b))
+                a, b = (torch.stack([z, -z], 2).flatten(1).softmax(-1).unflatten(1, (2, 16))[:, s] for z in (a, b))
+            scores = scores + a @ b.T * torch.exp(decay[4 * s + h] * (n[:, None] - n)).tril()
+        y = scores @ v[0, h // 2]
+        y = y / scores.sum(-1, keepdim=True) if features else torch.nn.functional.rms_norm(y, (8,), eps=1e-6)
+        torch.testing.assert_close(found[0, :, h], y * retention.gain[h])
+
+
 @pytest.mark.parametrize("gate", ["silu", "gelu", "relu"])
 def test_gates_are_open_at_the_start(gate):
     model, (rows, _) = build("GPT2"), padded()
-    replace_attention(model)
+    replace_attention(model, gate=None)
     want = model(rows[0][None]).logits
     restore_attention(model)
     replace_attention(model, gate=gate)
@@ -208,7 +237,7 @@ def test_cache_of_a_hybrid_holds_a_state_where_retention_is_and_keys_elsewhere()
     replace_attention(model, layers=[1])
     cache = model(rows[0][None]).past_key_values
     assert cache.layers[0].keys.shape == (1, 2, 100, 8)
-    assert cache.layers[1].state.kv.shape == (1, 4, 16, 9)
+    assert cache.layers[1].state.kv.shape == (1, 2 * 4, 16, 9)  # two scales
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(rows[0][None], assistant_model=build("Llama"), max_new_tokens=3)
 
@@ -470,7 +499,7 @@ def test_twice_is_once_and_other_options_are_refused():
     assert model.model.layers[0].self_attn.retention.gain is gain
     assert len(report.replaced) == 2
     with pytest.raises(ValueError, match=r"layers.0.self_attn: has retention already, .*; restore_attention first"):
-        replace_attention(model, gate="silu")
+        replace_attention(model, gate="gelu")
 
 
 def test_nothing_is_touched_if_one_layer_cannot_be_replaced():
@@ -504,6 +533,8 @@ def test_errors_name_what_is_there():
         replace_attention(model, gates="silu")
     with pytest.raises(ValueError, match="gate must be one of 'silu', .*; got gate 'sil'"):
         replace_attention(model, gate="sil")
+    with pytest.raises(ValueError, match="scales must be a number, whole and at least 1; got scales 0"):
+        replace_attention(model, scales=0)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no attention that was replaced"):
         restore_attention(model)
     with pytest.raises(ValueError, match="LlamaAttention has an adapter already"):

@@ -62,7 +62,7 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
 
 
 def test_layers_are_replaced_in_parts(host, text, tmp_path):
-    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--gate", "silu")
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--gate", "none")
     assert result.exit_code == 0, result.output
     assert "part-2/tuning: " in result.stderr + result.output
     first, second = (load_part(tmp_path / "out" / f"part-{n}" / "tuning" / "checkpoint-2") for n in (1, 2))
@@ -106,7 +106,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
     out = tmp_path / "out"
     assert run(host, text, "--out", out, *QUIET, "--sample", "0").exit_code == 0
     assert "holds a run already; continue it with --resume" in run(host, text, "--out", out).output
-    assert "a resumed run keeps its settings; got gate 'silu'" in run("--resume", "--out", out, "--gate", "silu").output
+    assert "a resumed run keeps its settings; got gate 'relu'" in run("--resume", "--out", out, "--gate", "relu").output
     text.write_text("other " * 9999)
     assert "the corpus is not what it was" in run("--resume", "--out", out).output
     assert dataclasses.asdict(SwapSettings.read(out))["transfer_steps"] == 8

@@ -23,9 +23,9 @@ def formula(layer, x, causal, real=None):
     retention = layer.retention
     projected = nn.functional.linear(x, layer.in_proj_weight, layer.in_proj_bias)
     q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in projected.chunk(3, -1))
-    q, k = (torch.cat([(z / 8**0.25).softmax(-1), (-z / 8**0.25).softmax(-1)], -1) for z in (q, k))
+    q, k = (torch.cat([z / 8**0.25, -z / 8**0.25], -1).softmax(-1) for z in (q, k))
     n = torch.arange(x.shape[1])
-    decay = (retention.decay(x.device)[:, None, None] * (n[:, None] - n).abs()).exp()
+    decay = (retention.decay(x.device).view(4, 2, 1, 1) * (n[:, None] - n).abs()).exp().sum(1)
     scores = q @ k.mT * (decay.tril() if causal else decay)
     if real is not None:
         scores = scores * real[:, None, None]

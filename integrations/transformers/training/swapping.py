@@ -40,13 +40,14 @@ class SwapSettings(Kept):
     allow_lost: bool = False
     decay: str = "short"
     features: bool = True
-    gate: str | None = None
+    gate: str | None = "silu"
+    scales: int = 2
     parts: int = 1
     transfer_steps: int = 500
     tuning_steps: int = 500
     batch: int = 8
     context: int | None = None  # None: 256, or as many as the model can
-    transfer_lr: float = 1e-2
+    transfer_lr: float = 3e-2
     tuning_lr: float = 1e-3
     label_weight: float = 0.0
     seed: int = 0
@@ -63,7 +64,7 @@ class SwapSettings(Kept):
     @property
     def replacement(self) -> dict[str, Any]:
         """Options of `replace_attention`, without the layers."""
-        names = ("allow_lost", "decay", "features", "gate")
+        names = ("allow_lost", "scales", "decay", "features", "gate")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:

@@ -1,0 +1,287 @@
+"""What becomes of a trained transformer when retention takes the place of its attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from benchmarks.measure import ratio, show, take_turns
+from retention.integrations.swap import replace_attention
+from retention.integrations.transformers.distill import Recovery, replace_in_parts
+from retention.integrations.transformers.training.codec import load_codec
+from retention.integrations.transformers.training.corpus import Corpus, read_corpus
+from retention.integrations.transformers.training.progress import Batch, Progress, SaveOnInterrupt
+from retention.integrations.transformers.training.swapping import StageProgress
+from retention.integrations.transformers.training.train import device_arguments, last_checkpoint, quiet
+from retention.integrations.transformers.writing import stream
+
+CONTEXT = 256
+TEACHER_BATCH, BATCH = 16, 8
+PROMPT, PROMPTS = 64, 64  # bytes, and how many
+GRAM, LOOP, PERIOD = 6, 96, 32  # bytes
+HALF = [0, 2]
+
+
+def swap(
+    host: Annotated[str, typer.Option(help="gpt2, or llama with grouped heads.")] = "gpt2",
+    steps: Annotated[int, typer.Option(help="Of the teacher's training.")] = 5000,
+    share: Annotated[float, typer.Option(help="Of the teacher's tokens, for all that comes after.")] = 0.1,
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints; what is there is not trained again.")] = Path(
+        "runs/benchmarks/swap"
+    ),
+) -> None:
+    """Train a transformer, replace all or half of its attention, train on: loss, texts, decoding, before and after."""
+    quiet()
+    corpus = read_corpus([], load_codec(""), CONTEXT)
+    out, few = out / host, int(steps * share)
+    teacher = new_host(host)
+    losses = {"teacher": learn(teacher, corpus, steps, out / "teacher")}
+    recoveries = {}
+    models = {"teacher": teacher.requires_grad_(False).eval()}
+    for name, layers in {"all layers": range(4), "half the layers": HALF}.items():
+        models[name] = new_host(host)
+        models[name].load_state_dict(teacher.state_dict())
+        recoveries[name] = recovered(models[name], layers, corpus, few, out / name.replace(" ", "-"))
+        losses[name] = recoveries[name].tuned
+    name = "all layers, from scratch"
+    models[name] = new_host(host)
+    replace_attention(models[name])
+    losses[name] = learn(models[name], corpus, few, out / "scratch")
+
+    show_losses(host, losses, recoveries, steps, few)
+    show_texts(host, models, corpus)
+    show_decoding(host)
+
+
+def new_host(name: str, positions: int = CONTEXT) -> Any:
+    """A transformer of some 0.8 M parameters that reads bytes, with new weights."""
+    set_seed(0)
+    common: dict[str, Any] = dict(vocab_size=256, bos_token_id=0, eos_token_id=0)
+    if name == "gpt2":
+        sizes = dict(n_embd=128, n_layer=4, n_head=4, n_positions=positions)
+        return GPT2LMHeadModel(GPT2Config(**common, **sizes, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0))
+    if name != "llama":
+        raise typer.BadParameter(f"must be gpt2 or llama; got {name!r}", param_hint="host")
+    sizes = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, max_position_embeddings=positions)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**common, **sizes, **heads, tie_word_embeddings=True))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
+    """Train on the text, or go on from where an earlier run ended. -> the validation loss."""
+    tenth = max(steps // 10, 1)
+    args = TrainingArguments(
+        output_dir=str(out),
+        max_steps=steps,
+        per_device_train_batch_size=TEACHER_BATCH,
+        per_device_eval_batch_size=TEACHER_BATCH,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 25,
+        weight_decay=0.05,
+        adam_beta2=0.99,
+        max_grad_norm=1.0,
+        eval_strategy="steps",
+        eval_steps=tenth,
+        save_steps=tenth,
+        save_total_limit=1,
+        **common_arguments(),
+    )
+    trainer = Trainer(model, args, train_dataset=corpus.train, eval_dataset=corpus.valid, callbacks=[SaveOnInterrupt()])
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(Progress(Batch(TEACHER_BATCH, 1, 1, CONTEXT, corpus.unit), corpus))
+    last = last_checkpoint(out)
+    if last and last.name == f"checkpoint-{steps}":
+        trainer._load_from_checkpoint(str(last))
+    else:
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if trainer.state.global_step < steps:
+            raise KeyboardInterrupt
+    return trainer.evaluate()["eval_loss"]
+
+
+def recovered(model: Any, layers: range | list[int], corpus: Corpus, few: int, out: Path) -> Recovery:
+    """few: of the teacher's steps, to be made of the tokens of both stages."""
+    steps = few * TEACHER_BATCH // BATCH
+    set_seed(0)
+    return replace_in_parts(
+        model,
+        [list(layers)],
+        corpus.train,
+        corpus.valid,
+        out=out,
+        transfer_steps=steps // 4,
+        tuning_steps=steps - steps // 4,
+        batch=BATCH,
+        callbacks=[SaveOnInterrupt(), StageProgress(Batch(BATCH, 1, 1, CONTEXT, corpus.unit), corpus)],
+        eval_strategy="steps",
+        eval_steps=max(steps // 8, 1),
+        save_steps=max(steps // 8, 1),
+        **common_arguments(),
+    )[0]
+
+
+def common_arguments() -> dict[str, Any]:
+    return dict(
+        logging_steps=10, save_total_limit=1, disable_tqdm=False, report_to="none", **device_arguments("cpu", "")
+    )
+
+
+def show_losses(host: str, losses: dict[str, float], recoveries: dict[str, Recovery], steps: int, few: int) -> None:
+    teacher = losses["teacher"]
+    rows = []
+    for name, loss in losses.items():
+        tokens = (steps if name == "teacher" else few) * TEACHER_BATCH * CONTEXT
+        found = recoveries.get(name)
+        path = f"{found.replaced:.3f}, {found.transferred:.3f}" if found else ""
+        rows.append([name, f"{tokens:,}", path, f"{loss:.4f}", f"{100 * (loss / teacher - 1):+.2f} %"])
+    columns = ["", "bytes trained on", "replaced, layers taught", "validation, nats per byte", "against the teacher"]
+    show(f"{host}, 4 layers, width 128, context {CONTEXT}, on Python's source", columns, rows)
+    for name, most in (("all layers", 1.02), ("half the layers", 1.01)):
+        verdict = "met" if losses[name] <= most * teacher else "MISSED"
+        typer.echo(f"{name} within {100 * most - 100:.0f} % of the teacher: {verdict}")
+    better = losses["all layers"] < losses["all layers, from scratch"]
+    typer.echo(f"all layers below the same model from scratch: {'met' if better else 'MISSED'}")
+
+
+# --- what they write --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Text:
+    """Byte n-grams: those of the training text, sorted, and the shares of 3-grams in the real continuations."""
+
+    known: np.ndarray
+    shares: np.ndarray
+
+
+def show_texts(host: str, models: dict[str, Any], corpus: Corpus) -> None:
+    blocks = torch.stack([corpus.valid[i * len(corpus.valid) // PROMPTS]["input_ids"] for i in range(PROMPTS)])
+    prompts, real = blocks[:, :PROMPT], blocks[:, PROMPT:]
+    text = Text(np.unique(np.concatenate([grams(piece, GRAM) for piece in corpus.train.pieces])), trigrams(real))
+    rows = [["the text itself", *statistics(real, text), ""]]
+    for way, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+        written = {}
+        for name, model in tqdm(models.items(), desc=f"{way} texts", leave=False):
+            written[name] = write(model, prompts, temperature)
+            rows.append(
+                [f"{name}, {way}", *statistics(written[name], text), agreement(written[name], written["teacher"])]
+            )
+    columns = ["", f"{GRAM}-grams known", "3-grams, distance to the text's", "loops", "bytes as the teacher"]
+    show(f"{host}: {PROMPTS} continuations of {PROMPT} bytes by {CONTEXT - PROMPT}", columns, rows)
+
+
+def write(model: Any, prompts: Tensor, temperature: float) -> Tensor:
+    chance = torch.Generator().manual_seed(0)
+    length = CONTEXT - prompts.shape[1]
+    return torch.cat(list(stream(model.eval(), prompts, length, temperature=temperature, generator=chance)), dim=1)
+
+
+def statistics(texts: Tensor, text: Text) -> list[str]:
+    """Share of n-grams that the training text has; Jensen-Shannon distance of 3-grams; share that ends in a loop."""
+    found = np.concatenate([grams(row, GRAM) for row in texts.numpy()])
+    known = np.isin(found, text.known).mean()
+    mine, theirs = trigrams(texts), text.shares
+    middle = (mine + theirs) / 2
+    divergence = sum(_entropy(middle) - _entropy(part) for part in (mine, theirs)) / 2
+    return [f"{100 * known:.1f} %", f"{divergence**0.5:.3f}", f"{100 * np.mean([loops(row) for row in texts]):.0f} %"]
+
+
+def grams(text: np.ndarray, n: int) -> np.ndarray:
+    """Every n bytes in a row, as one number."""
+    windows = np.lib.stride_tricks.sliding_window_view(text.astype(np.uint64), n)
+    return windows @ (np.uint64(256) ** np.arange(n, dtype=np.uint64))
+
+
+def trigrams(texts: Tensor) -> np.ndarray:
+    """Share of each of 256^3 in the texts."""
+    counts = np.bincount(np.concatenate([grams(row, 3) for row in texts.numpy()]).astype(np.int64), minlength=256**3)
+    return counts / counts.sum()
+
+
+def _entropy(shares: np.ndarray) -> float:
+    """In bits."""
+    some = shares[shares > 0]
+    return float(-(some * np.log2(some)).sum())
+
+
+def loops(row: Tensor) -> bool:
+    """Whether the last bytes are one piece again and again."""
+    end = row[-LOOP:]
+    return any(torch.equal(end[period:], end[:-period]) for period in range(1, PERIOD + 1))
+
+
+def agreement(texts: Tensor, others: Tensor) -> str:
+    """Bytes before they part, the mean."""
+    same = (texts == others).cumprod(dim=1).sum(dim=1).float().mean().item()
+    return f"{same:.0f}"
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def show_decoding(host: str, context: int = 8192, batch: int = 8, rounds: int = 15) -> None:
+    """One more token after `context`, before and after; weights do not matter for that."""
+    before, after, half = (new_host(host, positions=context + 1000).eval() for _ in range(3))
+    replace_attention(after)
+    replace_attention(half, layers=HALF)
+    models = {"attention": before, "half the layers": half, "all layers": after}
+    caches = {name: filled(model, context, batch) for name, model in models.items()}
+    token = torch.zeros(batch, 1, dtype=torch.long)
+    with torch.inference_mode():
+        seconds = take_turns(
+            {name: partial(model, token, past_key_values=caches[name]) for name, model in models.items()}, rounds
+        )
+    memory = {name: cache_size(cache) for name, cache in caches.items()}
+    rows = []
+    for name in models:
+        middle = sorted(seconds[name])[rounds // 2]
+        value, low, high = ratio(seconds["attention"], seconds[name])
+        faster = f"{value:.1f} ({low:.1f} to {high:.1f})" if name != "attention" else ""
+        less = f"1/{memory['attention'] / memory[name]:.0f}" if name != "attention" else ""
+        rows.append([name, f"{1e3 * middle:.1f}", faster, f"{memory[name] / 1e6:.2f}", less])
+    columns = ["retention in", "ms a step", "times faster (quartiles)", "MB of cache", "of attention's"]
+    show(f"{host}: one more token after {context}, batch {batch}", columns, rows)
+
+
+@torch.inference_mode()
+def filled(model: Any, context: int, batch: int) -> DynamicCache:
+    """What a prompt would leave behind, without waiting for all of it."""
+    cache = DynamicCache(config=model.config)
+    model(torch.randint(256, (batch, 300)), past_key_values=cache)
+    for layer in cache.layers:
+        if hasattr(layer, "keys"):
+            shape = (*layer.keys.shape[:2], context - 300, layer.keys.shape[3])
+            layer.update(*torch.randn(2, *shape))
+    return cache
+
+
+def cache_size(cache: DynamicCache) -> int:
+    """In bytes."""
+    return sum(
+        x.nbytes
+        for layer in cache.layers
+        for x in ((layer.keys, layer.values) if hasattr(layer, "keys") else (layer.state.kv,))
+    )
