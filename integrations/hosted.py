@@ -39,7 +39,12 @@ class FeatureMap(nn.Module):
 
     def __init__(self, num_heads: int, key_dim: int, device: Any = None, dtype: Any = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.eye(key_dim, device=device, dtype=dtype).repeat(num_heads, 1, 1))
+        self.weight = nn.Parameter(torch.empty(num_heads, key_dim, key_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(self.weight.shape[1]))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H, T, K) -> (B, H, T, 2 K)."""
@@ -54,6 +59,8 @@ class HostedRetention(nn.Module):
     features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
         takes them as they are and divides by the root mean square of each head.
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
+    grid: where the tokens are an image, decay by the distance in rows plus that in columns; False: along its rows, one
+        after another.
     The output of each channel is multiplied by `gain`, 1 at the start.
     """
 
@@ -65,6 +72,7 @@ class HostedRetention(nn.Module):
         learnable_decay: bool = True,
         features: bool = True,
         gate: str | None = None,
+        grid: bool = True,
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -72,23 +80,33 @@ class HostedRetention(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        self.options = dict(decay=decay, learnable_decay=learnable_decay, features=features, gate=gate)
+        self.options = dict(decay=decay, learnable_decay=learnable_decay, features=features, gate=gate, grid=grid)
         check_choice("features", features, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
+        check_choice("grid", grid, (True, False))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.causal, self.features = heads.causal, features
+        self.causal, self.features, self.grid = heads.causal, features, grid
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         self.decay = HeadDecay(decay, heads.num_heads, learnable=learnable_decay, **dd)
         self.q_map = FeatureMap(heads.num_heads, heads.key_dim, **dd) if features else nn.Identity()
         self.k_map = FeatureMap(heads.num_kv_heads, heads.key_dim, **dd) if features else nn.Identity()
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
-        self.gain = nn.Parameter(torch.ones(heads.num_heads, heads.value_dim, **dd))
+        self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
         self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
         self.activation = gate
-        if self.gate is not None and gate is not None:
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As at the start."""
+        self.decay.reset_parameters()
+        for features in (self.q_map, self.k_map):
+            if isinstance(features, FeatureMap):
+                features.reset_parameters()
+        nn.init.ones_(self.gain)
+        if self.gate is not None and self.activation is not None:
             nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, _OPEN[gate])
+            nn.init.constant_(self.gate.bias, _OPEN[self.activation])
 
     def forward(
         self,
@@ -102,10 +120,14 @@ class HostedRetention(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
         return_state: bool = False,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
     ) -> tuple[Tensor, RetentionState | None]:
         """What the heads gather, (B, T, H, V), and with return_state the state after the last token.
 
         Shapes: x (B, T, dim), the layer's input; q (B, H, T, K); k, v (B, Hkv, T, K or V); mask (B, T), True = real.
+        grid: (rows, columns) of the image that the tokens are, but for the first `prefix`: these stand at no place,
+            they see all tokens and are seen by all without decay. For layers that are not causal.
         For one token without gradients, `state` is overwritten.
         """
         q, k = (z * abs(scale) ** 0.5 for z in (q, k))
@@ -118,24 +140,36 @@ class HostedRetention(nn.Module):
             out = step(q, k, v, log_decay, state, scale=1.0, mask=mask)
         else:
             found = retain(
-                q,
-                k,
-                v,
+                q[:, :, prefix:],
+                k[:, :, prefix:],
+                v[:, :, prefix:],
                 log_decay,
                 scale=1.0,
                 mask=mask,
                 cu_seqlens=cu_seqlens,
                 state=state,
                 causal=self.causal,
+                grid=grid if self.grid else None,
                 backend=self.backend,
                 form=self.form,
                 chunk_size=self.chunk_size,
                 return_state=return_state,
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
+            out = _with_prefix(q, k, v, prefix, out) if prefix else out
         if self.features:
             out = out[..., :-1] / out[..., -1:].clamp(min=1e-6)
         y = self.norm(out.transpose(1, 2)) * self.gain
         if self.gate is not None and self.activation is not None:
             y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
         return y, after
+
+
+def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:
+    """placed (B, H, T - prefix, V): what the tokens behind the first `prefix` gather from each other. (B, H, T, V)."""
+    wide, groups = state_dtype(q.dtype), q.shape[1] // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):  # sums over the image
+        parts = (x.to(wide).tensor_split((prefix,), dim=2) for x in (k, v))
+        first, rest = ((k_i.mT @ v_i).repeat_interleave(groups, dim=1) for k_i, v_i in zip(*parts, strict=True))
+        q_first, q_rest = q.to(wide).tensor_split((prefix,), dim=2)
+        return torch.cat([q_first @ (first + rest), placed + q_rest @ first], dim=2).to(placed.dtype)

@@ -17,7 +17,7 @@ from torch import nn
 from .hosted import Heads, HostedRetention
 
 # Integrations that bring adapters, by the library whose models they are for; imported when such a model comes.
-_INTEGRATIONS = {"transformers": "transformers"}
+_INTEGRATIONS = {"timm": "timm", "transformers": "transformers"}
 
 
 class Adapter:
@@ -33,6 +33,10 @@ class Adapter:
 
     def why_not(self, attention: Any) -> list[str]:
         """Every reason why it cannot be replaced; none if it can."""
+        return []
+
+    def why_not_in(self, model: nn.Module, attention: Any) -> list[str]:
+        """Every reason that lies in the model around it."""
         return []
 
     def lost(self, attention: Any) -> list[str]:
@@ -183,7 +187,7 @@ def _planned(
         ):
             place.kept = "not asked for"
             continue
-        place.kept = _objections(place, allow_lost, options)
+        place.kept = _objections(model, place, allow_lost, options)
         chosen.append(place)
     refused = {place.names[0]: place.kept for place in chosen if place.kept}
     if refused:
@@ -224,7 +228,7 @@ def _indices(layers: Iterable[int], count: int) -> set[int]:
     return {i % count for i in given}
 
 
-def _objections(place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
+def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
     """What stands against replacing a layer; empty if nothing does."""
     attention = place.attention
     if isinstance(attention, Swapped):
@@ -233,7 +237,7 @@ def _objections(place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
         return f"has retention already, with other options, {there}; restore_attention first" if other else ""
     adapter = adapter_of(attention)
     place.lost = adapter.lost(attention)
-    reasons = adapter.why_not(attention)
+    reasons = [*adapter.why_not(attention), *adapter.why_not_in(model, attention)]
     if place.lost and not allow_lost:
         reasons = [*reasons, f"would lose {', '.join(place.lost)}; pass allow_lost=True if that may be"]
     return "; ".join(reasons)
