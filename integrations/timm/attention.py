@@ -26,6 +26,7 @@ from ..hosted import Heads, HostedRetention
 from ..swap import Adapter, Swapped, register_adapter
 
 HOSTS = (VisionTransformer, Eva)  # tokens are `num_prefix_tokens`, then what `patch_embed` makes
+KNOWN = " or ".join(host.__name__ for host in HOSTS)
 
 
 class Tokens:
@@ -67,8 +68,7 @@ class TimmAttention(Adapter):
     def why_not_in(self, model: nn.Module, attention: Any) -> list[str]:
         if any(attention in set(host.modules()) for host in _hosts(model)):
             return []
-        known = " or ".join(host.__name__ for host in HOSTS)
-        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in a {known}"]
+        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in a {KNOWN}"]
 
     def lost(self, attention: Any) -> list[str]:
         return [f"the dropout of {attention.attn_drop.p} of the weights"] if attention.attn_drop.p else []
@@ -84,6 +84,8 @@ class TimmAttention(Adapter):
     ) -> Tensor:
         if attn_mask is not None or is_causal:
             raise ValueError("retention in a vision transformer sees the whole image; got attn_mask or is_causal")
+        if not hasattr(attention, "tokens"):
+            raise ShapeError(f"the grid of the image is not known; the layer must stand in a {KNOWN}")
         grid, prefix = attention.tokens(x)
 
         def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
