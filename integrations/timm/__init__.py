@@ -1,11 +1,12 @@
 """Retention in timm's vision transformers. Importing it lets `timm.create_model` know
 
     attn_layer="retention"      retention instead of attention, in models that take an attn_layer
-    vit_retention_..., retnet_vision_..., rmt_...      models of our own, see `models` and `pyramid`
+    vit_retention_..., pyramid_retention_..., rmt_...      models of our own, see `models` and `pyramid`
 
 and `replace_attention` the attention of models that exist.
 """
 
+from . import models, pyramid
 from .attention import RetentionAttention, TimmAttention, retention_layer
 
-__all__ = ["RetentionAttention", "TimmAttention", "retention_layer"]
+__all__ = ["RetentionAttention", "TimmAttention", "models", "pyramid", "retention_layer"]
