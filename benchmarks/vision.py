@@ -1,0 +1,247 @@
+"""Does retention see as well as attention does, and what do large images cost? timm's ViT with either."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import timm
+import torch
+import typer
+from matplotlib.figure import Figure
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import trange
+
+from benchmarks.floor import Result, holds
+from benchmarks.measure import peak_memory, ratio, show, take_turns
+from retention import retain
+from retention.integrations.swap import replace_attention
+from retention.integrations.timm import retention_layer
+
+SIZES = (224, 384, 512, 768, 1024)
+# As the retentive models have it, without the gate, so that the rest is the same.
+SIDES: dict[str, dict[str, Any]] = {
+    "attention": {},
+    "1-D retention": {"attn_layer": retention_layer(features=False, grid=False)},
+    "2-D retention": {"attn_layer": retention_layer(features=False)},
+}
+TUNED = 0.2  # of the epochs, after the swap
+
+
+def vision(
+    digits: Annotated[bool, typer.Option(help="Accuracies on scikit-learn's digits.")] = True,
+    images: Annotated[bool, typer.Option(help="Time and memory by the size of the image.")] = True,
+    grids: Annotated[bool, typer.Option(help="Which form of 2-D decay is faster, by the size of the grid.")] = True,
+    epochs: int = 40,
+    seeds: int = 3,
+    rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 5,
+    plot: Annotated[Path, typer.Option(help="Where the plot of time and memory goes.")] = Path("vision.png"),
+) -> None:
+    """A ViT with attention, with retention from scratch, and with attention that was replaced; fp32."""
+    if digits:
+        _digits(epochs, seeds)
+    if images:
+        _images(rounds, plot)
+    if grids:
+        _grids(rounds)
+
+
+# --- digits -----------------------------------------------------------------------------------------------------------
+
+Digits = tuple[Tensor, Tensor, Tensor, Tensor]  # images and classes to learn, images and classes to be tested with
+
+
+def _digits(epochs: int, seeds: int) -> None:
+    """The same images, order, optimiser and number of epochs for all; another split and other weights for each seed."""
+    tuned = round(TUNED * epochs)
+    accuracies: dict[str, list[float]] = {}
+    for seed in range(seeds):
+        data = _split(seed)
+
+        def learn(name: str, model: nn.Module, epochs: int, seed: int = seed, data: Digits = data) -> float:
+            return _learn(model, data, epochs, seed, f"{name}, seed {seed}")
+
+        for name, options in {
+            "attention": {},
+            "2-D retention from scratch": {"attn_layer": retention_layer()},
+            "the same with head norm and gate": {"attn_layer": retention_layer(features=False, gate="silu")},
+        }.items():
+            accuracies.setdefault(name, []).append(learn(name, _small(seed, **options), epochs))
+        name = f"attention, replaced for the last {tuned} epochs"
+        model = _small(seed)
+        learn(name, model, epochs - tuned)
+        replace_attention(model)
+        accuracies.setdefault(name, []).append(learn(name, model, tuned))
+
+    def row(name: str, found: list[float]) -> list[str]:
+        behind = statistics.mean(accuracies["attention"]) - statistics.mean(found)
+        each = ", ".join(f"{x:.1f}" for x in found)
+        return [name, f"{statistics.mean(found):.1f}", each, f"{-behind:+.1f}", "met" if behind <= 1 else "MISSED"]
+
+    columns = ["", "accuracy, %", "each seed", "to attention", "at least -1"]
+    title = f"Digits: {seeds} seeds, {epochs} epochs, 500 of 1797 images to test with"
+    show(title, columns, [row(name, found) for name, found in accuracies.items()])
+
+
+def _split(seed: int) -> Digits:
+    pixels, classes = load_digits(return_X_y=True)
+    learnt, tested = train_test_split(range(len(pixels)), test_size=500, random_state=seed, stratify=classes)
+    x, y = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(classes)
+    return x[learnt], y[learnt], x[tested], y[tested]
+
+
+def _small(seed: int, **options: Any) -> VisionTransformer:
+    torch.manual_seed(seed)
+    sizes = dict(img_size=8, patch_size=2, in_chans=1, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2)
+    return VisionTransformer(num_classes=10, **sizes, **options)
+
+
+def _learn(model: nn.Module, data: Digits, epochs: int, seed: int, name: str) -> float:
+    """Accuracy in percent."""
+    x, y, tested, classes = data
+    order, steps = torch.Generator().manual_seed(seed), len(x) // 64
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-3, total_steps=epochs * steps, pct_start=0.1)
+    model.train()
+    for _ in trange(epochs, desc=name, leave=False):
+        for chosen in torch.randperm(len(x), generator=order)[: steps * 64].split(64):
+            optimiser.zero_grad()
+            F.cross_entropy(model(x[chosen]), y[chosen], label_smoothing=0.1).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+    with torch.no_grad():
+        right = model.eval()(tested).argmax(1) == classes
+    return 100 * right.double().mean().item()
+
+
+# --- large images -----------------------------------------------------------------------------------------------------
+
+
+def _vit(side: str, size: int) -> tuple[nn.Module, Tensor]:
+    return timm.create_model("vit_tiny_patch16_224", img_size=size, **SIDES[side]), torch.randn(1, 3, size, size)
+
+
+def _inference(side: str, size: int) -> Callable[[], object]:
+    model, x = _vit(side, size)
+
+    def run() -> object:
+        with torch.inference_mode():
+            return model(x)
+
+    return run
+
+
+def _training(side: str, size: int) -> Callable[[], object]:
+    model, x = _vit(side, size)
+
+    def run() -> object:
+        model.zero_grad()
+        return model(x).sum().backward()
+
+    return run
+
+
+def _images(rounds: int, plot: Path) -> None:
+    ways = {"forward": _inference, "forward + backward": _training}
+    seconds: dict[tuple[str, str, int], list[float]] = {}
+    memory: dict[tuple[str, str, int], int] = {}
+    for size in SIZES:
+        for way, make in ways.items():
+            for side, spent in take_turns({side: make(side, size) for side in SIDES}, rounds).items():
+                seconds[side, way, size] = spent
+                memory[side, way, size] = peak_memory(make, side, size)
+    for way in ways:
+        rows = [[f"{size} x {size}", *(_cell(seconds, memory, side, way, size) for side in SIDES)] for size in SIZES]
+        show(f"ViT-tiny/16, {way}: seconds, attention's time / its own, peak extra memory", ["", *SIDES], rows)
+    results = [result for way in ways for result in _verdicts(seconds, way)]
+    rows = [
+        [
+            name,
+            f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})",
+            f"{sign} {bound}",
+            "met" if holds(x[0], sign, bound) else "MISSED",
+        ]
+        for name, x, sign, bound in results
+    ]
+    show("1-D retention on large images", ["ratio", "median (quartiles)", "target", ""], rows)
+    _draw(seconds, memory, list(ways), plot)
+    typer.echo(f"plotted in {plot}")
+
+
+def _cell(seconds: dict, memory: dict, side: str, way: str, size: int) -> str:
+    key = side, way, size
+    middle, low, high = ratio(seconds["attention", way, size], seconds[key])
+    return (
+        f"{statistics.median(seconds[key]):.3f}, {middle:.2f} ({low:.2f} to {high:.2f}), {memory[key] / 2**20:.0f} MB"
+    )
+
+
+def _verdicts(seconds: dict, way: str) -> list[Result]:
+    side = "1-D retention"
+    faster: list[Result] = [
+        (
+            f"attention / 1-D, {way}, {size}²",
+            ratio(seconds["attention", way, size], seconds[side, way, size]),
+            ">=",
+            1.0,
+        )
+        for size in SIZES
+        if size >= 512
+    ]
+    growth = [x / 4 for x in ratio(seconds[side, way, 1024], seconds[side, way, 512])]
+    return [*faster, (f"a pixel of 1024² / of 512², {way}", (growth[0], growth[1], growth[2]), "<=", 1.15)]
+
+
+def _draw(seconds: dict, memory: dict, ways: list[str], file: Path) -> None:
+    figure = Figure(figsize=(10, 8), layout="constrained")
+    for row, way in zip(figure.subplots(2, 2, sharex=True).T, ways, strict=True):
+        for side in SIDES:
+            row[0].plot(SIZES, [statistics.median(seconds[side, way, size]) for size in SIZES], marker="o", label=side)
+            row[1].plot(SIZES, [memory[side, way, size] / 2**20 for size in SIZES], marker="o", label=side)
+        row[0].set(title=way, ylabel="seconds")
+        row[1].set(xlabel="pixels a side", ylabel="peak extra memory, MB")
+        for axes in row:
+            axes.set(xscale="log", yscale="log", xticks=SIZES, xticklabels=SIZES)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+            axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+# --- forms on a grid --------------------------------------------------------------------------------------------------
+
+
+def _grids(rounds: int) -> None:
+    """What form="auto" goes by."""
+    rows = []
+    for side in (8, 14, 20, 24, 28, 32, 48, 64):
+        batch = max(1, 1024 // side**2)
+        q, k, v = (torch.randn(batch, 6, side * side, 64, requires_grad=True) for _ in range(3))
+        log_decay = torch.linspace(-0.5, -0.01, 6).requires_grad_()
+
+        def run(form: str, inputs: tuple[Tensor, ...] = (q, k, v, log_decay), side: int = side) -> Tensor:
+            out = retain(*inputs, causal=False, grid=(side, side), form=form)
+            assert isinstance(out, Tensor)
+            return out
+
+        def forward(form: str, run: Callable[[str], Tensor] = run) -> Tensor:
+            with torch.no_grad():
+                return run(form)
+
+        def both(form: str, run: Callable[[str], Tensor] = run) -> object:
+            return torch.autograd.grad(run(form).sum(), (q, k, v, log_decay))  # noqa: B023
+
+        cells = []
+        for way in (forward, both):
+            sides = {form: lambda form=form, way=way: way(form) for form in ("parallel", "chunkwise")}
+            spent = take_turns(sides, rounds if side < 48 else 3)
+            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio(spent["parallel"], spent["chunkwise"])))
+        rows.append([f"{side} x {side}, batch {batch}", *cells])
+    show("2-D decay, parallel / chunkwise; 6 heads of 64", ["grid", "forward", "forward + backward"], rows)
