@@ -38,7 +38,7 @@ def vision(
     digits: Annotated[bool, typer.Option(help="Accuracies on scikit-learn's digits.")] = True,
     images: Annotated[bool, typer.Option(help="Time and memory by the size of the image.")] = True,
     grids: Annotated[bool, typer.Option(help="Which form of 2-D decay is faster, by the size of the grid.")] = True,
-    epochs: int = 40,
+    epochs: int = 60,
     seeds: int = 3,
     rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 5,
     plot: Annotated[Path, typer.Option(help="Where the plot of time and memory goes.")] = Path("vision.png"),
@@ -69,8 +69,7 @@ def _digits(epochs: int, seeds: int) -> None:
 
         for name, options in {
             "attention": {},
-            "2-D retention from scratch": {"attn_layer": retention_layer()},
-            "the same with head norm and gate": {"attn_layer": retention_layer(features=False, gate="silu")},
+            "retention from scratch": {"attn_layer": retention_layer(features=False, gate="silu")},
         }.items():
             accuracies.setdefault(name, []).append(learn(name, _small(seed, **options), epochs))
         name = f"attention, replaced for the last {tuned} epochs"

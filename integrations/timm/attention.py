@@ -1,7 +1,7 @@
 """Retention in the attention layers of timm's vision transformers.
 
 Their forwards run as they are, but that the softmax in them is answered by retention. What the layers cannot see, the
-grid of the image, a hook on the model's `patch_embed` tells them at every pass.
+grid of the image, a hook on the model's patch embedding tells them at every pass.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import timm.models.vision_transformer as vision_transformer
 import torch
 from timm.layers import Attention
 from timm.models import register_notrace_module
+from timm.models.deepseek_vit import DeepseekVitEncoder
 from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.qwen3_vit import Qwen3VitEncoder
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -25,29 +28,33 @@ from retention.errors import ShapeError
 from ..hosted import Heads, HostedRetention
 from ..swap import Adapter, Swapped, register_adapter
 
-HOSTS = (VisionTransformer, Eva)  # tokens are `num_prefix_tokens`, then what `patch_embed` makes
-KNOWN = " or ".join(host.__name__ for host in HOSTS)
+# Their tokens are `num_prefix_tokens`, then the patches that `patch_embed` or `embeds` makes, row by row.
+HOSTS = (VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder, DeepseekVitEncoder)
+KNOWN = ", ".join(host.__name__ for host in HOSTS)
 
 
 class Tokens:
-    """How the tokens of a model lie: some before the image, then its patches, row by row."""
+    """How the tokens of a model lie, as seen in the pass at hand."""
 
     def __init__(self, model: Any):
         self.model = model
         self.grid: tuple[int, ...] | None = None
-        self.hook = model.patch_embed.register_forward_hook(self._see)
+        embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+        self.hook = embed.register_forward_hook(self._see)
 
-    def _see(self, patch_embed: Any, _: Any, patches: Tensor) -> None:
-        dynamic = (
-            not isinstance(patches, torch.fx.Proxy) and patches.dim() == 4
-        )  # else of the size that it was made for
-        self.grid = patches.shape[1:3] if dynamic else patch_embed.grid_size
+    def _see(self, embed: Any, _: Any, patches: Any) -> None:
+        if isinstance(patches, tuple):
+            self.grid = patches[1]  # None for images of several sizes
+        elif isinstance(patches, torch.fx.Proxy) or patches.dim() == 3:
+            self.grid = embed.grid_size  # the only one that it makes
+        else:
+            self.grid = patches.shape[1:3]
 
     def __call__(self, x: Tensor) -> tuple[tuple[int, int], int]:
         """The grid, and how many tokens stand before it. x (B, T, dim) are all tokens. Raises: ShapeError."""
         prefix = self.model.num_prefix_tokens
         if self.grid is None:
-            raise ShapeError("the grid of the image is not known; run the whole model, not a block of it")
+            raise ShapeError("the grid of the image is not known; run the whole model, on images of one size")
         rows, columns = map(int, self.grid)
         if prefix + rows * columns != x.shape[1]:
             raise ShapeError(
@@ -68,7 +75,7 @@ class TimmAttention(Adapter):
     def why_not_in(self, model: nn.Module, attention: Any) -> list[str]:
         if any(attention in set(host.modules()) for host in _hosts(model)):
             return []
-        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in a {KNOWN}"]
+        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {KNOWN}"]
 
     def lost(self, attention: Any) -> list[str]:
         return [f"the dropout of {attention.attn_drop.p} of the weights"] if attention.attn_drop.p else []
@@ -85,7 +92,7 @@ class TimmAttention(Adapter):
         if attn_mask is not None or is_causal:
             raise ValueError("retention in a vision transformer sees the whole image; got attn_mask or is_causal")
         if not hasattr(attention, "tokens"):
-            raise ShapeError(f"the grid of the image is not known; the layer must stand in a {KNOWN}")
+            raise ShapeError(f"the grid of the image is not known; the layer must stand in one of {KNOWN}")
         grid, prefix = attention.tokens(x)
 
         def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -26,6 +26,9 @@ FAMILIES = {
     "hybrid": ("vit_tiny_r_s16_p8_224", SMALL | {"img_size": (96, 160)}, 1),
     "eva": ("eva02_tiny_patch14_224", SMALL | {"patch_size": 16}, 1),
     "rope": ("vit_small_patch16_rope_224", SMALL, 1),
+    "naflex": ("naflexvit_base_patch16_gap", {k: v for k, v in SMALL.items() if k != "img_size"}, 4),
+    "qwen": ("qwen3_vit_88m_enc", SMALL | {"patch_size": 16}, 0),
+    "deepseek": ("deepseek_vit_412m_enc", SMALL | {"patch_size": 16}, 0),
     "grouped": ("vit_small_patch16_rope_224", SMALL | {"num_kv_heads": 1, "qkv_fused": False}, 1),
 }
 
@@ -44,8 +47,7 @@ def awake(model):
 
 
 def images(model, rows=3, columns=5):
-    size = getattr(model.patch_embed, "img_size", None)
-    scale = 32 if size == (96, 160) else 16
+    scale = 32 if getattr(model, "default_cfg", {}).get("architecture", "").endswith("r_s16_p8_224") else 16
     return torch.randn(2, 3, rows * scale, columns * scale)
 
 
@@ -103,7 +105,7 @@ def test_a_replaced_model_is_the_model_with_the_formula_instead_of_the_softmax(f
     assert not torch.allclose(want, before, rtol=1e-2, atol=1e-3)
     restore_attention(model)
     assert torch.equal(model.forward_features(x), before)
-    assert not model.patch_embed._forward_hooks
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_the_grid_is_that_of_the_image_at_hand(monkeypatch):
@@ -282,6 +284,16 @@ def test_a_layer_without_its_model_has_no_grid():
     alone = RetentionAttention(32, 2)
     with pytest.raises(ShapeError, match="grid of the image is not known"):
         alone(torch.randn(2, 16, 32))
+
+
+def test_images_of_several_sizes_are_refused():
+    model = build("naflex")
+    replace_attention(model)
+    coordinates = torch.cartesian_prod(torch.arange(3), torch.arange(5)).expand(2, -1, -1)
+    valid = torch.ones(2, 15, dtype=torch.bool)
+    valid[1, 12:] = False
+    with pytest.raises(ValueError, match="sees the whole image; got attn_mask"):
+        model(torch.randn(2, 15, 768), patch_coord=coordinates, patch_valid=valid)
 
 
 @pytest.mark.parametrize(
