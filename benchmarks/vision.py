@@ -218,29 +218,32 @@ def _draw(seconds: dict, memory: dict, ways: list[str], file: Path) -> None:
 
 
 def _grids(rounds: int) -> None:
-    """What form="auto" goes by."""
+    """What form="auto" goes by, and the size of the tiles."""
+    ways: dict[str, dict[str, Any]] = {
+        "chunkwise": dict(form="chunkwise"),
+        "parallel": dict(form="parallel"),
+        "tiles of 8 x 8": dict(form="chunkwise", chunk_size=8**2),
+        "tiles of 24 x 24": dict(form="chunkwise", chunk_size=24**2),
+    }
     rows = []
     for side in (8, 14, 20, 24, 28, 32, 48, 64):
         batch = max(1, 1024 // side**2)
         q, k, v = (torch.randn(batch, 6, side * side, 64, requires_grad=True) for _ in range(3))
-        log_decay = torch.linspace(-0.5, -0.01, 6).requires_grad_()
+        inputs = q, k, v, torch.linspace(-0.5, -0.01, 6).requires_grad_()
+        times = rounds if side < 48 else 3
+        forward = take_turns({way: _grid(inputs, side, False, **options) for way, options in ways.items()}, times)
+        both = take_turns({way: _grid(inputs, side, True, **options) for way, options in ways.items()}, times)
+        compared = (ratio(spent[way], spent["chunkwise"]) for way in list(ways)[1:] for spent in (forward, both))
+        rows.append([f"{side}², batch {batch}", *("{:.2f} ({:.2f} to {:.2f})".format(*x) for x in compared)])
+    columns = ["grid", *(f"{way}, {what}" for way in list(ways)[1:] for what in ("forward", "and backward"))]
+    show("2-D decay, time relative to the chunkwise form; 6 heads of 64", columns, rows)
 
-        def run(form: str, inputs: tuple[Tensor, ...] = (q, k, v, log_decay), side: int = side) -> Tensor:
-            out = retain(*inputs, causal=False, grid=(side, side), form=form)
-            assert isinstance(out, Tensor)
-            return out
 
-        def forward(form: str, run: Callable[[str], Tensor] = run) -> Tensor:
-            with torch.no_grad():
-                return run(form)
+def _grid(inputs: tuple[Tensor, ...], side: int, backward: bool, **options: Any) -> Callable[[], object]:
+    def run() -> object:
+        with torch.set_grad_enabled(backward):
+            out = retain(*inputs, causal=False, grid=(side, side), **options)
+        assert isinstance(out, Tensor)
+        return torch.autograd.grad(out.sum(), inputs) if backward else out
 
-        def both(form: str, run: Callable[[str], Tensor] = run) -> object:
-            return torch.autograd.grad(run(form).sum(), (q, k, v, log_decay))  # noqa: B023
-
-        cells = []
-        for way in (forward, both):
-            sides = {form: lambda form=form, way=way: way(form) for form in ("parallel", "chunkwise")}
-            spent = take_turns(sides, rounds if side < 48 else 3)
-            cells.append("{:.2f} ({:.2f} to {:.2f})".format(*ratio(spent["parallel"], spent["chunkwise"])))
-        rows.append([f"{side} x {side}, batch {batch}", *cells])
-    show("2-D decay, parallel / chunkwise; 6 heads of 64", ["grid", "forward", "forward + backward"], rows)
+    return run

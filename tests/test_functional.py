@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import retention
 from retention import BackendError, RetentionState, ShapeError, initial_state, retain, step
@@ -229,6 +231,27 @@ def test_second_derivatives_are_eagers():
     (gradient,) = torch.autograd.grad(retain(q, k, v, LOG_DECAY, form="chunkwise").sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="chunkwise_backward"):
         gradient.sum().backward()
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is made in it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)), 0)
+        return made
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise"])
+def test_the_pairs_of_a_grid_are_never_there_all_at_once(form):
+    side = 48
+    q, k, v = qkv(batch=1, length=side * side, dtype=torch.float32)
+    with Largest() as largest:
+        retain(q, k, v, LOG_DECAY, causal=False, grid=(side, side), form=form)
+    pairs = 2 * side**4
+    assert largest.numel <= {"parallel": retention.backends.eager.SCORES_AT_ONCE, "chunkwise": pairs / 20}[form] < pairs
 
 
 def test_a_new_state_shares_no_memory_with_the_old():

@@ -6,6 +6,11 @@
 and `replace_attention` the attention of models that exist.
 """
 
+try:
+    import timm as _  # noqa: F401
+except ImportError as error:
+    raise ImportError('retention.integrations.timm needs timm; pip install "multiscale-retention[timm]"') from error
+
 from . import models, pyramid
 from .attention import RetentionAttention, TimmAttention, retention_layer
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from .. import Call
 
 CHUNK_SIZE = 64  # on CPU as fast as any of 16 to 256, within the noise of `python -m benchmarks floor --chunks`
-GRID_CHUNK_SIZE = 256  # 16 cells a side, by `python -m benchmarks vision`
+GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
 HEADS_AT_ONCE = 32  # rows times heads; on CPU more of them leave the cache, fewer leave threads idle
 
 
