@@ -147,19 +147,24 @@ def _training(side: str, size: int) -> Callable[[], object]:
     return run
 
 
+Seconds = dict[tuple[str, str, int], list[float]]  # by side, way and size
+WAYS = {"forward": _inference, "forward + backward": _training}
+
+
 def _images(rounds: int, plot: Path) -> None:
-    ways = {"forward": _inference, "forward + backward": _training}
-    seconds: dict[tuple[str, str, int], list[float]] = {}
-    memory: dict[tuple[str, str, int], int] = {}
+    seconds: Seconds = {}
+    memory: dict[tuple[str, int], int] = {}
     for size in SIZES:
-        for way, make in ways.items():
+        for way, make in WAYS.items():
             for side, spent in take_turns({side: make(side, size) for side in SIDES}, rounds).items():
                 seconds[side, way, size] = spent
-                memory[side, way, size] = peak_memory(make, side, size)
-    for way in ways:
-        rows = [[f"{size} x {size}", *(_cell(seconds, memory, side, way, size) for side in SIDES)] for size in SIZES]
-        show(f"ViT-tiny/16, {way}: seconds, attention's time / its own, peak extra memory", ["", *SIDES], rows)
-    results = [result for way in ways for result in _verdicts(seconds, way)]
+        memory |= {(side, size): peak_memory(_training, side, size) for side in SIDES}
+    for way in WAYS:
+        rows = [[f"{size}²", *(_cell(seconds, side, way, size) for side in SIDES)] for size in SIZES]
+        show(f"ViT-tiny/16, {way}: seconds, and attention's time / its own", ["", *SIDES], rows)
+    rows = [[f"{size}²", *(f"{memory[side, size] / 2**20:.0f}" for side in SIDES)] for size in SIZES]
+    show("Peak extra memory of forward + backward, MB", ["", *SIDES], rows)
+    results = [result for way in WAYS for result in _verdicts(seconds, way)]
     rows = [
         [
             name,
@@ -170,47 +175,41 @@ def _images(rounds: int, plot: Path) -> None:
         for name, x, sign, bound in results
     ]
     show("1-D retention on large images", ["ratio", "median (quartiles)", "target", ""], rows)
-    _draw(seconds, memory, list(ways), plot)
+    _draw(seconds, memory, plot)
     typer.echo(f"plotted in {plot}")
 
 
-def _cell(seconds: dict, memory: dict, side: str, way: str, size: int) -> str:
-    key = side, way, size
-    middle, low, high = ratio(seconds["attention", way, size], seconds[key])
-    return (
-        f"{statistics.median(seconds[key]):.3f}, {middle:.2f} ({low:.2f} to {high:.2f}), {memory[key] / 2**20:.0f} MB"
+def _cell(seconds: Seconds, side: str, way: str, size: int) -> str:
+    own = seconds[side, way, size]
+    return "{:.3f}, {:.2f} ({:.2f} to {:.2f})".format(
+        statistics.median(own), *ratio(seconds["attention", way, size], own)
     )
 
 
-def _verdicts(seconds: dict, way: str) -> list[Result]:
-    side = "1-D retention"
+def _verdicts(seconds: Seconds, way: str) -> list[Result]:
+    attention, own = ({size: seconds[side, way, size] for size in SIZES} for side in ("attention", "1-D retention"))
     faster: list[Result] = [
-        (
-            f"attention / 1-D, {way}, {size}²",
-            ratio(seconds["attention", way, size], seconds[side, way, size]),
-            ">=",
-            1.0,
-        )
+        (f"attention / 1-D, {way}, {size}²", ratio(attention[size], own[size]), ">=", 1.0)
         for size in SIZES
         if size >= 512
     ]
-    growth = [x / 4 for x in ratio(seconds[side, way, 1024], seconds[side, way, 512])]
-    return [*faster, (f"a pixel of 1024² / of 512², {way}", (growth[0], growth[1], growth[2]), "<=", 1.15)]
+    middle, low, high = ratio(own[1024], own[512])
+    return [*faster, (f"1-D, a pixel of 1024² / of 512², {way}", (middle / 4, low / 4, high / 4), "<=", 1.15)]
 
 
-def _draw(seconds: dict, memory: dict, ways: list[str], file: Path) -> None:
-    figure = Figure(figsize=(10, 8), layout="constrained")
-    for row, way in zip(figure.subplots(2, 2, sharex=True).T, ways, strict=True):
+def _draw(seconds: Seconds, memory: dict[tuple[str, int], int], file: Path) -> None:
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    curves = {
+        **{f"{way}, seconds": {(s, n): statistics.median(seconds[s, way, n]) for s, n in memory} for way in WAYS},
+        "forward + backward, peak extra MB": {key: value / 2**20 for key, value in memory.items()},
+    }
+    for axes, (title, values) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
         for side in SIDES:
-            row[0].plot(SIZES, [statistics.median(seconds[side, way, size]) for size in SIZES], marker="o", label=side)
-            row[1].plot(SIZES, [memory[side, way, size] / 2**20 for size in SIZES], marker="o", label=side)
-        row[0].set(title=way, ylabel="seconds")
-        row[1].set(xlabel="pixels a side", ylabel="peak extra memory, MB")
-        for axes in row:
-            axes.set(xscale="log", yscale="log", xticks=SIZES, xticklabels=SIZES)
-            axes.minorticks_off()
-            axes.grid(alpha=0.3)
-            axes.legend()
+            axes.plot(SIZES, [values[side, size] for size in SIZES], marker="o", label=side)
+        axes.set(title=title, xlabel="pixels a side", xscale="log", yscale="log", xticks=SIZES, xticklabels=SIZES)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(file, dpi=120)
 
 
