@@ -34,7 +34,7 @@ KNOWN = ", ".join(host.__name__ for host in HOSTS)
 
 
 class Tokens:
-    """How the tokens of a model lie, as seen in the pass at hand."""
+    """How the tokens of a model lie, as its patch embedding makes them in the pass at hand."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -43,6 +43,8 @@ class Tokens:
         self.hook = embed.register_forward_hook(self._see)
 
     def _see(self, embed: Any, _: Any, patches: Any) -> None:
+        if isinstance(patches, torch.fx.Proxy) and not embed.strict_img_size:
+            raise ShapeError("a graph of FX has one grid; build the model with dynamic_img_size=False")
         if isinstance(patches, tuple):
             self.grid = patches[1]  # None for images of several sizes
         elif isinstance(patches, torch.fx.Proxy) or patches.dim() == 3:

@@ -239,6 +239,8 @@ def test_fx_takes_a_layer_as_one_node():
     features = create_feature_extractor(model, ["blocks.0.attn", "head"])
     torch.testing.assert_close(features(x)["head"], model(x))
     assert features(x)["blocks.0.attn"].shape == (2, 16, 32)
+    with pytest.raises(ShapeError, match="a graph of FX has one grid; build the model with dynamic_img_size=False"):
+        create_feature_extractor(build("dynamic", attn_layer="retention"), ["head"])
 
 
 def test_a_copy_has_a_grid_of_its_own():
