@@ -79,9 +79,9 @@ def _digits(epochs: int, seeds: int) -> None:
         accuracies.setdefault(name, []).append(learn(name, model, tuned))
 
     def row(name: str, found: list[float]) -> list[str]:
-        behind = statistics.mean(accuracies["attention"]) - statistics.mean(found)
+        ahead = statistics.mean(found) - statistics.mean(accuracies["attention"])
         each = ", ".join(f"{x:.1f}" for x in found)
-        return [name, f"{statistics.mean(found):.1f}", each, f"{-behind:+.1f}", "met" if behind <= 1 else "MISSED"]
+        return [name, f"{statistics.mean(found):.1f}", each, f"{ahead:+.1f}", "met" if ahead >= -1 else "MISSED"]
 
     columns = ["", "accuracy, %", "each seed", "to attention", "at least -1"]
     title = f"Digits: {seeds} seeds, {epochs} epochs, 500 of 1797 images to test with"

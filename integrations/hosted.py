@@ -61,6 +61,8 @@ class HostedRetention(nn.Module):
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
     grid: where the tokens are an image, decay by the distance in rows plus that in columns; False: along its rows, one
         after another.
+    causal: each token sees those before it only; None: as the layer does. An image is then read along its rows, from a
+        state, and has no tokens without a place.
     The output of each channel is multiplied by `gain`, 1 at the start.
     """
 
@@ -73,6 +75,7 @@ class HostedRetention(nn.Module):
         features: bool = True,
         gate: str | None = None,
         grid: bool = True,
+        causal: bool | None = None,
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -80,13 +83,17 @@ class HostedRetention(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        self.options = dict(decay=decay, learnable_decay=learnable_decay, features=features, gate=gate, grid=grid)
+        self.options = dict(
+            decay=decay, learnable_decay=learnable_decay, features=features, gate=gate, grid=grid, causal=causal
+        )
         check_choice("features", features, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_choice("grid", grid, (True, False))
+        check_choice("causal", causal, (True, False, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.causal, self.features, self.grid = heads.causal, features, grid
+        self.causal, self.features = heads.causal if causal is None else causal, features
+        self.grid = grid and not self.causal
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         self.decay = HeadDecay(decay, heads.num_heads, learnable=learnable_decay, **dd)
         self.q_map = FeatureMap(heads.num_heads, heads.key_dim, **dd) if features else nn.Identity()
@@ -130,6 +137,8 @@ class HostedRetention(nn.Module):
             they see all tokens and are seen by all without decay. For layers that are not causal.
         For one token without gradients, `state` is overwritten.
         """
+        if prefix and self.causal:
+            raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; use causal=False")
         q, k = (z * abs(scale) ** 0.5 for z in (q, k))
         q, k = self.q_map(q), self.k_map(k)
         if self.features:  # the sum of the scores is what values of 1 gather

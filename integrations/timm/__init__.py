@@ -13,5 +13,6 @@ except ImportError as error:
 
 from . import models, pyramid
 from .attention import RetentionAttention, TimmAttention, retention_layer
+from .strips import classify_strips
 
-__all__ = ["RetentionAttention", "TimmAttention", "models", "pyramid", "retention_layer"]
+__all__ = ["RetentionAttention", "TimmAttention", "classify_strips", "models", "pyramid", "retention_layer"]

@@ -24,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
 from retention.errors import ShapeError
+from retention.state import RetentionState
 
 from ..hosted import Heads, HostedRetention
 from ..swap import Adapter, Swapped, register_adapter
@@ -39,6 +40,7 @@ class Tokens:
     def __init__(self, model: Any):
         self.model = model
         self.grid: tuple[int, ...] | None = None
+        self.states: dict[nn.Module, RetentionState | None] | None = None  # of an image that comes in strips
         embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
         self.hook = embed.register_forward_hook(self._see)
 
@@ -95,10 +97,17 @@ class TimmAttention(Adapter):
             raise ValueError("retention in a vision transformer sees the whole image; got attn_mask or is_causal")
         if not hasattr(attention, "tokens"):
             raise ShapeError(f"the grid of the image is not known; the layer must stand in one of {KNOWN}")
-        grid, prefix = attention.tokens(x)
+        states = attention.tokens.states
+        if states is None:
+            grid, prefix = attention.tokens(x)
+            options: dict[str, Any] = dict(grid=grid, prefix=prefix)
+        else:
+            options = dict(state=states.get(attention), return_state=True)
 
         def gather(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            y, _ = attention.retention(x, q, k, v, scale=attention.scale, grid=grid, prefix=prefix)
+            y, state = attention.retention(x, q, k, v, scale=attention.scale, **options)
+            if states is not None:
+                states[attention] = state
             return y.transpose(1, 2)
 
         with _InsteadOfSoftmax(gather):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from retention import ShapeError
 from retention.integrations.hosted import Heads, HostedRetention
 from retention.integrations.swap import Swapped, plan_replacement, replace_attention, restore_attention
-from retention.integrations.timm import RetentionAttention, retention_layer
+from retention.integrations.timm import RetentionAttention, classify_strips, retention_layer
 
 SIZES = dict(img_size=(48, 80), depth=2, num_classes=7)  # a grid of 3 x 5
 SMALL = dict(embed_dim=32, num_heads=2, mlp_ratio=1)
@@ -148,6 +148,47 @@ def test_without_the_fused_kernel_it_is_the_same(family):
     assert torch.equal(model(x), fused(x))
     restore_attention(model)
     assert torch.equal(model(x), before)
+
+
+@pytest.mark.parametrize("strips", [(16, 16, 16), (32, 16), (48,)], ids=str)
+@pytest.mark.parametrize("features", [True, False])
+def test_a_causal_model_takes_an_image_strip_by_strip(strips, features):
+    layer = retention_layer(causal=True, features=features, gate="silu")
+    model = build(attn_layer=layer, class_token=False, global_pool="avg")
+    image = images(model)
+    got = classify_strips(model, image.split(strips, dim=2))
+    torch.testing.assert_close(got, model(image), rtol=1e-4, atol=1e-5)
+    changed = image.clone()
+    changed[:, :, 32:] = 0
+    before, after = (model.forward_features(x)[:, :10] for x in (image, changed))
+    torch.testing.assert_close(before, after)  # two rows of five patches, which see nothing of the third
+
+
+def test_strips_need_a_causal_model_and_must_make_up_its_image():
+    causal = dict(attn_layer=retention_layer(causal=True))
+    patches = dict(class_token=False, global_pool="avg")
+    for options, message in (
+        (patches, r"needs replace_attention\(model, causal=True\); got VisionTransformer without"),
+        (causal | {"global_pool": "avg"}, "needs class_token=False"),
+        (causal | {"class_token": False, "global_pool": "max"}, "needs global_pool='avg'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classify_strips(build(**options), [])
+    model = build(**causal, **patches)
+    with pytest.raises(ValueError, match=r"needs model.eval\(\)"):
+        classify_strips(model.train(), [])
+    model.eval()
+    x = images(model)
+    for wrong, message in (
+        ([x, x], r"an image of \(48, 80\); got a strip \(2, 3, 48, 80\)"),
+        ([x[..., :64]], r"got a strip \(2, 3, 48, 64\)"),
+        ([x[:, :, :16]], "an image of 15 patches; got 5"),
+    ):
+        with pytest.raises(ShapeError, match=message):
+            classify_strips(model, wrong)
+    assert model(x).shape == (2, 7), "a refused image leaves nothing behind"
+    with pytest.raises(ValueError, match="no tokens without a place; got prefix 1; use causal=False"):
+        build(**causal)(x)
 
 
 # --- timm's own doors -------------------------------------------------------------------------------------------------
