@@ -9,9 +9,10 @@ from benchmarks.generation import gpt2, stream
 from benchmarks.parity import parity
 from benchmarks.quality import quality
 from benchmarks.swap import swap
+from benchmarks.vision import vision
 from benchmarks.xformers import xformers
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for command in (floor, forms, decode, gpt2, stream, parity, quality, swap, xformers):
+for command in (floor, forms, decode, gpt2, stream, parity, quality, swap, vision, xformers):
     app.command()(command)
 app()

@@ -140,11 +140,10 @@ def _parallel(rounds: int) -> None:
         sides = {
             side: both(length, backend=side, form="parallel", **options) for side in ("eager", "xformers", "rough")
         }
-        if "grid" not in options:
-            sides["chunked"] = both(length, backend="chunked", **options)
+        sides["chunked"] = both(length, backend="chunked", **options)
         seconds = take_turns(sides, rounds if length < 2000 else max(3, rounds // 3))
-        cells = [ratio(seconds["eager"], seconds[side]) if side in seconds else None for side in list(sides)[1:]]
-        rows.append([name, *(f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})" for x in cells if x)])
+        cells = (ratio(seconds["eager"], seconds[side]) for side in list(sides)[1:])
+        rows.append([name, *(f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})" for x in cells)])
     title = "How many times faster than eager's parallel form, forward + backward"
     show(title, ["", "xformers, parallel", f"xformers, eps {ROUGH:g}", "chunked, chunkwise"], rows)
 

@@ -61,12 +61,17 @@ class FeatureMap(nn.Module):
 class HostedRetention(HasBackend):
     """Retention of the q, k and v of an attention layer, at the scale of that layer's output.
 
-    scales: how many retentions, each with decays of its own, make one head; their scores add up.
+    scales: how many retentions, each with decays of its own, make one head; their scores add up. Default: 2 with
+        features, else 1.
     decay: as `MultiScaleRetention`, for scales * num_heads: the first scale of all heads, then the next.
     learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
     features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
         takes them as they are and divides by the root mean square of each head.
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
+    causal: each token sees those before it only; None: as each call says. An image is then read along its rows, and has
+        no tokens without a place.
+    grid: where the tokens are an image, decay by the distance in rows plus that in columns; False: along its rows, one
+        after another.
     The output of each channel is multiplied by `gain`, 1 at the start. While `calibrating`, it gives the softmax's
     output, and sets the gain of each head to what brings its own to the same root mean square.
     """
@@ -75,11 +80,13 @@ class HostedRetention(HasBackend):
         self,
         heads: Heads,
         *,
-        scales: int = 2,
+        scales: int | None = None,
         decay: Any = "short",
         learnable_decay: bool = True,
         features: bool = True,
         gate: str | None = "silu",
+        causal: bool | None = None,
+        grid: bool = True,
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -87,17 +94,27 @@ class HostedRetention(HasBackend):
         dtype: Any = None,
     ):
         super().__init__()
-        check_number("scales", scales, isinstance(scales, int) and scales >= 1, "whole and at least 1")
         check_choice("features", features, (True, False))
+        scales = (2 if features else 1) if scales is None else scales
+        check_number("scales", scales, isinstance(scales, int) and scales >= 1, "whole and at least 1")
+        check_choice("causal", causal, (True, False, None))
+        check_choice("grid", grid, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scales, self.features, self.calibrating = scales, features, False
+        self.causal, self.grid = causal, grid
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         values = log_decays(decay, scales * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
         self.options = dict(
-            scales=scales, decay=schedule, learnable_decay=learnable_decay, features=features, gate=gate
+            scales=scales,
+            decay=schedule,
+            learnable_decay=learnable_decay,
+            features=features,
+            gate=gate,
+            causal=causal,
+            grid=grid,
         )
         order = rearrange(np.arange(len(values)), "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)
         self.decay = HeadDecay([values[i] for i in order], len(values), learnable=learnable_decay, **dd)
@@ -134,12 +151,19 @@ class HostedRetention(HasBackend):
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
         return_state: bool = False,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
     ) -> tuple[Tensor, RetentionState | None]:
         """What the heads gather, (B, T, H, V), and with return_state the state after the last token.
 
         Shapes: x (B, T, dim), the layer's input; q (B, H, T, K); k, v (B, Hkv, T, K or V); mask (B, T), True = real.
+        grid: (rows, columns) of the image that the tokens are, but for the first `prefix`: these stand at no place,
+            they see all tokens and are seen by all without decay. For calls that are not causal.
         For one token without gradients, `state` is overwritten.
         """
+        causal = causal if self.causal is None else self.causal
+        if prefix and causal:
+            raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; use causal=False")
         wanted = softmax(q, k, v, scale, causal, mask, cu_seqlens) if self.calibrating else None
         q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
         log_decay = self.decay(q.device, state_dtype(q.dtype))
@@ -148,21 +172,23 @@ class HostedRetention(HasBackend):
             out = step(q, k, v, log_decay, state, scale=1.0, mask=mask)
         else:
             found = retain(
-                q,
-                k,
-                v,
+                q[:, :, prefix:],
+                k[:, :, prefix:],
+                v[:, :, prefix:],
                 log_decay,
                 scale=1.0,
                 mask=mask,
                 cu_seqlens=cu_seqlens,
                 state=state,
                 causal=causal,
+                grid=grid if self.grid and not causal else None,
                 backend=self.backend,
                 form=self.form,
                 chunk_size=self.chunk_size,
                 return_state=return_state,
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
+            out = _with_prefix(q, k, v, prefix, out) if prefix else out
         kv_heads = k.shape[1] // self.scales
         out = reduce(out, "b (n s g) t v -> b t (n g) v", "sum", n=kv_heads, s=self.scales)
         if self.features:
@@ -190,6 +216,16 @@ class HostedRetention(HasBackend):
     def _calibrate(self, y: Tensor, wanted: Tensor) -> None:
         have, want = (z.float().square().mean(dim=(0, 1, 3)).sqrt() for z in (y, wanted))
         self.gain.copy_((want / have.clamp(min=1e-6))[:, None].expand_as(self.gain))
+
+
+def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:
+    """placed (B, H, T - prefix, V): what the tokens behind the first `prefix` gather from each other. (B, H, T, V)."""
+    wide, groups = state_dtype(q.dtype), q.shape[1] // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):  # sums over the image
+        parts = (x.to(wide).tensor_split((prefix,), dim=2) for x in (k, v))
+        first, rest = ((k_i.mT @ v_i).repeat_interleave(groups, dim=1) for k_i, v_i in zip(*parts, strict=True))
+        q_first, q_rest = q.to(wide).tensor_split((prefix,), dim=2)
+        return torch.cat([q_first @ (first + rest), placed + q_rest @ first], dim=2).to(placed.dtype)
 
 
 def softmax(

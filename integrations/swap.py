@@ -21,7 +21,7 @@ from retention.arguments import check_choice
 from .hosted import Heads, HostedRetention
 
 # Integrations that bring adapters, by the library whose models they are for; imported when such a model comes.
-_INTEGRATIONS = {"transformers": "transformers", "torch": "torch_nn"}
+_INTEGRATIONS = {"timm": "timm", "torch": "torch_nn", "transformers": "transformers"}
 
 
 class Adapter:
@@ -35,8 +35,8 @@ class Adapter:
         """The layer's forward, with `attention.retention` where the softmax was; host_forward: its own, bound to it."""
         raise NotImplementedError
 
-    def why_not(self, attention: Any, parent: nn.Module | None) -> list[str]:
-        """Every reason why it cannot be replaced; none if it can. parent: what it is a child of."""
+    def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """Every reason why it cannot be replaced in `model`; none if it can."""
         return []
 
     def lost(self, attention: Any) -> list[str]:
@@ -83,7 +83,6 @@ class Place:
 
     names: list[str]
     attention: nn.Module
-    parent: nn.Module | None
     kept: str = ""
     lost: list[str] = field(default_factory=list)
 
@@ -111,8 +110,10 @@ class Swapped:
     host: type[nn.Module]
     retention: HostedRetention
 
-    def __reduce__(self) -> Any:  # pickle does not find a class that was made
-        return _blank, (self.host,), self.__dict__
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle does not find a class that was made
+        host: Any = self.host
+        own: Any = type(self)
+        return (_blank, (host,), self.__dict__) if own is swapped_class(host) else super().__reduce_ex__(protocol)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         host_forward = self.host.forward.__get__(self)
@@ -244,7 +245,7 @@ def _planned(
         ):
             place.kept = "not asked for"
             continue
-        place.kept = _objections(place, allow_lost, options)
+        place.kept = _objections(model, place, allow_lost, options)
         chosen.append(place)
     refused = {place.names[0]: place.kept for place in chosen if place.kept}
     if refused:
@@ -273,8 +274,7 @@ def _places(model: nn.Module) -> list[Place]:
     found: dict[int, Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, Swapped) or _full_name(type(module)) in _adapters:
-            parent = model.get_submodule(name.rpartition(".")[0]) if name else None
-            found.setdefault(id(module), Place([], module, parent)).names.append(name)
+            found.setdefault(id(module), Place([], module)).names.append(name)
     return list(found.values())
 
 
@@ -286,7 +286,7 @@ def _indices(layers: Iterable[int], count: int) -> set[int]:
     return {i % count for i in given}
 
 
-def _objections(place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
+def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
     """What stands against replacing a layer; empty if nothing does."""
     attention = place.attention
     if isinstance(attention, Swapped):
@@ -295,7 +295,7 @@ def _objections(place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
         return f"has retention already, with other options, {there}; restore_attention first" if other else ""
     adapter = adapter_of(attention)
     place.lost = adapter.lost(attention)
-    reasons = adapter.why_not(attention, place.parent)
+    reasons = adapter.why_not(attention, model)
     if place.lost and not allow_lost:
         reasons = [*reasons, f"would lose {', '.join(place.lost)}; pass allow_lost=True if that may be"]
     return "; ".join(reasons)

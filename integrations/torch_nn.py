@@ -24,9 +24,10 @@ class MultiheadAttention(Adapter):
         size = attention.head_dim
         return Heads(attention.embed_dim, attention.num_heads, attention.num_heads, size, size)
 
-    def why_not(self, attention: Any, parent: nn.Module | None) -> list[str]:
+    def why_not(self, attention: Any, model: nn.Module) -> list[str]:
         reasons = []
-        crossing = isinstance(parent, nn.TransformerDecoderLayer) and parent.multihead_attn is attention
+        layers = (module for module in model.modules() if isinstance(module, nn.TransformerDecoderLayer))
+        crossing = any(layer.multihead_attn is attention for layer in layers)
         if crossing or not attention._qkv_same_embed_dim:
             reasons.append("is cross-attention, and decay needs an order between queries and keys")
         if attention.bias_k is not None or attention.add_zero_attn:

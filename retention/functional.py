@@ -51,14 +51,15 @@ def retain(
             Nothing crosses a border; states then have N rows.
         causal: False gives D_nm = gamma^|t_n - t_m| for all m; no state then.
         grid: (rows, columns) of an image whose cells are the tokens, row by row, T = rows * columns; with causal=False
-            D_nm = gamma^(|row_n - row_m| + |column_n - column_m|). In the parallel form only; no mask or cu_seqlens.
+            D_nm = gamma^(|row_n - row_m| + |column_n - column_m|). No mask or cu_seqlens.
         decay_norm: divide D_nm by sqrt(sum_i D_ni).
         score_norm: divide R_nm by max(|sum_i R_ni|, 1). "absolute" takes min(max(sum_i |R_ni|, 1), 5e4) without
             gradient, as torchscale does; it cannot be had from a state, so form "parallel" only.
-        chunk_size: tokens per chunk of the chunkwise form; default: the backend's.
+        chunk_size: tokens per chunk of the chunkwise form, on a grid cells per tile; default: the backend's.
         backend: "auto" or a registered name; see `explain`. A named backend never falls back.
         form: "auto", "parallel", "chunkwise" or "recurrent". The result is the same.
-    Cost: O(T^2 (K + V)) parallel, O(T (C + K) (K + V)) chunkwise, O(T K V) recurrent; for each head.
+    Cost: O(T^2 (K + V)) parallel, O(T (C + K) (K + V)) chunkwise, O(T K V) recurrent; for each head. On a grid the
+        chunkwise form is linear in T too.
     Raises: ShapeError, ValueError or TypeError for arguments that do not fit; BackendError if no backend can.
     Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5 to 7; normalisers from its Section 2.2. Differs: the normalisers
         are off, since the norm that follows in a layer cancels them.

@@ -29,6 +29,7 @@ LEVELS = (
 )
 DOORS = {
     "transformers": "transformers",
+    "timm": "timm",
     "safetensors": "weights",
     "accelerate": "transformers",
     "huggingface_hub": "transformers",

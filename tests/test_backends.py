@@ -39,6 +39,7 @@ class Refusing:
         ({}, "eager", "eager", "parallel"),
         ({"transformed": True}, "auto", "eager", "parallel"),
         ({"causal": False, "grid": (3, 3)}, "auto", "eager", "parallel"),
+        ({"length": 625, "causal": False, "grid": (25, 25)}, "auto", "chunked", "chunkwise"),
         ({}, "xformers", "xformers", "chunkwise"),
         ({"causal": False, "grid": (3, 3)}, "xformers", "xformers", "parallel"),
         ({"has_state": True, "length": 1}, "xformers", "xformers", "chunkwise"),

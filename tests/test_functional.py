@@ -1,5 +1,6 @@
 """`retain` and `step`: every form, backend and option gives the same numbers, those of the definition."""
 
+import math
 from itertools import pairwise
 
 import cases
@@ -8,6 +9,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import retention
 from retention import BackendError, RetentionState, ShapeError, initial_state, retain, step
@@ -30,8 +33,7 @@ def test_every_form_and_backend_agrees_with_the_definition(case):
     args, options = case
     want = oracle.retain(*args, **options)
     ways = cases.runnable(args, options)
-    forms = {"parallel"} if "grid" in options else {"parallel", "chunkwise"}
-    assert {way["form"] for way in ways} == forms | ({"recurrent"} if options["causal"] else set())
+    assert {way["form"] for way in ways} == {"parallel", "chunkwise"} | ({"recurrent"} if options["causal"] else set())
     for way in ways:
         got = retain(*args, **options, **way)
         assert got.dtype == args[2].dtype
@@ -93,6 +95,19 @@ def test_long_inputs_stay_within_the_float32_bound(form):
     got = retain(q, k, v, log_decay, form=form)
     want = retain(q.double(), k.double(), v.double(), log_decay.double(), form="chunkwise")
     assert cases.deviation(got, want) <= 1e-4
+
+
+@pytest.mark.parametrize("grid", [(90, 91), (3, 2730)], ids=str)
+def test_large_grids_stay_within_the_float32_bound(grid):
+    q, k, v = qkv(batch=1, length=math.prod(grid), key_dim=16, value_dim=8, dtype=torch.float32)
+    log_decay = torch.tensor(retention.decay.log_decays("paper", 9)[::8], dtype=torch.float32)
+    got = retain(q, k, v, log_decay, causal=False, grid=grid)
+    rows, columns = torch.cartesian_prod(*(torch.arange(n) for n in grid)).T
+    some = torch.arange(0, q.shape[2], 97)
+    distance = (rows[some, None] - rows).abs() + (columns[some, None] - columns).abs()
+    decay = (log_decay.double()[:, None, None] * distance).exp()
+    want = (q[:, :, some].double() @ k.double().mT * decay * 16**-0.5) @ v.double()
+    assert cases.deviation(got[:, :, some], want) <= 1e-4
 
 
 @pytest.mark.parametrize("form", ["parallel", "chunkwise"])
@@ -218,6 +233,27 @@ def test_second_derivatives_are_eagers():
         gradient.sum().backward()
 
 
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor holds that is made in it."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numel = max(self.numel, *(x.numel() for x in tree_leaves(made) if isinstance(x, torch.Tensor)), 0)
+        return made
+
+
+@pytest.mark.parametrize("form", ["parallel", "chunkwise"])
+def test_the_pairs_of_a_grid_are_never_there_all_at_once(form):
+    side = 48
+    q, k, v = qkv(batch=1, length=side * side, dtype=torch.float32)
+    with Largest() as largest:
+        retain(q, k, v, LOG_DECAY, causal=False, grid=(side, side), form=form)
+    pairs = 2 * side**4
+    assert largest.numel <= {"parallel": retention.backends.eager.SCORES_AT_ONCE, "chunkwise": pairs / 20}[form] < pairs
+
+
 def test_a_new_state_shares_no_memory_with_the_old():
     q, k, v = (x[:, :, :0] for x in qkv())
     state = initial_state(2, 2, 4, 3, dtype=torch.float64)
@@ -241,6 +277,8 @@ def test_a_new_state_shares_no_memory_with_the_old():
         {"mask": torch.tensor([[0, 1, 1, 0, 1, 1, 0], [1, 1, 1, 1, 0, 0, 0]]).bool(), "with_state": True},
         {"cu_seqlens": torch.tensor([0, 3, 3, 7]), "with_state": True},
         {"cu_seqlens": torch.tensor([0, 2, 7]), "causal": False},
+        {"grid": (4, 3), "causal": False},
+        {"grid": (1, 7), "causal": False, "score_norm": True, "decay_norm": True},
     ],
     ids=str,
 )
@@ -253,7 +291,8 @@ def test_gradients_of_everything_are_those_of_finite_differences(form, options):
         return
     packed = options.get("cu_seqlens")
     batch, rows = (2, 2) if packed is None else (1, len(packed) - 1)
-    inputs = [*qkv(batch=batch, heads=2, kv_heads=1, length=7, key_dim=2, value_dim=2), LOG_DECAY.clone()]
+    length = math.prod(options.get("grid", (7,)))
+    inputs = [*qkv(batch=batch, heads=2, kv_heads=1, length=length, key_dim=2, value_dim=2), LOG_DECAY.clone()]
     if with_state:
         inputs += [torch.randn(rows, 2, 2, 2, dtype=torch.float64), torch.randn(rows, 2, 2, dtype=torch.float64)]
     inputs = [x.requires_grad_() for x in inputs]
@@ -332,7 +371,14 @@ def test_step_refuses_what_it_cannot_do():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"causal": False}, {"mask": torch.arange(10) > torch.tensor([[2], [0]])}], ids=str
+    "options",
+    [
+        {},
+        {"causal": False},
+        {"causal": False, "grid": (5, 2), "form": "chunkwise", "chunk_size": 4},
+        {"mask": torch.arange(10) > torch.tensor([[2], [0]])},
+    ],
+    ids=str,
 )
 def test_compiles_to_one_graph_with_gradients(options):
     q, k, v = (x.requires_grad_() for x in qkv())
@@ -359,11 +405,12 @@ def test_the_operator_keeps_torchs_contract():
         torch.library.opcheck(retention.backends.chunked.chunkwise, args)
 
 
-def test_the_operator_stores_its_inputs_only():
+@pytest.mark.parametrize("options", [{}, {"causal": False, "grid": (4, 16)}], ids=str)
+def test_the_chunkwise_form_stores_its_inputs_only(options):
     q, k, v = (x.requires_grad_() for x in qkv(length=64))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
-        retain(q, k, v, LOG_DECAY, chunk_size=8)
+        retain(q, k, v, LOG_DECAY, chunk_size=8, form="chunkwise", **options)
     assert {x.data_ptr() for x in saved} <= {x.data_ptr() for x in (q, k, v, LOG_DECAY)}
 
 
@@ -437,9 +484,9 @@ BAD = [
     ({"grid": (2, 5)}, ValueError, r"needs causal=False; got causal=True, grid \(2, 5\)"),
     ({"grid": (2, 5), "causal": False, "mask": MASK}, ValueError, "mask or cu_seqlens and grid exclude each other"),
     (
-        {"grid": (2, 5), "causal": False, "backend": "chunked", "form": "chunkwise"},
+        {"grid": (2, 5), "causal": False, "form": "recurrent"},
         BackendError,
-        r"grid \(2, 5\).*chunked, chunkwise: has no decay on a grid; use the parallel form",
+        r"grid \(2, 5\).*eager, recurrent: the recurrent form is causal",
     ),
     ({"chunk_size": 0}, ValueError, "chunk_size must be an integer of at least 1, or None; got chunk_size 0"),
     (

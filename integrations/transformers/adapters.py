@@ -36,7 +36,7 @@ class TransformersAttention(Adapter):
         num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
         return Heads(config.hidden_size, num_heads, num_kv_heads, key_dim, key_dim)
 
-    def why_not(self, attention: Any, parent: nn.Module | None) -> list[str]:
+    def why_not(self, attention: Any, model: nn.Module) -> list[str]:
         if getattr(attention, "is_cross_attention", False):
             return ["is cross-attention, and decay needs an order between queries and keys"]
         return []

@@ -29,8 +29,13 @@ from . import chunked, eager, xformers
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 
-# What form="auto" tries, by whether the call is a single token. Measured by `python -m benchmarks forms`.
-_PREFERRED = {True: ("recurrent", "chunkwise", "parallel"), False: ("chunkwise", "parallel", "recurrent")}
+# What form="auto" tries. Measured by `python -m benchmarks forms`, and vision for the cells of a small grid.
+_PREFERRED = {
+    "token": ("recurrent", "chunkwise", "parallel"),
+    "small grid": ("parallel", "chunkwise"),
+    "sequence": ("chunkwise", "parallel", "recurrent"),
+}
+SMALL_GRID = 24 * 24
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,8 @@ def check_name(backend: str) -> None:
 
 
 def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
-    for form in _PREFERRED[call.length == 1] if call.form == "auto" else (call.form,):
+    kind = "token" if call.length == 1 else "small grid" if call.grid and call.length <= SMALL_GRID else "sequence"
+    for form in _PREFERRED[kind] if call.form == "auto" else (call.form,):
         asked = replace(call, form=form)
         for name in _backends if backend == "auto" else (backend,):
             yield name, _backends[name], asked, _backends[name].why_not(asked)

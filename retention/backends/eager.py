@@ -17,6 +17,8 @@ from ..state import state_dtype
 if TYPE_CHECKING:
     from . import Call
 
+SCORES_AT_ONCE = 2**22  # on a grid; larger leaves the cache
+
 
 class Eager:
     def why_not(self, call: Call) -> list[str]:
@@ -48,8 +50,10 @@ class Eager:
         k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
         if mask is not None:  # 0 * NaN is NaN: what stands in the padding must not count
             q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
+        if call.grid is not None:
+            return _on_grid(q, k, v, log_decay, call.grid).to(call.out_dtype), None
         if call.form == "parallel":
-            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal, call.grid)
+            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal)
         elif call.in_place and state is not None:
             out, final = _step(q, k, v, log_decay, state, mask)
         else:
@@ -86,10 +90,11 @@ def scores(
     """
     wide = state_dtype(q.dtype)
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    if grid is not None:
+        return _grid_scores(q.to(wide) * scale, k.to(wide), *_grid_decays(log_decay.to(wide), grid))
     index = torch.arange(q.shape[2], device=q.device)
     time = index[None] if mask is None else mask.cumsum(1)  # (B or 1, T): padding does not advance time
-    axes = (time,) if grid is None else (time // grid[1], time % grid[1])
-    distance = torch.stack([(x[:, :, None] - x[:, None, :]).abs() for x in axes]).sum(0)
+    distance = (time[:, :, None] - time[:, None, :]).abs()
     decay = (log_decay.to(wide)[:, None, None] * distance[:, None]).exp()  # (B or 1, H, T, T)
     seen = index[:, None] >= index if causal else torch.ones_like(distance[0], dtype=torch.bool)
     if mask is not None:
@@ -105,19 +110,39 @@ def _parallel(
     state: Tensor | None,
     mask: Tensor | None,
     causal: bool,
-    grid: tuple[int, int] | None,
 ) -> tuple[Tensor, Tensor]:
     age = torch.ones_like(q[:, 0, :, 0], dtype=torch.long) if mask is None else mask.long()
     age = age.cumsum(1)[:, None]  # (B, 1, T): real tokens since the state, the own one included
     count = age[..., -1:] if q.shape[2] else age.new_zeros(len(age), 1, 1)
     rate = log_decay[:, None]
 
-    out = scores(q, k, log_decay, causal=causal, mask=mask, grid=grid) @ v
+    out = scores(q, k, log_decay, causal=causal, mask=mask) @ v
     final = (k * (rate * (count - age)).exp()[..., None]).mT @ v
     if state is not None:
         out = out + (q * (rate * age).exp()[..., None]) @ state
         final = final + (rate * count).exp()[..., None] * state
     return out, final
+
+
+def _on_grid(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Some rows of queries at a time: the scores of all of them need not be there at once."""
+    rows, columns = _grid_decays(log_decay, grid)
+    at_once = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * grid[1] * q.shape[2]))
+    blocks = zip(q.split(at_once * grid[1], dim=2), rows.split(at_once, dim=1), strict=True)
+    return torch.cat([_grid_scores(q_i, k, rows_i, columns) @ v for q_i, rows_i in blocks], dim=2)
+
+
+def _grid_scores(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Scores of some rows of queries (B, H, n columns, K) with all keys: the decay of a pair is a product of two."""
+    size = columns.shape[1]
+    found = (q @ k.mT).unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, H, n, columns, rows, columns)
+    return (found * rows[:, :, None, :, None] * columns[:, None, :, None, :]).flatten(4).flatten(2, 3)
+
+
+def _grid_decays(log_decay: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
+    """gamma^distance between rows, (H, rows, rows), and between columns."""
+    indices = (torch.arange(n, device=log_decay.device) for n in grid)
+    return tuple((log_decay[:, None, None] * (x[:, None] - x).abs()).exp() for x in indices)
 
 
 def _recurrent(

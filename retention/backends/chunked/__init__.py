@@ -13,13 +13,14 @@ backward pass walks the sequence once each way, computes every S anew, and no st
 
 Each step is a handful of batched matrix products on views of the inputs; what it touches besides (scores, scaled q and
 k, S) has the size of a chunk and stays in the processor's cache. The walk is an opaque operator, so that
-torch.compile and torch.export see one node, not one per chunk.
+torch.compile and torch.export see one node, not one per chunk. Decay on a grid walks otherwise, see `grid`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import pairwise
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,12 +28,14 @@ from torch import Tensor
 
 from ...packing import ask_for_huge_pages, borders, empty, pack, unpack
 from ...state import state_dtype
+from .grid import on_grid, on_grid_anew
 from .walk import Decays, backward, forward
 
 if TYPE_CHECKING:
     from .. import Call
 
 CHUNK_SIZE = 64  # on CPU as fast as any of 16 to 256, within the noise of `python -m benchmarks floor --chunks`
+GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
 HEADS_AT_ONCE = 32  # rows times heads; on CPU more of them leave the cache, fewer leave threads idle
 
 
@@ -41,8 +44,6 @@ class Chunked:
         reasons = []
         if call.form != "chunkwise":
             reasons.append(f"has the form chunkwise, not {call.form}")
-        if call.grid is not None:
-            reasons.append("has no decay on a grid; use the parallel form")
         if call.in_place:
             reasons.append("does not overwrite a state")
         if call.transformed:
@@ -60,6 +61,10 @@ class Chunked:
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
+        if call.grid is not None:
+            run = on_grid_anew if call.needs_grad else on_grid
+            side = isqrt(call.chunk_size or GRID_CHUNK_SIZE)
+            return run(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
         options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
         out, final = chunkwise(q, k, v, log_decay, state, mask, cu_seqlens, *options)
         return out, final if call.return_state else None

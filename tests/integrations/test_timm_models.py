@@ -1,0 +1,185 @@
+"""Retentive models in timm's registry: what timm's own model tests ask, and what their mixers compute."""
+
+import oracle
+import pytest
+import timm
+import torch
+from timm.models import create_feature_extractor
+from torch import nn
+
+from retention.integrations.hosted import HostedRetention
+from retention.integrations.swap import Swapped
+from retention.integrations.timm.pyramid import ManhattanAttention, Mixer
+
+VITS = [f"vit_retention_{size}_patch16_224" for size in ("tiny", "small", "base")]
+PYRAMIDS = [
+    f"{family}_{size}" for family in ("pyramid_retention", "rmt") for size in ("tiny", "small", "base", "large")
+]
+TINY = ["vit_retention_tiny_patch16_224", "pyramid_retention_tiny", "rmt_tiny"]
+MILLIONS = {"tiny": 14, "small": 27, "base": 54, "large": 95}
+
+
+def build(name, **options):
+    size = {"img_size": 64} if name.startswith("vit") else {}
+    return timm.create_model(name, **size, **options)
+
+
+# --- what timm's tests ask --------------------------------------------------------------------------------------------
+
+
+def test_all_are_in_the_registry():
+    assert set(VITS + PYRAMIDS) <= set(timm.list_models())
+
+
+@pytest.mark.parametrize("name", VITS + PYRAMIDS)
+def test_default_cfg_names_what_is_there(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    state, cfg = model.state_dict(), model.default_cfg
+    assert cfg["classifier"] + ".weight" in state
+    assert cfg["first_conv"] + ".weight" in state
+    assert (cfg["num_classes"], cfg["input_size"]) == (1000, (3, 224, 224))
+    assert model.get_classifier().out_features == 1000
+    softmax = name.startswith("rmt")
+    assert any(isinstance(module, HostedRetention) for module in model.modules()) != softmax
+    assert any(isinstance(module, ManhattanAttention) for module in model.modules()) == softmax
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_forward(name):
+    model = build(name).eval()
+    out = model(torch.randn(2, 3, 64, 64))
+    assert out.shape == (2, 1000)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_backward_reaches_every_parameter(name, checkpointing):
+    model = build(name, num_classes=42, drop_path_rate=0.1).train()
+    model.set_grad_checkpointing(checkpointing)
+    model(torch.randn(2, 3, 64, 64)).mean().backward()
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_classifiers_come_and_go(name):
+    model, x = build(name).eval(), torch.randn(1, 3, 64, 64)
+    features = model.forward_features(x)
+    assert features.shape[-1] == model.num_features
+    model.reset_classifier(0)
+    assert model(x).shape == (1, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    assert model(x).shape[1:-1] == features.shape[1:-1]
+    model.reset_classifier(5, "avg")
+    assert model(x).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_features(name):
+    model, x = build(name, features_only=True).eval(), torch.randn(1, 3, 64, 64)
+    outs = model(x)
+    assert [out.shape[1] for out in outs] == model.feature_info.channels()
+    assert [out.shape[2] for out in outs] == [64 // n for n in model.feature_info.reduction()]
+    if not name.startswith("vit"):
+        assert model.feature_info.reduction() == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_intermediates_are_those_on_the_way(name):
+    model, x = build(name).eval(), torch.randn(1, 3, 64, 64)
+    final, parts = model.forward_intermediates(x)
+    torch.testing.assert_close(final, model.forward_features(x))
+    some = model.forward_intermediates(x, indices=[1], stop_early=True, intermediates_only=True)
+    torch.testing.assert_close(some[0], parts[1])
+    assert model.prune_intermediate_layers([1]) == [1]
+    again = model.forward_intermediates(x, indices=[1], intermediates_only=True)
+    torch.testing.assert_close(again[0], parts[1])
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_fx_and_compile(name):
+    model, x = build(name).eval(), torch.randn(1, 3, 64, 64)
+    want = model(x)
+    node = "head" if name.startswith("vit") else "head.fc"
+    torch.testing.assert_close(create_feature_extractor(model, [node])(x)[node], want)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), want)
+
+
+@pytest.mark.skip(reason="not scriptable: retention chooses its backend in Python; use torch.compile or torch.export")
+def test_torchscript():
+    pass
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_parameters_group_by_depth(name):
+    from timm.optim import create_optimizer_v2
+
+    optimiser = create_optimizer_v2(build(name), "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
+    assert len({group["lr_scale"] for group in optimiser.param_groups}) > 4
+
+
+# --- what they are ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_sizes_are_those_of_rmt(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert count == pytest.approx(MILLIONS[name.rpartition("_")[2]], rel=0.03)
+
+
+def test_the_vits_have_retention_with_gate_and_norm_in_each_layer():
+    model = build("vit_retention_tiny_patch16_224")
+    layers = [module for module in model.modules() if isinstance(module, Swapped)]
+    assert len(layers) == 12
+    assert all(layer.retention.gate is not None and layer.retention.norm.kind == "rms" for layer in layers)
+    assert all(layer.retention.options["grid"] for layer in layers)
+    assert model.num_prefix_tokens == 0
+
+
+@pytest.mark.parametrize("by_axis", [False, True])
+def test_manhattan_attention_is_a_softmax_with_a_bias(by_axis):
+    q, k, v = torch.randn(3, 2, 2, 15, 4, dtype=torch.float64)
+    decay = [-0.1, -0.7]
+    got, _ = ManhattanAttention(decay, by_axis)(q, q, k, v, scale=0.5, grid=(3, 5))
+    distances = torch.tensor([[oracle.distance(n, m, (3, 5)) for m in range(15)] for n in range(15)])
+    bias = torch.tensor(decay, dtype=torch.float64)[:, None, None] * distances
+    if by_axis:
+        cells = torch.cartesian_prod(torch.arange(3), torch.arange(5))
+        for axis in (0, 1):  # each row, then each column
+            same = cells[:, None, axis] == cells[:, axis]
+            v = (q @ k.mT * 0.5 + bias).masked_fill(~same, -torch.inf).softmax(-1) @ v
+    else:
+        v = (q @ k.mT * 0.5 + bias).softmax(-1) @ v
+    torch.testing.assert_close(got.transpose(1, 2), v, rtol=1e-10, atol=1e-12)
+
+
+def test_a_mixer_is_retention_on_the_grid_and_a_convolution_of_the_values():
+    class Probe(nn.Module):
+        def forward(self, x, q, k, v, *, scale, grid):
+            self.seen = q, k, v, scale, grid
+            return torch.zeros_like(v).transpose(1, 2), None
+
+    mixer = Mixer(8, 2, Probe()).double()
+    x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    y = mixer(x)
+    q, k, v, scale, grid = mixer.gather.seen
+    assert (scale, grid) == (0.5, (3, 5))
+    values = mixer.qkv(x)[..., 16:]
+    torch.testing.assert_close(v.transpose(1, 2).reshape(2, 3, 5, 8), values)
+    torch.testing.assert_close(q.square().sum(-1), mixer.qkv(x)[..., :8].reshape(2, 15, 2, 4).square().sum(-1).mT)
+    torch.testing.assert_close(k[:, :, 0], mixer.qkv(x)[:, 0, 0, 8:16].reshape(2, 2, 4))  # the first is not turned
+    near = torch.nn.functional.pad(values, (0, 0, 2, 2, 2, 2)).unfold(1, 5, 1).unfold(2, 5, 1)
+    local = (near * mixer.local.weight[:, 0]).sum((-1, -2)) + mixer.local.bias
+    torch.testing.assert_close(y, mixer.proj(local))
+
+
+def test_images_of_any_size_and_shape():
+    model = build("pyramid_retention_tiny", num_classes=3).eval()
+    for size in ((64, 64), (96, 160), (70, 33)):
+        assert model(torch.randn(1, 3, *size)).shape == (1, 3)
+    with pytest.raises(ValueError, match="output_fmt must be 'NCHW'; got output_fmt 'NLC'"):
+        model.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
