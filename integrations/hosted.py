@@ -61,8 +61,8 @@ class HostedRetention(nn.Module):
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
     grid: where the tokens are an image, decay by the distance in rows plus that in columns; False: along its rows, one
         after another.
-    causal: each token sees those before it only; None: as the layer does. An image is then read along its rows, from a
-        state, and has no tokens without a place.
+    causal: True: each token sees those before it only, an image along its rows; no token may then be without a place.
+        None: as the layer does.
     The output of each channel is multiplied by `gain`, 1 at the start.
     """
 
@@ -89,10 +89,10 @@ class HostedRetention(nn.Module):
         check_choice("features", features, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_choice("grid", grid, (True, False))
-        check_choice("causal", causal, (True, False, None))
+        check_choice("causal", causal, (True, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.causal, self.features = heads.causal if causal is None else causal, features
+        self.causal, self.features = heads.causal or causal is True, features
         self.grid = grid and not self.causal
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         self.decay = HeadDecay(decay, heads.num_heads, learnable=learnable_decay, **dd)
@@ -138,7 +138,7 @@ class HostedRetention(nn.Module):
         For one token without gradients, `state` is overwritten.
         """
         if prefix and self.causal:
-            raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; use causal=False")
+            raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
         q, k = (z * abs(scale) ** 0.5 for z in (q, k))
         q, k = self.q_map(q), self.k_map(k)
         if self.features:  # the sum of the scores is what values of 1 gather

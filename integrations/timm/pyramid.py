@@ -190,7 +190,7 @@ class Pyramid(nn.Module):
     """Four stages over images (B, in_chans, rows, columns) of any size; features are (B, rows / 32, columns / 32, dim).
 
     softmax: False for retention, True for RMT's attention. spans: the heads' decays are 1 - 2^(-2 - span h / heads).
-    options: of `HostedRetention`.
+    options: of `HostedRetention`, for retention only.
     """
 
     output_fmt = "NHWC"
@@ -212,6 +212,8 @@ class Pyramid(nn.Module):
         drop_path_rate: float = 0.0,
         **options: Any,
     ):
+        if softmax and options:
+            raise TypeError(f"RMT's attention has no options of retention; got {', '.join(options)}")
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features, self.head_hidden_size = dims[-1], 1024

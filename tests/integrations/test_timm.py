@@ -187,7 +187,7 @@ def test_strips_need_a_causal_model_and_must_make_up_its_image():
         with pytest.raises(ShapeError, match=message):
             classify_strips(model, wrong)
     assert model(x).shape == (2, 7), "a refused image leaves nothing behind"
-    with pytest.raises(ValueError, match="no tokens without a place; got prefix 1; use causal=False"):
+    with pytest.raises(ValueError, match="no tokens without a place; got prefix 1; leave causal out"):
         build(**causal)(x)
 
 

@@ -183,3 +183,11 @@ def test_images_of_any_size_and_shape():
         assert model(torch.randn(1, 3, *size)).shape == (1, 3)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW'; got output_fmt 'NLC'"):
         model.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
+
+
+def test_options_of_retention_are_for_retention():
+    assert build("pyramid_retention_tiny", gate="silu").stages[0].blocks[0].mixer.gather.gate is not None
+    with pytest.raises(TypeError, match="RMT's attention has no options of retention; got gate"):
+        build("rmt_tiny", gate="silu")
+    with pytest.raises(TypeError, match="gates"):
+        build("pyramid_retention_tiny", gates="silu")
