@@ -35,10 +35,10 @@ from retention.integrations.transformers.training.train import device_arguments,
 from retention.integrations.transformers.writing import stream
 
 CONTEXT = 256
-TEACHER_BATCH, BATCH = 16, 8
+TEACHER_BATCH, BATCH = 16, 4
 PROMPT, PROMPTS = 64, 64  # bytes, and how many
 GRAM, LOOP, PERIOD = 6, 96, 32  # bytes
-HALF = [0, 2]
+HALF = [0, 1]
 
 
 def swap(
@@ -132,9 +132,11 @@ def recovered(model: Any, layers: range | list[int], corpus: Corpus, few: int, o
         corpus.train,
         corpus.valid,
         out=out,
-        transfer_steps=steps // 4,
-        tuning_steps=steps - steps // 4,
+        transfer_steps=steps * 3 // 10,
+        tuning_steps=steps - steps * 3 // 10,
         batch=BATCH,
+        transfer_lr=4e-2,
+        tuning_lr=3e-4,
         callbacks=[SaveOnInterrupt(), StageProgress(Batch(BATCH, 1, 1, CONTEXT, corpus.unit), corpus)],
         eval_strategy="steps",
         eval_steps=max(steps // 8, 1),

@@ -111,14 +111,14 @@ def swap(
     scales: Annotated[int, typer.Option(help="Retentions, with decays of their own, that make one head.")] = 2,
     parts: Annotated[int, typer.Option(help="Replace the layers in so many parts, one after another.")] = 1,
     text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
-    transfer_steps: Annotated[int, typer.Option(help="In which layers learn what their attention gave.")] = 500,
-    tuning_steps: Annotated[int, typer.Option(help="In which the model learns from the one it was.")] = 500,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 8,
+    transfer_steps: Annotated[int, typer.Option(help="In which layers learn what their attention gave.")] = 600,
+    tuning_steps: Annotated[int, typer.Option(help="In which the model learns from the one it was.")] = 1400,
+    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
     context: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: 256, if the model can.")] = None,
     transfer_lr: Annotated[
         float, typer.Option(help="Peak learning rate of new layers; their projections, a tenth.")
     ] = 3e-2,
-    tuning_lr: Annotated[float, typer.Option(help="The same of the whole model, in the tuning.")] = 1e-3,
+    tuning_lr: Annotated[float, typer.Option(help="The same of the whole model, in the tuning.")] = 3e-4,
     label_weight: Annotated[float, typer.Option(min=0, help="Of the text itself, beside what the model was.")] = 0.0,
     seed: Seed = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,

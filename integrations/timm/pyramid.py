@@ -76,9 +76,9 @@ class ManhattanAttention(nn.Module):
         self.decay, self.by_axis = HeadDecay(decay, len(decay)), by_axis
 
     def forward(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, grid: tuple[int, int]
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, grid: tuple[int, int]
     ) -> tuple[Tensor, None]:
-        """q, k, v (B, H, rows * columns, D) -> (B, rows * columns, H, D); as `HostedRetention`."""
+        """q, k, v (B, H, rows * columns, D) -> (B, rows * columns, H, D); as `HostedRetention`, and never causal."""
         rows, columns = (self._bias(n, q) for n in grid)
         if self.by_axis:
             q, k, v = (z.unflatten(2, grid) for z in (q, k, v))
@@ -116,7 +116,7 @@ class Mixer(nn.Module):
         q, k, v = (z.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
         angles = rotation(torch.arange(rows * columns, device=x.device), self.freqs, state_dtype(x.dtype))
         q, k = (rotate(z, *angles) for z in (q, k))
-        y, _ = self.gather(x, q, k, v, scale=q.shape[-1] ** -0.5, grid=(rows, columns))
+        y, _ = self.gather(x, q, k, v, scale=q.shape[-1] ** -0.5, causal=False, grid=(rows, columns))
         return self.proj(y.flatten(2).view_as(x) + local)
 
 
@@ -175,7 +175,7 @@ class Stage(nn.Module):
 
 def _retention(dim: int, decay: list[float], options: dict[str, Any]) -> HostedRetention:
     heads, size = len(decay), dim // len(decay)
-    options = {"features": False, "gate": None, "causal": False} | options
+    options = {"features": False, "gate": None} | options
     return HostedRetention(Heads(dim, heads, heads, size, size), decay=decay, **options)
 
 
@@ -191,7 +191,7 @@ class Pyramid(nn.Module):
     """Four stages over images (B, in_chans, rows, columns) of any size; features are (B, rows / 32, columns / 32, dim).
 
     softmax: False for retention, True for RMT's attention. spans: the heads' decays are 1 - 2^(-2 - span h / heads).
-    options: of `HostedRetention`.
+    options: of `HostedRetention`, for retention only.
     """
 
     output_fmt = "NHWC"
@@ -213,6 +213,8 @@ class Pyramid(nn.Module):
         drop_path_rate: float = 0.0,
         **options: Any,
     ):
+        if softmax and options:
+            raise TypeError(f"RMT's attention has no options of retention; got {', '.join(options)}")
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features, self.head_hidden_size = dims[-1], 1024

@@ -62,12 +62,12 @@ def distances(prefix, rows, columns, grid=True):
 
 
 def formula(prefix, rows, columns, decay, grid=True):
-    """What retention is at its start: features softmax(x, -x) and all decays, in the place of a softmax."""
+    """What retention is at its start: features softmax(2.5 x, -2.5 x) and all decays, in the place of a softmax."""
     log_decay = torch.tensor(decay, dtype=torch.float64)[:, None, None]
     weights = (log_decay * distances(prefix, rows, columns, grid)).exp()
 
     def gather(q, k, v, **_):
-        q, k = (torch.cat([x, -x], -1).softmax(-1) for x in (z.double() * z.shape[-1] ** -0.25 for z in (q, k)))
+        q, k = (torch.cat([x, -x], -1).softmax(-1) for x in (2.5 * z.double() * z.shape[-1] ** -0.25 for z in (q, k)))
         scores = q @ k.mT * weights.unflatten(0, (-1, q.shape[1])).sum(0)
         return (scores / scores.sum(-1, keepdim=True) @ v.double()).to(v.dtype)
 
@@ -187,7 +187,7 @@ def test_strips_need_a_causal_model_and_must_make_up_its_image():
         with pytest.raises(ShapeError, match=message):
             classify_strips(model, wrong)
     assert model(x).shape == (2, 7), "a refused image leaves nothing behind"
-    with pytest.raises(ValueError, match="no tokens without a place; got prefix 1; use causal=False"):
+    with pytest.raises(ValueError, match="no tokens without a place; got prefix 1; leave causal out"):
         build(**causal)(x)
 
 

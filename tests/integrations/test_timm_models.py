@@ -144,7 +144,7 @@ def test_the_vits_have_retention_with_gate_and_norm_in_each_layer():
 def test_manhattan_attention_is_a_softmax_with_a_bias(by_axis):
     q, k, v = torch.randn(3, 2, 2, 15, 4, dtype=torch.float64)
     decay = [-0.1, -0.7]
-    got, _ = ManhattanAttention(decay, by_axis)(q, q, k, v, scale=0.5, grid=(3, 5))
+    got, _ = ManhattanAttention(decay, by_axis)(q, q, k, v, scale=0.5, causal=False, grid=(3, 5))
     distances = torch.tensor([[oracle.distance(n, m, (3, 5)) for m in range(15)] for n in range(15)])
     bias = torch.tensor(decay, dtype=torch.float64)[:, None, None] * distances
     if by_axis:
@@ -183,3 +183,11 @@ def test_images_of_any_size_and_shape():
         assert model(torch.randn(1, 3, *size)).shape == (1, 3)
     with pytest.raises(ValueError, match="output_fmt must be 'NCHW'; got output_fmt 'NLC'"):
         model.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
+
+
+def test_options_of_retention_are_for_retention():
+    assert build("pyramid_retention_tiny", gate="silu").stages[0].blocks[0].mixer.gather.gate is not None
+    with pytest.raises(TypeError, match="RMT's attention has no options of retention; got gate"):
+        build("rmt_tiny", gate="silu")
+    with pytest.raises(TypeError, match="gates"):
+        build("pyramid_retention_tiny", gates="silu")

@@ -43,12 +43,12 @@ class SwapSettings(Kept):
     gate: str | None = "silu"
     scales: int = 2
     parts: int = 1
-    transfer_steps: int = 500
-    tuning_steps: int = 500
-    batch: int = 8
+    transfer_steps: int = 600
+    tuning_steps: int = 1400
+    batch: int = 4
     context: int | None = None  # None: 256, or as many as the model can
     transfer_lr: float = 3e-2
-    tuning_lr: float = 1e-3
+    tuning_lr: float = 3e-4
     label_weight: float = 0.0
     seed: int = 0
     eval_every: int = 100

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ...state import state_dtype
 
 SPREAD = 64  # columns at a time
+AT_ONCE = 4096  # cells of a batch whose states are kept at a time, on CPU
 
 
 def on_grid(
@@ -32,15 +34,18 @@ def on_grid(
     Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V), T = rows * columns; log_decay (H,). Returns (B, H, T, V)
         in float32 at least.
     """
-    wide, heads = state_dtype(q.dtype), q.shape[1]
-    q, k, v = (x.to(wide).repeat_interleave(heads // x.shape[1], dim=1).unflatten(2, grid) for x in (q, k, v))
+    wide, groups = state_dtype(q.dtype), q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+    q, k, v = (x.to(wide).unflatten(2, grid) for x in (q, k, v))
     return _along_rows(q * scale, k, v, log_decay.to(wide)[:, None], side).flatten(2, 3)
 
 
-def on_grid_anew(*tensors: Tensor, grid: tuple[int, int], scale: float, side: int) -> Tensor:
-    """`on_grid`, of which nothing but the inputs is stored for the backward pass."""
-    run = partial(on_grid, grid=grid, scale=scale, side=side)
-    return checkpoint(run, *tensors, use_reentrant=False, preserve_rng_state=False)
+def on_grid_anew(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **options: Any) -> Tensor:
+    """`on_grid`, of which nothing but the inputs is stored: the backward pass computes it anew, a part at a time."""
+    rows = max(1, AT_ONCE // q.shape[2]) if q.device.type == "cpu" else max(1, len(q))
+    run = partial(checkpoint, partial(on_grid, **options), use_reentrant=False, preserve_rng_state=False)
+    parts = zip(*(x.split(rows) for x in (q, k, v)), strict=True)
+    return torch.cat([run(*part, log_decay) for part in parts])
 
 
 def _along_rows(q: Tensor, k: Tensor, v: Tensor, rate: Tensor, side: int) -> Tensor:
