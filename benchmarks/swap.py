@@ -146,9 +146,7 @@ def recovered(model: Any, layers: range | list[int], corpus: Corpus, few: int, o
 
 
 def common_arguments() -> dict[str, Any]:
-    return dict(
-        logging_steps=10, save_total_limit=1, disable_tqdm=False, report_to="none", **device_arguments("cpu", "")
-    )
+    return dict(logging_steps=10, disable_tqdm=False, report_to="none", **device_arguments("cpu", "float32"))
 
 
 def show_losses(host: str, losses: dict[str, float], recoveries: dict[str, Recovery], steps: int, few: int) -> None:

@@ -47,7 +47,7 @@ def replaced(teacher):
 
 
 def recover(model, out, **options):
-    options = dict(transfer_steps=30, tuning_steps=60, batch=16) | options
+    options = dict(transfer_steps=30, tuning_steps=60, batch=16, tuning_lr=1e-3) | options
     quiet = dict(use_cpu=True, disable_tqdm=True, logging_steps=1000)
     return distill.recover(model, Countdown(2000), Countdown(64), out=out, **quiet, **options)
 
@@ -114,7 +114,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(replaced, tmp_path):
 def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, tmp_path):
     model = copy.deepcopy(teacher)
     quiet = dict(use_cpu=True, disable_tqdm=True, logging_steps=1000)
-    options = dict(transfer_steps=15, tuning_steps=30, batch=16, **quiet)
+    options = dict(transfer_steps=15, tuning_steps=30, batch=16, tuning_lr=1e-3, **quiet)
     data = Countdown(2000), Countdown(64)
     first, second = distill.replace_in_parts(model, [[1], [0]], *data, out=tmp_path, **options)
     assert second.tuned < second.teacher + 0.3 * (second.replaced - second.teacher)
