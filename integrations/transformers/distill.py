@@ -46,10 +46,18 @@ class Recovery:
 
 
 def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it was before its attention was replaced: a frozen copy. For models that were not trained since."""
-    teacher = copy.deepcopy(model)
+    """The model as it was before its attention was replaced, frozen. For models that were not trained since.
+
+    It shares the parameters that do not learn, such as those beneath LoRA.
+    """
+    teacher = _frozen_copy(model)
     restore_attention(teacher)
-    return teacher.requires_grad_(False).eval()
+    return teacher
+
+
+def _frozen_copy(model: PreTrainedModel) -> PreTrainedModel:
+    shared: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    return cast(Any, copy.deepcopy(model, shared)).requires_grad_(False).eval()
 
 
 def replace_in_parts(
@@ -70,7 +78,7 @@ def replace_in_parts(
     Raises: ValueError as `replace_attention` does, before anything is trained.
     """
     plan_replacement(model, layers=[i for part in parts for i in part], **options or {})
-    teacher = copy.deepcopy(model)
+    teacher = _frozen_copy(model)
     found = []
     for number, part in enumerate(parts, start=1):
         there = {name for name, module in model.named_modules() if isinstance(module, Swapped)}

@@ -65,6 +65,16 @@ def test_recovery_comes_near_the_teacher(teacher, replaced, tmp_path):
         assert torch.equal(weight, before[name])
 
 
+def test_the_teacher_shares_what_does_not_learn_and_nothing_else(replaced):
+    replaced.lm_head.weight.requires_grad_(False)
+    teacher = distill.teacher_of(replaced)
+    theirs = dict(replaced.named_parameters())
+    for name, weight in teacher.named_parameters():
+        assert (weight is theirs[name]) == (name == "lm_head.weight"), name
+        assert not weight.requires_grad
+    assert theirs["model.norm.weight"].requires_grad
+
+
 def test_the_first_stage_trains_the_replaced_layers_only(teacher, replaced, tmp_path):
     recover(replaced, tmp_path, transfer_steps=3, tuning_steps=0)
     theirs = dict(teacher.named_parameters())

@@ -168,7 +168,7 @@ def _recovered(model: Any, settings: SwapSettings, plan: SwapReport, corpus: Cor
         seed=settings.seed,
         **device_arguments(settings.device, settings.dtype),
     )
-    return found[-1]
+    return replace(found[-1], replaced=found[0].replaced, tokens=sum(part.tokens for part in found))
 
 
 class StageProgress(Progress):
