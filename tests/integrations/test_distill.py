@@ -56,7 +56,7 @@ def test_recovery_comes_near_the_teacher(teacher, replaced, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     found = recover(replaced, tmp_path)
     assert found.teacher < 0.2  # it has learnt to count
-    assert found.replaced > found.teacher + 0.2
+    assert found.replaced > found.teacher + 0.1
     assert found.transferred < found.replaced
     assert found.tuned < found.teacher + 0.2 * (found.replaced - found.teacher)
     assert found.tokens == 90 * 16 * 24

@@ -124,7 +124,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
             ["HOST", "--parts", "3", "--transfer-steps", "3", "--tuning-steps", "3"],
             "parts must be at most 2, the layers",
         ),
-        (["HOST", "--parts", "3"], "transfer_steps must be a multiple of parts, 3, at least 0"),
+        (["HOST", "--parts", "3"], "tuning_steps must be a multiple of parts, 3, at least 0"),
         (["HOST", "--batch", "0"], "batch must be at least 1; got batch 0"),
         (["HOST", "--decay", "fast"], "decay must be one of 'paper'"),
         (["HOST", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16"),
