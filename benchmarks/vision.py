@@ -75,7 +75,7 @@ def _digits(epochs: int, seeds: int) -> None:
         name = f"attention, replaced for the last {tuned} epochs"
         model = _small(seed)
         learn(name, model, epochs - tuned)
-        replace_attention(model, scales=1, gate=None)
+        replace_attention(model)
         accuracies.setdefault(name, []).append(learn(name, model, tuned))
 
     def row(name: str, found: list[float]) -> list[str]:
