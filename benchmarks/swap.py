@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
@@ -25,8 +28,8 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 
 from benchmarks.measure import ratio, show, take_turns
-from retention.integrations.swap import replace_attention
-from retention.integrations.transformers.distill import Recovery, replace_in_parts
+from retention.integrations.swap import Swapped, replace_attention
+from retention.integrations.transformers.distill import TRANSFER, Recovery, recover
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
 from retention.integrations.transformers.training.progress import Batch, Progress, SaveOnInterrupt
@@ -38,7 +41,6 @@ CONTEXT = 256
 TEACHER_BATCH, BATCH = 16, 4
 PROMPT, PROMPTS = 64, 64  # bytes, and how many
 GRAM, LOOP, PERIOD = 6, 96, 32  # bytes
-HALF = [0, 1]
 
 
 def swap(
@@ -55,13 +57,15 @@ def swap(
     out, few = out / host, int(steps * share)
     teacher = new_host(host)
     losses = {"teacher": learn(teacher, corpus, steps, out / "teacher")}
-    recoveries = {}
     models = {"teacher": teacher.requires_grad_(False).eval()}
-    for name, layers in {"all layers": range(4), "half the layers": HALF}.items():
-        models[name] = new_host(host)
-        models[name].load_state_dict(teacher.state_dict())
-        recoveries[name] = recovered(models[name], layers, corpus, few, out / name.replace(" ", "-"))
-        losses[name] = recoveries[name].tuned
+    transfer, tuning = few * TEACHER_BATCH // BATCH * 3 // 10, few * TEACHER_BATCH // BATCH * 7 // 10
+    every = with_retention(teacher, range(4), corpus)
+    recoveries = {"all layers": recovered(every, teacher, corpus, transfer, tuning, out / "all")}
+    half = easiest(teacher, corpus, out / "all")
+    some = with_retention(teacher, half, corpus, out / "all")  # these have been taught already
+    recoveries[f"half, layers {half}"] = recovered(some, teacher, corpus, 0, tuning, out / "half")
+    models |= dict(zip(recoveries, (every, some), strict=True))
+    losses |= {name: recovery.tuned for name, recovery in recoveries.items()}
     name = "all layers, from scratch"
     models[name] = new_host(host)
     replace_attention(models[name])
@@ -69,7 +73,7 @@ def swap(
 
     show_losses(host, losses, recoveries, steps, few)
     show_texts(host, models, corpus)
-    show_decoding(host)
+    show_decoding(host, half)
 
 
 def new_host(name: str, positions: int = CONTEXT) -> Any:
@@ -122,27 +126,54 @@ def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
     return trainer.evaluate()["eval_loss"]
 
 
-def recovered(model: Any, layers: range | list[int], corpus: Corpus, few: int, out: Path) -> Recovery:
-    """few: of the teacher's steps, to be made of the tokens of both stages."""
-    steps = few * TEACHER_BATCH // BATCH
+def with_retention(teacher: Any, layers: Iterable[int], corpus: Corpus, taught: Path | None = None) -> Any:
+    """A copy of the teacher with layers replaced. taught: folder of a recovery from whose first stage they come."""
+    model = copy.deepcopy(teacher).requires_grad_(True)
+    batch = torch.stack([corpus.train[i]["input_ids"] for i in range(8)])
+    replace_attention(model, layers=layers, calibrate_on={"input_ids": batch})
+    if taught:
+        checkpoint: Any = last_checkpoint(taught / TRANSFER)
+        weights = load_file(checkpoint / "model.safetensors")
+        attention = [module for module in model.modules() if isinstance(module, Swapped)]
+        for layer, module in zip(layers, attention, strict=True):
+            prefix = f"layers.{layer}."
+            mine = {name.removeprefix(prefix): weight for name, weight in weights.items() if name.startswith(prefix)}
+            module.load_state_dict(mine)
+    return model
+
+
+def easiest(teacher: Any, corpus: Corpus, taught: Path) -> list[int]:
+    """The half of the layers that, each replaced alone after the first stage, cost the model least."""
+    batches = torch.stack([corpus.valid[i]["input_ids"] for i in range(0, len(corpus.valid), 4)]).split(TEACHER_BATCH)
+    costs = []
+    for layer in range(4):
+        model = with_retention(teacher, [layer], corpus, taught).eval()
+        with torch.no_grad():
+            costs.append(sum(model(batch, labels=batch, use_cache=False).loss.item() for batch in batches))
+    return sorted(sorted(range(4), key=costs.__getitem__)[:2])
+
+
+def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: int, out: Path) -> Recovery:
+    """transfer, tuning: steps of both stages."""
     set_seed(0)
-    return replace_in_parts(
+    eighth = max((transfer + tuning) // 8, 1)
+    return recover(
         model,
-        [list(layers)],
         corpus.train,
         corpus.valid,
         out=out,
-        transfer_steps=steps * 3 // 10,
-        tuning_steps=steps - steps * 3 // 10,
+        teacher=teacher,
+        transfer_steps=transfer,
+        tuning_steps=tuning,
         batch=BATCH,
         transfer_lr=4e-2,
         tuning_lr=3e-4,
         callbacks=[SaveOnInterrupt(), StageProgress(Batch(BATCH, 1, 1, CONTEXT, corpus.unit), corpus)],
         eval_strategy="steps",
-        eval_steps=max(steps // 8, 1),
-        save_steps=max(steps // 8, 1),
+        eval_steps=eighth,
+        save_steps=eighth,
         **common_arguments(),
-    )[0]
+    )
 
 
 def common_arguments() -> dict[str, Any]:
@@ -159,7 +190,7 @@ def show_losses(host: str, losses: dict[str, float], recoveries: dict[str, Recov
         rows.append([name, f"{tokens:,}", path, f"{loss:.4f}", f"{100 * (loss / teacher - 1):+.2f} %"])
     columns = ["", "bytes trained on", "replaced, layers taught", "validation, nats per byte", "against the teacher"]
     show(f"{host}, 4 layers, width 128, context {CONTEXT}, on Python's source", columns, rows)
-    for name, most in (("all layers", 1.02), ("half the layers", 1.01)):
+    for name, most in zip(recoveries, (1.02, 1.01), strict=True):
         verdict = "met" if losses[name] <= most * teacher else "MISSED"
         typer.echo(f"{name} within {100 * most - 100:.0f} % of the teacher: {verdict}")
     better = losses["all layers"] < losses["all layers, from scratch"]
@@ -242,12 +273,12 @@ def agreement(texts: Tensor, others: Tensor) -> str:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def show_decoding(host: str, context: int = 8192, batch: int = 8, rounds: int = 15) -> None:
+def show_decoding(host: str, half: list[int], context: int = 8192, batch: int = 8, rounds: int = 15) -> None:
     """One more token after `context`, before and after; weights do not matter for that."""
-    before, after, half = (new_host(host, positions=context + 1000).eval() for _ in range(3))
-    replace_attention(after)
-    replace_attention(half, layers=HALF)
-    models = {"attention": before, "half the layers": half, "all layers": after}
+    before, some, every = (new_host(host, positions=context + 1000).eval() for _ in range(3))
+    replace_attention(some, layers=half)
+    replace_attention(every)
+    models = {"attention": before, "half the layers": some, "all layers": every}
     caches = {name: filled(model, context, batch) for name, model in models.items()}
     token = torch.zeros(batch, 1, dtype=torch.long)
     with torch.inference_mode():
