@@ -29,6 +29,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from benchmarks.measure import ratio, show, take_turns
 from retention.integrations.swap import Swapped, replace_attention
+from retention.integrations.transformers import RetentionCacheLayer
 from retention.integrations.transformers.distill import TRANSFER, Recovery, recover
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
@@ -303,7 +304,7 @@ def filled(model: Any, context: int, batch: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
     model(torch.randint(256, (batch, 300)), past_key_values=cache)
     for layer in cache.layers:
-        if hasattr(layer, "keys"):
+        if not isinstance(layer, RetentionCacheLayer):
             shape = (*layer.keys.shape[:2], context - 300, layer.keys.shape[3])
             layer.update(*torch.randn(2, *shape))
     return cache
@@ -311,8 +312,5 @@ def filled(model: Any, context: int, batch: int) -> DynamicCache:
 
 def cache_size(cache: DynamicCache) -> int:
     """In bytes."""
-    return sum(
-        x.nbytes
-        for layer in cache.layers
-        for x in ((layer.keys, layer.values) if hasattr(layer, "keys") else (layer.state.kv,))
-    )
+    kept = ((x.state.kv,) if isinstance(x, RetentionCacheLayer) else (x.keys, x.values) for x in cache.layers)
+    return sum(part.nbytes for parts in kept for part in parts)
