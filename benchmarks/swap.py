@@ -167,8 +167,6 @@ def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: i
         transfer_steps=transfer,
         tuning_steps=tuning,
         batch=BATCH,
-        transfer_lr=4e-2,
-        tuning_lr=3e-4,
         callbacks=[SaveOnInterrupt(), StageProgress(Batch(BATCH, 1, 1, CONTEXT, corpus.unit), corpus)],
         eval_strategy="steps",
         eval_steps=eighth,
