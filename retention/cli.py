@@ -118,7 +118,7 @@ def swap(
     transfer_lr: Annotated[
         float, typer.Option(help="Peak learning rate of new layers; their projections, a tenth.")
     ] = 4e-2,
-    tuning_lr: Annotated[float, typer.Option(help="The same of the whole model, in the tuning.")] = 1.5e-4,
+    tuning_lr: Annotated[float, typer.Option(help="The same of the whole model, in the tuning.")] = 3e-4,
     label_weight: Annotated[float, typer.Option(min=0, help="Of the text itself, beside what the model was.")] = 0.0,
     seed: Seed = 0,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,

@@ -101,7 +101,7 @@ def recover(
     tuning_steps: int = 1400,
     batch: int = 4,
     transfer_lr: float = 4e-2,
-    tuning_lr: float = 1.5e-4,
+    tuning_lr: float = 3e-4,
     label_weight: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,

@@ -48,7 +48,7 @@ class SwapSettings(Kept):
     batch: int = 4
     context: int | None = None  # None: 256, or as many as the model can
     transfer_lr: float = 4e-2
-    tuning_lr: float = 1.5e-4
+    tuning_lr: float = 3e-4
     label_weight: float = 0.0
     seed: int = 0
     eval_every: int = 100
