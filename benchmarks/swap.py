@@ -61,10 +61,10 @@ def swap(
     models = {"teacher": teacher.requires_grad_(False).eval()}
     transfer, tuning = few * TEACHER_BATCH // BATCH * 3 // 10, few * TEACHER_BATCH // BATCH * 7 // 10
     every = with_retention(teacher, range(4), corpus)
-    recoveries = {"all layers": recovered(every, teacher, corpus, transfer, tuning, out / "all")}
+    recoveries = {"all layers": recovered(every, teacher, corpus, transfer, tuning, 3e-4, out / "all")}
     half = easiest(teacher, corpus, out / "all")
     some = with_retention(teacher, half, corpus, out / "all")  # these have been taught already
-    recoveries[f"half, layers {half}"] = recovered(some, teacher, corpus, 0, tuning, out / "half")
+    recoveries[f"half, layers {half}"] = recovered(some, teacher, corpus, 0, tuning, 1.5e-4, out / "half")
     models |= dict(zip(recoveries, (every, some), strict=True))
     losses |= {name: recovery.tuned for name, recovery in recoveries.items()}
     name = "all layers, from scratch"
@@ -114,7 +114,7 @@ def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
         save_total_limit=1,
         **common_arguments(),
     )
-    trainer = Trainer(model, args, train_dataset=corpus.train, eval_dataset=corpus.valid, callbacks=[SaveOnInterrupt()])
+    trainer = Learner(model, args, train_dataset=corpus.train, eval_dataset=corpus.valid, callbacks=[SaveOnInterrupt()])
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(Progress(Batch(TEACHER_BATCH, 1, 1, CONTEXT, corpus.unit), corpus))
     last = last_checkpoint(out)
@@ -125,6 +125,14 @@ def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
         if trainer.state.global_step < steps:
             raise KeyboardInterrupt
     return trainer.evaluate()["eval_loss"]
+
+
+class Learner(Trainer):
+    """Evaluates by the mean over what is predicted; transformers' own divides by one more for each sequence."""
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return model(**self._prepare_inputs(inputs), use_cache=False).loss, None, None
 
 
 def with_retention(teacher: Any, layers: Iterable[int], corpus: Corpus, taught: Path | None = None) -> Any:
@@ -154,8 +162,8 @@ def easiest(teacher: Any, corpus: Corpus, taught: Path) -> list[int]:
     return sorted(sorted(range(4), key=costs.__getitem__)[:2])
 
 
-def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: int, out: Path) -> Recovery:
-    """transfer, tuning: steps of both stages."""
+def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: int, lr: float, out: Path) -> Recovery:
+    """transfer, tuning: steps of both stages. lr: of the second; less where less is replaced."""
     set_seed(0)
     eighth = max((transfer + tuning) // 8, 1)
     return recover(
@@ -166,6 +174,7 @@ def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: i
         teacher=teacher,
         transfer_steps=transfer,
         tuning_steps=tuning,
+        tuning_lr=lr,
         batch=BATCH,
         callbacks=[SaveOnInterrupt(), StageProgress(Batch(BATCH, 1, 1, CONTEXT, corpus.unit), corpus)],
         eval_strategy="steps",
