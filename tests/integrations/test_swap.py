@@ -1,6 +1,7 @@
 """Retention in the attention of real models: it runs, decodes, saves, and comes out again without a trace."""
 
 import copy
+import itertools
 import pickle
 
 import peft
@@ -158,6 +159,12 @@ def test_bert_in_both_directions():
 # --- the function -----------------------------------------------------------------------------------------------------
 
 
+def features_of(x, feature_map, head):
+    """x (T, K) -> the features of each scale, (T, 2 K)."""
+    parts = [z for weight in feature_map.weight[head] for z in (x @ weight, -x @ weight)]
+    return torch.cat(parts, -1).softmax(-1).chunk(2, dim=-1)
+
+
 @torch.no_grad()
 def test_a_replaced_layer_is_its_formula():
     """Scores of features above 0, times the decays, over their sum: what attention is, with other scores."""
@@ -169,15 +176,13 @@ def test_a_replaced_layer_is_its_formula():
         parameter.add_(0.3 * torch.randn_like(parameter))
     x = torch.randn(2, 9, 32).double()
     q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in layer.c_attn(x).split(32, -1))
-    features = []
-    for z, weight in ((q, retention.q_map.weight), (k, retention.k_map.weight)):
-        scales = [z / 8**0.25 @ weight[:, s] for s in range(2)]
-        together = torch.cat([scales[0], -scales[0], scales[1], -scales[1]], -1).softmax(-1)
-        features.append((together[..., :16], together[..., 16:]))
     n = torch.arange(9.0).double()
     log_decay = retention.decay(x.device, torch.float64).view(4, 2, 1, 1)
     decay = (log_decay * (n[:, None] - n)).exp().tril()
-    scores = sum(features[0][s] @ features[1][s].mT * decay[:, s] for s in range(2))
+    scores = torch.zeros(2, 4, 9, 9).double()
+    for b, h, s in itertools.product(range(2), range(4), range(2)):
+        f, g = (features_of(z[b, h] / 8**0.25, m, h)[s] for z, m in ((q, retention.q_map), (k, retention.k_map)))
+        scores[b, h] += f @ g.T * decay[h, s]
     heads = (scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2) * retention.gain
     gate = torch.nn.functional.silu(retention.gate(x)).unflatten(-1, (4, 8))
     torch.testing.assert_close(layer(x)[0], layer.c_proj((heads * gate).flatten(2)))
@@ -187,7 +192,7 @@ def test_a_replaced_layer_is_its_formula():
 @pytest.mark.parametrize("features", [True, False])
 def test_each_head_has_its_scales_whatever_it_shares(features):
     decay = [-0.1 * n for n in range(1, 9)]  # the first scale of four heads, then the second
-    retention = HostedRetention(Heads(32, 4, 2, 8, 8), decay=decay, features=features, gate=None).double()
+    retention = HostedRetention(Heads(32, 4, 2, 8, 8), scales=2, decay=decay, features=features, gate=None).double()
     for parameter in retention.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     retention.decay.reset_parameters()
@@ -199,11 +204,7 @@ def test_each_head_has_its_scales_whatever_it_shares(features):
         for s in range(2):
             a, b = q[0, h] / 2, k[0, h // 2] / 2
             if features:
-                a, b = (
-                    (z @ w).flatten() for z, w in ((a, retention.q_map.weight[h]), (b, retention.k_map.weight[h // 2]))
-                )
-                a, b = (z.view(2, 9, 8).transpose(0, 1) for z in (a, b))
-                a, b = (torch.stack([z, -z], 2).flatten(1).softmax(-1).unflatten(1, (2, 16))[:, s] for z in (a, b))
+                a, b = features_of(a, retention.q_map, h)[s], features_of(b, retention.k_map, h // 2)[s]
             scores = scores + a @ b.T * torch.exp(decay[4 * s + h] * (n[:, None] - n)).tril()
         y = scores @ v[0, h // 2]
         y = y / scores.sum(-1, keepdim=True) if features else torch.nn.functional.rms_norm(y, (8,), eps=1e-6)

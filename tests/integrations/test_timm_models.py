@@ -159,15 +159,15 @@ def test_manhattan_attention_is_a_softmax_with_a_bias(by_axis):
 
 def test_a_mixer_is_retention_on_the_grid_and_a_convolution_of_the_values():
     class Probe(nn.Module):
-        def forward(self, x, q, k, v, *, scale, grid):
-            self.seen = q, k, v, scale, grid
+        def forward(self, x, q, k, v, *, scale, causal, grid):
+            self.seen = q, k, v, scale, causal, grid
             return torch.zeros_like(v).transpose(1, 2), None
 
     mixer = Mixer(8, 2, Probe()).double()
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64)
     y = mixer(x)
-    q, k, v, scale, grid = mixer.gather.seen
-    assert (scale, grid) == (0.5, (3, 5))
+    q, k, v, scale, causal, grid = mixer.gather.seen
+    assert (scale, causal, grid) == (0.5, False, (3, 5))
     values = mixer.qkv(x)[..., 16:]
     torch.testing.assert_close(v.transpose(1, 2).reshape(2, 3, 5, 8), values)
     torch.testing.assert_close(q.square().sum(-1), mixer.qkv(x)[..., :8].reshape(2, 15, 2, 4).square().sum(-1).mT)
