@@ -167,7 +167,7 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
-        wanted = softmax(q, k, v, scale, causal, mask, cu_seqlens) if self.calibrating else None
+        wanted = _attend(q, k, v, scale, causal, mask, cu_seqlens) if self.calibrating else None
         q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
         log_decay = self.decay(q.device, state_dtype(q.dtype))
         after: RetentionState | None = state
@@ -231,7 +231,7 @@ def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -
         return torch.cat([q_first @ (first + rest), placed + q_rest @ first], dim=2).to(placed.dtype)
 
 
-def softmax(
+def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
     """What attention gathers from the same q, k and v, (B, T, H, V). Arguments as `HostedRetention.forward`."""

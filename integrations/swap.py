@@ -148,7 +148,7 @@ def replace_attention(
     init: "copy" keeps the weights of the layers, the projections above all; "fresh" gives them new ones, and what
         they were is gone.
     calibrate_on: a batch, keyword arguments of `model`: one pass of it brings the output of each new head to the size
-        of its attention's. In this pass every layer sees what it would see in the model as it was.
+        of its attention's. In this pass every layer sees what it would see in the model as it was. Not for "fresh".
     allow_lost: replace layers too that do what retention will not do, such as looking at a window only.
     options: of `HostedRetention`, the same for all layers.
     Twice the same is once. Nothing is touched unless everything can be done.
@@ -158,6 +158,8 @@ def replace_attention(
     The projections, norms and biases carry over exactly. The softmax does not: train the model afterwards.
     """
     check_choice("init", init, ("copy", "fresh"))
+    if init == "fresh" and calibrate_on is not None:
+        raise ValueError('calibrate_on needs init="copy"; fresh weights have no attention to be as large as')
     report, chosen = _planned(model, layers, where, allow_lost, options)
     new = [place.attention for place in chosen if not isinstance(place.attention, Swapped)]
     built = [_build(attention, options) for attention in new]
@@ -208,7 +210,7 @@ def _restore(model: nn.Module, replaced: Sequence[Any]) -> None:
         del attention.retention
         attention.__class__ = attention.host
     for adapter in adapters:
-        if any(isinstance(module, Swapped) and adapter_of(module) is adapter for module in model.modules()):
+        if replaced_by(adapter, model):
             adapter.attach(model)
 
 
@@ -313,6 +315,11 @@ def _fresh_weights(attention: nn.Module, model: nn.Module) -> dict[str, Any]:
     twin = copy.deepcopy(attention)
     adapter_of(attention).reset(twin, model)
     return twin.state_dict()
+
+
+def replaced_by(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
+    """The replaced layers of `model` that this adapter is for, by their names."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Swapped) and adapter_of(m) is adapter}
 
 
 def adapter_of(attention: Any) -> Adapter:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from retention.errors import ShapeError
 
-from .swap import Adapter, Heads, Swapped, register_adapter
+from .swap import Adapter, Heads, register_adapter, replaced_by
 
 
 class MultiheadAttention(Adapter):
@@ -72,22 +72,18 @@ class MultiheadAttention(Adapter):
 
     def attach(self, model: Any) -> None:
         # Or nn.TransformerEncoder and its layers would compute attention by themselves when there are no gradients.
+        for attention in replaced_by(self, model).values():
+            attention._qkv_same_embed_dim = False
         for module in model.modules():
-            if _is_replaced(module):
-                module._qkv_same_embed_dim = False
-            elif getattr(module, "use_nested_tensor", False) and any(map(_is_replaced, module.modules())):
+            if getattr(module, "use_nested_tensor", False) and replaced_by(self, module):
                 module.use_nested_tensor = None  # counts as False, and tells that it was True
 
     def detach(self, model: Any) -> None:
+        for attention in replaced_by(self, model).values():
+            attention._qkv_same_embed_dim = True
         for module in model.modules():
-            if _is_replaced(module):
-                module._qkv_same_embed_dim = True
-            elif getattr(module, "use_nested_tensor", False) is None:
+            if getattr(module, "use_nested_tensor", False) is None:
                 module.use_nested_tensor = True
-
-
-def _is_replaced(module: nn.Module) -> bool:
-    return isinstance(module, Swapped) and isinstance(module, nn.MultiheadAttention)
 
 
 def _real(key_padding_mask: Tensor) -> Tensor:

@@ -25,6 +25,8 @@ from .model import PRESETS
 if TYPE_CHECKING:
     from .integrations.transformers.training.codec import Codec
     from .integrations.transformers.training.settings import Kept, Settings
+    from .integrations.transformers.training.swapping import Swap
+    from .integrations.transformers.training.train import Run
 
 K = TypeVar("K", bound="Kept")
 
@@ -85,10 +87,7 @@ def train(
         raise typer.Exit(130)
     _say(f"{run.corpus.report(run.loss)}; the model is in {out}, the losses in {out / training.PLOT}")
     if sample and _process("RANK") == 0:
-        if run.corpus.unit == run.codec.unit:
-            _sample(run.model, run.codec, out, sample, seed)
-        else:
-            typer.echo("no sample: the corpus came as token ids, and without a --tokenizer they cannot be read")
+        _sample(run, out, sample, seed)
 
 
 @app.command()
@@ -108,7 +107,9 @@ def swap(
     decay: Annotated[str, typer.Option(help="short, log_linear or paper; learnt from there.")] = "short",
     features: Annotated[bool, typer.Option(help="Learn a feature map of q and k.")] = True,
     gate: Annotated[str, typer.Option(help="silu, gelu, relu, sigmoid or none.")] = "silu",
-    scales: Annotated[int, typer.Option(help="Retentions, with decays of their own, that make one head.")] = 2,
+    scales: Annotated[
+        int | None, typer.Option(help="Retentions, each with its decays, to a head. Default: 2, without features 1.")
+    ] = None,
     parts: Annotated[int, typer.Option(help="Replace the layers in so many parts, one after another.")] = 1,
     text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
     transfer_steps: Annotated[int, typer.Option(help="In which layers learn what their attention gave.")] = 600,
@@ -149,7 +150,7 @@ def swap(
             raise typer.Exit(130) from None
     typer.echo(f"{done.report}\n{done.recovery}\nthe model is in {out}, the losses in {out / swapping.PLOT}")
     if sample:
-        _sample(done.model, done.codec, out, sample, seed)
+        _sample(done, out, sample, seed)
 
 
 @app.command()
@@ -274,7 +275,11 @@ def _is_given(command: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _sample(model: Any, codec: Codec, out: Path, tokens: int, seed: int) -> None:
+def _sample(run: Run | Swap, out: Path, tokens: int, seed: int) -> None:
+    if run.corpus.unit != run.codec.unit:
+        typer.echo("no sample: the corpus came as token ids, and without a tokenizer they cannot be read")
+        return
+    model, codec = run.model, run.codec
     typer.echo(f"\nA sample (for more: retention generate --model {out} --prompt TEXT):\n")
     tokens = int(min(tokens, _room(model, codec, codec.opening)))
     _write(model, codec, codec.opening, tokens, temperature=0.8, seed=seed)

@@ -27,7 +27,7 @@ from retention.errors import ShapeError
 from retention.state import RetentionState
 
 from ..hosted import Heads, HostedRetention
-from ..swap import Adapter, Swapped, register_adapter
+from ..swap import Adapter, Swapped, register_adapter, replaced_by
 
 # Their tokens are `num_prefix_tokens`, then the patches that `patch_embed` or `embeds` makes, row by row.
 HOSTS = (VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder, DeepseekVitEncoder)
@@ -160,7 +160,7 @@ def _hosts(model: nn.Module) -> Iterator[Any]:
 
 
 def _swapped(host: nn.Module) -> Iterator[Any]:
-    return (module for module in host.modules() if isinstance(module, Swapped))
+    return iter(replaced_by(_adapter, host).values())
 
 
 class RetentionAttention(Swapped, Attention):

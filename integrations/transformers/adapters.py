@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AutoConfig, Cache, EncoderDecoderCa
 
 from retention.errors import ShapeError
 
-from ..swap import Adapter, Heads, Swapped, register_adapter, replace_attention
+from ..swap import Adapter, Heads, register_adapter, replace_attention, replaced_by
 from .cache import retention_layer
 
 IMPLEMENTATION = "hosted_retention"
@@ -63,19 +63,18 @@ class TransformersAttention(Adapter):
         return host_forward(*args, **kwargs, hosted=(x, cache))
 
     def attach(self, model: Any) -> None:
-        replaced: list[Any] = [(name, module) for name, module in model.named_modules() if isinstance(module, Swapped)]
-        for _, module in replaced:
+        replaced = replaced_by(self, model)
+        for module in replaced.values():
             if not hasattr(module, "host_config"):
                 module.host_config, module.config = module.config, copy.copy(module.config)
                 module.config._attn_implementation_internal = IMPLEMENTATION
         if isinstance(model, PreTrainedModel):
             model._is_stateful = True  # `generate` then refuses what rolls back
-            options = replaced[0][1].retention.options
-            setattr(model.config, MARK, {"layers": [name for name, _ in replaced], "options": options})
+            options = next(iter(replaced.values())).retention.options
+            setattr(model.config, MARK, {"layers": list(replaced), "options": options})
 
     def detach(self, model: Any) -> None:
-        replaced: list[Any] = [module for module in model.modules() if isinstance(module, Swapped)]
-        for module in replaced:
+        for module in replaced_by(self, model).values():
             module.config = module.host_config
             del module.host_config
         if isinstance(model, PreTrainedModel):

@@ -347,6 +347,8 @@ def test_fresh_layers_have_new_weights_under_the_same_parameters(family):
     assert identity[name].std().item() == pytest.approx(
         before[name].std().item(), rel=0.2
     )  # the family's own initialisation
+    with pytest.raises(ValueError, match='calibrate_on needs init="copy"; fresh weights have no attention'):
+        replace_attention(model, init="fresh", calibrate_on={"input_ids": padded()[0][0][None]})
     with pytest.raises(ValueError, match="init must be one of 'copy', 'fresh'; got init 'new'"):
         replace_attention(model, init="new")
 
@@ -474,6 +476,26 @@ def test_a_module_under_two_names_is_replaced_once():
     report = replace_attention(model)
     assert report.replaced == ["model.layers.0.self_attn"]
     assert isinstance(model.model.layers[1].self_attn, Swapped)
+
+
+@torch.no_grad()
+def test_layers_of_several_libraries_in_one_model_are_replaced_and_restored():
+    class Reader(transformers.LlamaForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.extra = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+
+    torch.manual_seed(0)
+    model, x = Reader(transformers.LlamaConfig(**SIZES, **GROUPED)).eval(), torch.randn(1, 9, 32)
+    ids = padded()[0][0][None]
+    want = model(ids).logits, model.extra(x, x, x)[0]
+    assert len(replace_attention(model).replaced) == 3
+    assert not torch.equal(model(ids).logits, want[0])
+    assert not torch.equal(model.extra(x, x, x)[0], want[1])
+    assert model.config.retention_in_attention["layers"] == [f"model.layers.{n}.self_attn" for n in range(2)]
+    assert len(restore_attention(model)) == 3
+    assert torch.equal(model(ids).logits, want[0])
+    assert torch.equal(model.extra(x, x, x)[0], want[1])
 
 
 # --- what is asked for, and what cannot be ----------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class SwapSettings(Kept):
     decay: str = "short"
     features: bool = True
     gate: str | None = "silu"
-    scales: int = 2
+    scales: int | None = None  # None: 2 with features, else 1
     parts: int = 1
     transfer_steps: int = 600
     tuning_steps: int = 1400
@@ -87,6 +87,7 @@ class Swap:
 
     model: Any
     codec: Codec
+    corpus: Corpus
     report: SwapReport
     recovery: Recovery
 
@@ -122,7 +123,7 @@ def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
     if codec.tokenizer is not None:
         codec.tokenizer.save_pretrained(out)
     (out / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
-    return Swap(model, codec, plan, recovery)
+    return Swap(model, codec, corpus, plan, recovery)
 
 
 def _host(settings: SwapSettings) -> Any:
