@@ -1,18 +1,45 @@
-"""`python -m benchmarks NAME`: one command for each claim that is measured rather than tested."""
+"""`python -m benchmarks NAME`: one command for each claim that is measured rather than tested.
+
+Each keeps what it measured as JSON lines, with machine, versions and commit; `compare` tells two such files apart.
+"""
+
+from pathlib import Path
+from typing import Annotated
 
 import typer
 
+from benchmarks.compare import compare
 from benchmarks.decode import decode
 from benchmarks.floor import floor
-from benchmarks.forms import forms
-from benchmarks.generation import gpt2, stream
+from benchmarks.gate import gate
+from benchmarks.layer import layer
+from benchmarks.model import model
+from benchmarks.op import op
 from benchmarks.parity import parity
+from benchmarks.peers import peers
 from benchmarks.quality import quality
+from benchmarks.record import recording
+from benchmarks.stream import stream
 from benchmarks.swap import swap
 from benchmarks.vision import vision
 from benchmarks.xformers import xformers
 
+COMMANDS = (op, layer, decode, model, peers, quality, swap, vision, xformers, parity, stream, floor, gate, compare)
+
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for command in (floor, forms, decode, gpt2, stream, parity, quality, swap, vision, xformers):
+for command in COMMANDS:
     app.command()(command)
+
+
+@app.callback()
+def main(
+    context: typer.Context,
+    results: Annotated[
+        Path | None, typer.Option(help="File for the JSON lines; a plot goes beside it. [default: runs/benchmarks/]")
+    ] = None,
+) -> None:
+    if context.invoked_subcommand not in (None, "compare"):
+        context.with_resource(recording(context.invoked_subcommand, results))
+
+
 app()

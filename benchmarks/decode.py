@@ -1,35 +1,138 @@
-"""The cost of one more token, near the beginning and far out."""
+"""Decoding: the cost of one more token, by how many came before it."""
 
 from __future__ import annotations
 
+from itertools import product
+from typing import Annotated, Any
+
 import torch
+import typer
+from tqdm.auto import tqdm
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
-from benchmarks.measure import ratio, show, take_turns
+from benchmarks.baselines import Attention
+from benchmarks.layer import DIM, HEADS
+from benchmarks.measure import Measured, Run, Side, race, ratio
+from benchmarks.plot import Panel, draw
+from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
 from retention import MultiScaleRetention
+from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM
+
+VOCAB = 256
+LAYERS = ("retention layer", "attention layer")
+MODELS = ("RetNet", "GPT-2")
+
+Found = dict[tuple[str, int, int], tuple[dict[str, Measured], dict[str, int]]]  # kind, batch, context: times and bytes
 
 
-def decode(rounds: int = 51) -> None:
-    """Time of `MultiScaleRetention.step` at position 100 000 relative to position 10; width 512, 8 heads, fp32."""
-    layer = MultiScaleRetention(512, 8).eval()
-    rows = []
-    for batch in (1, 16):
-        x = torch.randn(batch, 1, 512)
-        states = {position: layer.initial_state(batch) for position in (10, 100_000)}
-        for position, state in states.items():
-            state.kv.normal_()
-            state.time += position
-        memory = [state.kv.data_ptr() for state in states.values()]
+def decode(
+    length: Lengths = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Rows; several times.")] = None,
+    models: Annotated[bool, typer.Option(help="Whole models too: a RetNet and a GPT-2.")] = True,
+    device: Device = "cpu",
+    limit: Limit = 3.0,
+    quick: Quick = False,
+) -> None:
+    """One more token after so many: layers of width 512 and whole models, tokens a second and memory of the cache.
 
-        def run(state: object, x: torch.Tensor = x) -> None:
-            for _ in range(20):
-                layer.step(x, state)
+    The attention layer writes into memory that is there already; GPT-2 (30 M parameters) has transformers' own cache,
+    beside a RetNet of 28 M.
+    """
+    lengths = length or ([64, 4096] if quick else [64, 1024, 8192, 65536])
+    batches = batch or ([1] if quick else [1, 8])
+    kinds = ("layers", "models") if models else ("layers",)
+    found: Found = {}
+    for kind, rows, context in (bar := tqdm(list(product(kinds, batches, lengths)), leave=False)):
+        bar.set_description(f"{kind}, batch {rows}, after {context}")
+        sides, caches = (_layers if kind == "layers" else _models)(rows, context, device)
+        times = race(sides, 0.5 if quick else limit, device)
+        found[kind, rows, context] = times, caches
+        case = {"kind_of": kind, "batch": rows, "context": context, "device": device}
+        add_case(case, times, cache=caches)
+    _show(found)
+    draw(_panels(found, batches[-1]), picture())
 
-        sides = {str(position): lambda state=state, run=run: run(state) for position, state in states.items()}
+
+def _layers(batch: int, context: int, device: str) -> tuple[dict[str, Side], dict[str, int]]:
+    retention, attention = MultiScaleRetention(DIM, HEADS, device=device), Attention(DIM, HEADS).to(device)
+    state = retention.initial_state(batch)
+    state.kv.normal_()
+    state.time += context
+
+    def attend() -> Run:
+        cache = torch.randn(2, batch, HEADS, context + 1, DIM // HEADS, device=device)
+        x = torch.randn(batch, 1, DIM, device=device)
+        return torch.inference_mode()(lambda: attention.step(x, cache, context))
+
+    def retain() -> Run:
+        x = torch.randn(batch, 1, DIM, device=device)
+        return torch.inference_mode()(lambda: retention.step(x, state))
+
+    keys = 2 * batch * context * DIM * 4
+    sides = (Side(retain), Side(attend, needs=2 * keys))
+    return dict(zip(LAYERS, sides, strict=True)), dict(zip(LAYERS, (state.kv.nbytes, keys), strict=True))
+
+
+def _models(batch: int, context: int, device: str) -> tuple[dict[str, Side], dict[str, int]]:
+    sizes = dict(
+        vocab_size=VOCAB,
+        bos_token_id=0,
+        eos_token_id=0,
+        n_embd=DIM,
+        n_layer=8,
+        n_head=HEADS,
+        n_positions=context + 1000,
+    )
+    keys = 8 * 2 * batch * context * DIM * 4
+    state = 9 * batch * DIM * (2 * DIM // 4) * 4
+
+    def gpt2() -> Run:
+        model = GPT2LMHeadModel(GPT2Config(**sizes)).eval().to(device)
+        cache = DynamicCache(config=model.config)
+        for layer in range(8):  # what the prompt would leave behind, without waiting for it
+            cache.update(*torch.randn(2, batch, HEADS, context, DIM // HEADS, device=device), layer)
+        return _step(model, cache, batch, device)
+
+    def retnet() -> Run:
+        config = RetNetConfig(vocab_size=VOCAB, dim=DIM, num_layers=9, num_heads=4)
+        model = RetNetForCausalLM(config).eval().to(device)
+        cache = DynamicCache(config=model.config)
+        prompt = torch.randint(VOCAB, (batch, 64), device=device)
         with torch.inference_mode():
-            seconds = take_turns(sides, rounds)
-        value, low, high = ratio(seconds["100000"], seconds["10"])
-        moved = "no" if memory == [state.kv.data_ptr() for state in states.values()] else "YES"
-        cost = f"{1e6 * min(seconds['10']) / 20:.0f}"
-        rows.append([str(batch), cost, f"{value:.3f}", f"{low:.3f} to {high:.3f}", moved])
-    columns = ["batch", "us a token", "position 100 000 / 10", "quartiles", "state moved in memory"]
-    show("One decoding step of the layer", columns, rows)
+            model(prompt, past_key_values=cache)
+        for layer in cache.layers:
+            assert isinstance(layer, RetentionCacheLayer)
+            assert layer.state.kv.nbytes * 9 == state
+            layer.state.time += context - 64
+        return _step(model, cache, batch, device)
+
+    sides = (Side(retnet), Side(gpt2, needs=3 * keys))  # the cache is copied to make room for a token
+    return dict(zip(MODELS, sides, strict=True)), dict(zip(MODELS, (state, keys), strict=True))
+
+
+def _step(model: Any, cache: DynamicCache, batch: int, device: str) -> Run:
+    token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+    return torch.inference_mode()(lambda: model(token, past_key_values=cache).logits)
+
+
+def _show(found: Found) -> None:
+    rows = []
+    for (_, batch, context), (times, caches) in found.items():
+        ours, theirs = times.values()
+        for name, one in times.items():
+            faster = ratio(theirs.seconds, one.seconds) if one is ours and ours.seconds and theirs.seconds else None
+            speed = f"{batch / one.median:,.0f}" if one.seconds else one.failure
+            cells = [duration(one.median), speed, spread(faster, 1) if faster else "", megabytes(caches[name])]
+            rows.append([name, str(batch), f"{context:,}", *cells])
+    columns = ["", "batch", "after tokens", "a step", "tokens/s", "times faster", "cache"]
+    show("One more token", columns, rows)
+
+
+def _panels(found: Found, batch: int) -> list[Panel]:
+    speed, memory = Panel(f"tokens/s, batch {batch}", "tokens before"), Panel("MB of cache", "tokens before")
+    for (_, rows, context), (times, caches) in found.items():
+        for name, one in times.items():
+            if rows == batch and one.seconds:
+                speed.curves.setdefault(name, {})[context] = batch / one.median
+                memory.curves.setdefault(name, {})[context] = caches[name] / 1e6
+    return [speed, memory]

@@ -2,42 +2,110 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-import platform
 import re
 import resource
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
-console = Console(width=None if sys.stdout.isatty() else 120)
+Run = Callable[[], object]
+Seconds = dict[str, list[float]]
+
+TURN = 0.02  # seconds that a turn takes at least, of as many runs as that needs
 
 
-def machine() -> str:
-    return (
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, "
-        f"torch {torch.__version__}, Python {platform.python_version()}"
-    )
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison. prepare: makes the inputs, and returns what is timed.
+
+    needs: bytes, roughly, where that may be more than there are. why_not: what stands against it, if known beforehand.
+    """
+
+    prepare: Callable[[], Run]
+    needs: float = 0
+    why_not: str = ""
 
 
-def take_turns(sides: dict[str, Callable[[], object]], rounds: int = 9) -> dict[str, list[float]]:
-    """Seconds of each side in each round, after one round to warm up. A row of one round was measured side by side."""
-    timers = {
-        name: Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()) for name, run in sides.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for warm in [False, *[True] * rounds]:
-        for name, timer in timers.items():
-            spent = timer.timeit(1).mean
-            if warm:
-                seconds[name].append(spent)
+@dataclass
+class Measured:
+    """Of one side: seconds of a run in each round, and the peak of its memory in bytes; or why there are none."""
+
+    seconds: list[float] = field(default_factory=list)
+    memory: int | None = None
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds) if self.seconds else math.nan
+
+
+def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> dict[str, Measured]:
+    """Measure all sides against each other, in some `limit` seconds, but three rounds at least.
+
+    A round is a turn of each side, so seconds of one round were measured side by side. What takes more than twice the
+    limit by itself is not measured.
+    """
+    found, runs = {name: Measured() for name in sides}, {}
+    for name, side in sides.items():
+        try:
+            _check_room(side, device)
+            run = side.prepare()
+            run()
+            once = _turn(run, 1, device)
+            if once > 2 * limit:
+                raise TimeoutError(f"takes {once:.1f} s; the limit for all sides is {limit:g} s")
+            found[name].memory = extra_memory(run, device)
+        except Exception as error:  # whatever it is, it is the result of this side
+            found[name].failure = f"{type(error).__name__}: {error}".splitlines()[0]
+        else:
+            runs[name] = run
+    numbers = {name: _runs_a_turn(run, device) for name, run in runs.items()}
+    once = sum(_turn(run, numbers[name], device) * numbers[name] for name, run in runs.items())
+    for name, seconds in _rounds(runs, numbers, min(31, max(3, int(limit / max(once, 1e-9)))), device).items():
+        found[name].seconds = seconds
+    return found
+
+
+def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
+    """Seconds of a run of each side in each round, after one to warm up."""
+    numbers = {name: _runs_a_turn(run, device) for name, run in sides.items()}
+    return _rounds(sides, numbers, rounds, device)
+
+
+def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, device: str) -> Seconds:
+    seconds: Seconds = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            seconds[name].append(_turn(run, numbers[name], device))
     return seconds
+
+
+def _runs_a_turn(run: Run, device: str) -> int:
+    once = min(_turn(run, 1, device) for _ in range(2))
+    return max(1, math.ceil(TURN / max(once, 1e-9)))
+
+
+def _turn(run: Run, number: int, device: str) -> float:
+    """Seconds of one of `number` runs."""
+    if device != "cuda":
+        return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()).timeit(number).mean
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(number):
+        run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3 / number
 
 
 def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
@@ -47,16 +115,47 @@ def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
     return middle, low, high
 
 
-def peak_memory(run: Callable[..., Callable[[], object]], *args: object) -> int:
-    """Bytes by which `run(*args)()` raises the peak of a fresh process; `run` prepares and is not counted."""
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def _check_room(side: Side, device: str) -> None:
+    if side.why_not:
+        raise RuntimeError(side.why_not)
+    free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
+    if side.needs > 0.8 * free:
+        raise MemoryError(f"needs some {side.needs / 2**30:.0f} GiB; {free / 2**30:.0f} GiB are free")
+
+
+def extra_memory(run: Run, device: str = "cpu") -> int:
+    """Bytes of tensors that `run` holds at its peak, beyond those that were there before."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = profiler.profiler.kineto_results.events()
+    allocations = sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    held = peak = 0
+    for allocation in allocations:
+        held += allocation.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def process_growth(prepare: Callable[..., Run], *args: object) -> int:
+    """Bytes by which `prepare(*args)()`, without what `prepare` takes, raises the peak of a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_memory, (run, *args))
+        return pool.apply(_process_growth, (prepare, *args))
 
 
-def _peak_memory(run: Callable[..., Callable[[], object]], *args: object) -> int:
-    prepared = run(*args)
+def _process_growth(prepare: Callable[..., Run], *args: object) -> int:
+    run = prepare(*args)
     before = _peak()
-    prepared()
+    run()
     return _peak() - before
 
 
@@ -68,9 +167,26 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def show(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    table = Table(*columns, title=title, title_justify="left")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-    console.print(machine(), style="dim")
+# --- what the machine can do ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rates:
+    """flops: of a product of 2048 x 2048 matrices, a second; bytes: read and written by a copy, a second."""
+
+    flops: float
+    bytes: float
+
+    def floor(self, flops: float, moved: float) -> float:
+        """Seconds below which nothing can be that does so many operations and moves so many bytes."""
+        return max(flops / self.flops, moved / self.bytes)
+
+
+@cache
+def rates(device: str, dtype: torch.dtype) -> Rates:
+    side, size = 2048, 64 * 2**20
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind()
+    source, target = torch.zeros(2, size, dtype=torch.uint8, device=device).unbind()
+    seconds = take_turns({"product": lambda: a @ b, "copy": lambda: target.copy_(source)}, 5, device)
+    product, copy = (statistics.median(seconds[name]) for name in ("product", "copy"))
+    return Rates(2 * side**3 / product, 2 * size / copy)

@@ -8,7 +8,7 @@ import torch
 import typer
 from hypothesis import HealthCheck, given, settings
 
-from benchmarks.measure import show
+from benchmarks.record import show
 from retention import retain
 from tests import cases, oracle
 

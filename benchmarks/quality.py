@@ -12,55 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import trange
 
-from benchmarks.measure import show
+from benchmarks.baselines import Transformer
+from benchmarks.record import show
 from retention import RetNet
-from retention.ffn import FeedForward
 from retention.integrations.transformers.training.texts import read_texts
-from retention.rotary import frequencies, rotate, rotation
-
-
-class Attention(nn.Module):
-    """Causal softmax attention with rotary positions: as strong a baseline as is usual today."""
-
-    def __init__(self, dim: int, num_heads: int):
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.freqs = frequencies("rope", dim // num_heads)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        angles = rotation(torch.arange(x.shape[1]), self.freqs)
-        y = F.scaled_dot_product_attention(rotate(q, *angles), rotate(k, *angles), v, is_causal=True)
-        return self.out(y.transpose(1, 2).flatten(2))
-
-
-class Transformer(nn.Module):
-    """The blocks of RetNet with attention; the weights retention has more of are in the feed-forward."""
-
-    def __init__(self, vocab_size: int, dim: int, num_layers: int, num_heads: int, ffn_dim: int):
-        super().__init__()
-        self.embedding = nn.Embedding(vocab_size, dim)
-        self.blocks = nn.ModuleList(
-            nn.ModuleList(
-                [
-                    nn.RMSNorm(dim),
-                    Attention(dim, num_heads),
-                    nn.RMSNorm(dim),
-                    FeedForward(dim, ffn_dim, gated=True, dropout=0.0),
-                ]
-            )
-            for _ in range(num_layers)
-        )
-        self.norm = nn.RMSNorm(dim)
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for norm, attention, ffn_norm, ffn in self.blocks:
-            x = x + attention(norm(x))
-            x = x + ffn(ffn_norm(x))
-        return F.linear(self.norm(x), self.embedding.weight)
 
 
 def quality(

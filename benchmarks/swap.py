@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.trainer_callback import ProgressCallback
 
-from benchmarks.measure import ratio, show, take_turns
+from benchmarks.measure import ratio, take_turns
+from benchmarks.record import show
 from retention.integrations.swap import Swapped, replace_attention
 from retention.integrations.transformers import RetentionCacheLayer
 from retention.integrations.transformers.distill import TRANSFER, Recovery, recover

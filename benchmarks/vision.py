@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
 from typing import Annotated, Any
 
 import timm
 import torch
 import typer
-from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from timm.models import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import trange
+from tqdm.auto import tqdm, trange
 
-from benchmarks.floor import Result, holds
-from benchmarks.measure import peak_memory, ratio, show, take_turns
+from benchmarks.measure import Measured, Run, Side, race, ratio, take_turns
+from benchmarks.plot import Panel, draw
+from benchmarks.record import Limit, Quick, Result, add_case, duration, megabytes, picture, show, show_results, spread
 from retention import retain
 from retention.integrations.swap import replace_attention
 from retention.integrations.timm import retention_layer
@@ -40,16 +41,16 @@ def vision(
     grids: Annotated[bool, typer.Option(help="Which form of 2-D decay is faster, by the size of the grid.")] = True,
     epochs: int = 60,
     seeds: int = 3,
-    rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 5,
-    plot: Annotated[Path, typer.Option(help="Where the plot of time and memory goes.")] = Path("vision.png"),
+    limit: Limit = 10.0,
+    quick: Quick = False,
 ) -> None:
     """A ViT with attention, with retention from scratch, and with attention that was replaced; fp32."""
     if digits:
-        _digits(epochs, seeds)
+        _digits(*((6, 1) if quick else (epochs, seeds)))
     if images:
-        _images(rounds, plot)
+        _images((224, 384) if quick else SIZES, 0.5 if quick else limit)
     if grids:
-        _grids(rounds)
+        _grids((8, 24) if quick else (8, 14, 20, 24, 28, 32, 48, 64), 3 if quick else 5)
 
 
 # --- digits -----------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def _vit(side: str, size: int) -> tuple[nn.Module, Tensor]:
     return timm.create_model("vit_tiny_patch16_224", img_size=size, **SIDES[side]), torch.randn(1, 3, size, size)
 
 
-def _inference(side: str, size: int) -> Callable[[], object]:
+def _inference(side: str, size: int) -> Run:
     model, x = _vit(side, size)
 
     def run() -> object:
@@ -137,7 +138,7 @@ def _inference(side: str, size: int) -> Callable[[], object]:
     return run
 
 
-def _training(side: str, size: int) -> Callable[[], object]:
+def _training(side: str, size: int) -> Run:
     model, x = _vit(side, size)
 
     def run() -> object:
@@ -147,76 +148,56 @@ def _training(side: str, size: int) -> Callable[[], object]:
     return run
 
 
-Seconds = dict[tuple[str, str, int], list[float]]  # by side, way and size
-WAYS = {"forward": _inference, "forward + backward": _training}
+Found = dict[tuple[str, int], dict[str, Measured]]  # by way and size, then by side
+WAYS = {"forward": _inference, "forward+backward": _training}
 
 
-def _images(rounds: int, plot: Path) -> None:
-    seconds: Seconds = {}
-    memory: dict[tuple[str, int], int] = {}
-    for size in SIZES:
-        for way, make in WAYS.items():
-            for side, spent in take_turns({side: make(side, size) for side in SIDES}, rounds).items():
-                seconds[side, way, size] = spent
-        memory |= {(side, size): peak_memory(_training, side, size) for side in SIDES}
-    for way in WAYS:
-        rows = [[f"{size}²", *(_cell(seconds, side, way, size) for side in SIDES)] for size in SIZES]
-        show(f"ViT-tiny/16, {way}: seconds, and attention's time / its own", ["", *SIDES], rows)
-    rows = [[f"{size}²", *(f"{memory[side, size] / 2**20:.0f}" for side in SIDES)] for size in SIZES]
-    show("Peak extra memory of forward + backward, MB", ["", *SIDES], rows)
-    results = [result for way in WAYS for result in _verdicts(seconds, way)]
-    rows = [
-        [
-            name,
-            f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})",
-            f"{sign} {bound}",
-            "met" if holds(x[0], sign, bound) else "MISSED",
-        ]
-        for name, x, sign, bound in results
-    ]
-    show("1-D retention on large images", ["ratio", "median (quartiles)", "target", ""], rows)
-    _draw(seconds, memory, plot)
-    typer.echo(f"plotted in {plot}")
+def _images(sizes: Sequence[int], limit: float) -> None:
+    found: Found = {}
+    for (way, make), size in (bar := tqdm(list(product(WAYS.items(), sizes)), leave=False)):
+        bar.set_description(f"{way}, {size} x {size}")
+        found[way, size] = race({side: Side(partial(make, side, size)) for side in SIDES}, limit)
+        add_case({"way": way, "size": size}, found[way, size])
+    rows = []
+    for (way, size), sides in found.items():
+        for side, one in sides.items():
+            faster = spread(ratio(sides["attention"].seconds, one.seconds)) if side != "attention" else ""
+            rows.append([way, f"{size}²", side, duration(one.median), faster, megabytes(one.memory)])
+    show("ViT-tiny/16", ["", "pixels", "", "time", "attention / its time", "memory"], rows)
+    show_results("1-D retention on large images", [result for way in WAYS for result in _results(found, way, sizes)])
+    draw(_panels(found), picture())
 
 
-def _cell(seconds: Seconds, side: str, way: str, size: int) -> str:
-    own = seconds[side, way, size]
-    return "{:.3f}, {:.2f} ({:.2f} to {:.2f})".format(
-        statistics.median(own), *ratio(seconds["attention", way, size], own)
-    )
+def _results(found: Found, way: str, sizes: Sequence[int]) -> list[Result]:
+    large = [size for size in sizes if size >= 512]
+    results = []
+    for size in large:
+        sides = found[way, size]
+        value = ratio(sides["attention"].seconds, sides["1-D retention"].seconds)
+        results.append(Result(f"attention / 1-D, {way}, {size}²", value, ">=", 1.0))
+    if len(large) > 1:  # different races: no round has both
+        near, far = (found[way, size]["1-D retention"] for size in (large[0], large[-1]))
+        pixels = (large[-1] / large[0]) ** 2
+        value = tuple(x / near.median / pixels for x in (far.median, min(far.seconds), max(far.seconds)))
+        results.append(Result(f"1-D, a pixel of {large[-1]}² / of {large[0]}², {way}", value, "<=", 1.15))
+    return results
 
 
-def _verdicts(seconds: Seconds, way: str) -> list[Result]:
-    attention, own = ({size: seconds[side, way, size] for size in SIZES} for side in ("attention", "1-D retention"))
-    faster: list[Result] = [
-        (f"attention / 1-D, {way}, {size}²", ratio(attention[size], own[size]), ">=", 1.0)
-        for size in SIZES
-        if size >= 512
-    ]
-    middle, low, high = ratio(own[1024], own[512])
-    return [*faster, (f"1-D, a pixel of 1024² / of 512², {way}", (middle / 4, low / 4, high / 4), "<=", 1.15)]
-
-
-def _draw(seconds: Seconds, memory: dict[tuple[str, int], int], file: Path) -> None:
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    curves = {
-        **{f"{way}, seconds": {(s, n): statistics.median(seconds[s, way, n]) for s, n in memory} for way in WAYS},
-        "forward + backward, peak extra MB": {key: value / 2**20 for key, value in memory.items()},
-    }
-    for axes, (title, values) in zip(figure.subplots(1, len(curves)), curves.items(), strict=True):
-        for side in SIDES:
-            axes.plot(SIZES, [values[side, size] for size in SIZES], marker="o", label=side)
-        axes.set(title=title, xlabel="pixels a side", xscale="log", yscale="log", xticks=SIZES, xticklabels=SIZES)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(file, dpi=120)
+def _panels(found: Found) -> list[Panel]:
+    drawn = {way: Panel(f"{way}, seconds", "pixels a side") for way in WAYS}
+    memory = Panel("forward+backward, extra MB", "pixels a side")
+    for (way, size), sides in found.items():
+        for side, one in sides.items():
+            drawn[way].curves.setdefault(side, {})[size] = one.median
+            if way != "forward":
+                memory.curves.setdefault(side, {})[size] = (one.memory or 0) / 1e6
+    return [*drawn.values(), memory]
 
 
 # --- forms on a grid --------------------------------------------------------------------------------------------------
 
 
-def _grids(rounds: int) -> None:
+def _grids(sides: Sequence[int], rounds: int) -> None:
     """What form="auto" goes by, and the size of the tiles."""
     ways: dict[str, dict[str, Any]] = {
         "chunkwise": dict(form="chunkwise"),
@@ -225,7 +206,7 @@ def _grids(rounds: int) -> None:
         "tiles of 24 x 24": dict(form="chunkwise", chunk_size=24**2),
     }
     rows = []
-    for side in (8, 14, 20, 24, 28, 32, 48, 64):
+    for side in sides:
         batch = max(1, 1024 // side**2)
         q, k, v = (torch.randn(batch, 6, side * side, 64, requires_grad=True) for _ in range(3))
         inputs = q, k, v, torch.linspace(-0.5, -0.01, 6).requires_grad_()
@@ -233,12 +214,12 @@ def _grids(rounds: int) -> None:
         forward = take_turns({way: _grid(inputs, side, False, **options) for way, options in ways.items()}, times)
         both = take_turns({way: _grid(inputs, side, True, **options) for way, options in ways.items()}, times)
         compared = (ratio(spent[way], spent["chunkwise"]) for way in list(ways)[1:] for spent in (forward, both))
-        rows.append([f"{side}², batch {batch}", *("{:.2f} ({:.2f} to {:.2f})".format(*x) for x in compared)])
+        rows.append([f"{side}², batch {batch}", *map(spread, compared)])
     columns = ["grid", *(f"{way}, {what}" for way in list(ways)[1:] for what in ("forward", "and backward"))]
     show("2-D decay, time relative to the chunkwise form; 6 heads of 64", columns, rows)
 
 
-def _grid(inputs: tuple[Tensor, ...], side: int, backward: bool, **options: Any) -> Callable[[], object]:
+def _grid(inputs: tuple[Tensor, ...], side: int, backward: bool, **options: Any) -> Run:
     def run() -> object:
         with torch.set_grad_enabled(backward):
             out = retain(*inputs, causal=False, grid=(side, side), **options)

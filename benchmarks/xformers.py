@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
-from torch.nn import functional as F
 
-from benchmarks.floor import HEADS, KEY_DIM, VALUE_DIM, Result, holds, inputs
-from benchmarks.measure import peak_memory, ratio, show, take_turns
+from benchmarks import op
+from benchmarks.measure import Run, extra_memory, ratio, take_turns
+from benchmarks.record import Result, show, show_results, spread
 from retention import register, retain
 from retention.backends.xformers import XFormers, backend
 from retention.decay import log_decays
@@ -26,64 +26,50 @@ def xformers(
 ) -> None:
     """The backend xformers against chunked and eager, forward + backward; fp32, B1 H8 K64 V128."""
     typer.echo(backend.found("cpu"))
-    title, columns = "The backend xformers, chunkwise", ["ratio", "median", "lower", "upper", "target", ""]
-    for part in (_memory, lambda: [*_dense(rounds), _packed(rounds)]):
-        rows = [
-            [name, *(f"{x:.2f}" for x in found), f"{sign} {bound}", "met" if holds(found[0], sign, bound) else "MISSED"]
-            for name, found, sign, bound in part()
-        ]
-        show(title, columns, rows)
+    show_results("The backend xformers, chunkwise", [*_memory(), *_dense(rounds), _packed(rounds)])
     _parallel(rounds)
     if blocks:
         _block_sizes(rounds)
 
 
-def both(length: int, decay: str = "paper", **options: Any) -> Callable[[], object]:
+CASE = op.Case("forward+backward", 4096)
+
+
+def both(length: int, decay: str = "paper", **options: Any) -> Run:
     """Forward and backward."""
-    q, k, v = inputs(length, grad=True)
-    log_decay, dout = torch.tensor(log_decays(decay, HEADS)), torch.randn(1, HEADS, length, VALUE_DIM)
-
-    def run() -> object:
-        out = retain(q, k, v, log_decay, **options)
-        assert isinstance(out, Tensor)
-        return torch.autograd.grad(out, (q, k, v), dout)
-
-    return run
+    case = replace(CASE, length=length)
+    tensors, log_decay = case.tensors(), torch.tensor(log_decays(decay, case.heads))
+    return op.timed(case, tensors, lambda: retain(*tensors, log_decay, **options))
 
 
-def attention(length: int) -> tuple[str, Callable[[], object]]:
+def attention() -> tuple[str, Run]:
     """Softmax attention, forward and backward, and its name: xformers' own where it takes the call."""
-    q, k, v = inputs(length, value_dim=KEY_DIM, grad=True)
-    dout = torch.randn_like(v)
-
-    def sdpa() -> object:
-        return torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), (q, k, v), dout)
-
     from xformers.ops import LowerTriangularMask, memory_efficient_attention
 
-    def efficient() -> object:
-        out = memory_efficient_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=LowerTriangularMask())
-        return torch.autograd.grad(out, (q, k, v), dout.transpose(1, 2))
+    tensors = CASE.tensors(CASE.key_dim)
+
+    def efficient() -> Tensor:
+        return memory_efficient_attention(*(x.transpose(1, 2) for x in tensors), attn_bias=LowerTriangularMask())
 
     try:
         efficient()
     except NotImplementedError:  # "No operator found"
-        return "SDPA", sdpa
-    return "memory_efficient_attention", efficient
+        return "SDPA", op.attention(CASE)
+    return "memory_efficient_attention", op.timed(CASE, tensors, efficient)
 
 
 def _dense(rounds: int) -> list[Result]:
-    length = 4096
+    length = CASE.length
     sides = {name: both(length, backend=name, form=form) for name, form in SIDES.items()}
-    name, attend = attention(length)
+    name, attend = attention()
     eager = sides.pop("eager")
     seconds = take_turns({**sides, name: attend}, rounds)
     slow = take_turns({"eager": eager, "xformers": sides["xformers"]}, max(3, rounds // 3))
     mine = seconds["xformers"]
     return [
-        (f"xformers / chunked, {length} tokens", ratio(mine, seconds["chunked"]), "<=", 2),
-        (f"eager / xformers, {length} tokens", ratio(slow["eager"], slow["xformers"]), ">=", 3),
-        (f"{name} (head dim 64) / xformers, {length} tokens", ratio(seconds[name], mine), ">=", 1),
+        Result(f"xformers / chunked, {length} tokens", ratio(mine, seconds["chunked"]), "<=", 2),
+        Result(f"eager / xformers, {length} tokens", ratio(slow["eager"], slow["xformers"]), ">=", 3),
+        Result(f"{name} (head dim 64) / xformers, {length} tokens", ratio(seconds[name], mine), ">=", 1),
     ]
 
 
@@ -97,27 +83,19 @@ def _packed(rounds: int) -> Result:
     cu_seqlens = documents()
     sides = {name: both(16384, backend=name, cu_seqlens=cu_seqlens) for name in ("xformers", "chunked")}
     seconds = take_turns(sides, rounds)
-    return "xformers / chunked, 32 documents, 16384 tokens", ratio(seconds["xformers"], seconds["chunked"]), "<=", 2
+    return Result(
+        "xformers / chunked, 32 documents, 16384 tokens", ratio(seconds["xformers"], seconds["chunked"]), "<=", 2
+    )
 
 
 def _memory() -> list[Result]:
     """Peak extra memory of forward + backward relative to the size of q, k and v."""
-    found = {}
-    for length in (8192, 32768):
-        size = HEADS * length * (2 * KEY_DIM + VALUE_DIM) * 4
-        low, middle, high = sorted(peak_memory(_ready, length) / size for _ in range(3))
-        found[length] = middle, low, high
-    short, long = found[8192], found[32768]
+    row = 4 * CASE.heads * (2 * CASE.key_dim + CASE.value_dim)
+    short, long = (extra_memory(both(length, backend="xformers")) / (row * length) for length in (8192, 32768))
     return [
-        ("peak extra memory / q + k + v, 32768 tokens", long, "<=", 6),
-        ("the same / that at 8192 tokens", (long[0] / short[0], long[1] / short[2], long[2] / short[1]), "<=", 1.15),
+        Result("peak extra memory / q + k + v, 32768 tokens", (long,) * 3, "<=", 6),
+        Result("the same / that at 8192 tokens", (long / short,) * 3, "<=", 1.15),
     ]
-
-
-def _ready(length: int) -> Callable[[], object]:
-    """What a process needs but once, the import of xformers above all, does not count."""
-    both(64, backend="xformers")()
-    return both(length, backend="xformers")
 
 
 def _parallel(rounds: int) -> None:
@@ -143,7 +121,7 @@ def _parallel(rounds: int) -> None:
         sides["chunked"] = both(length, backend="chunked", **options)
         seconds = take_turns(sides, rounds if length < 2000 else max(3, rounds // 3))
         cells = (ratio(seconds["eager"], seconds[side]) for side in list(sides)[1:])
-        rows.append([name, *(f"{x[0]:.2f} ({x[1]:.2f} to {x[2]:.2f})" for x in cells)])
+        rows.append([name, *map(spread, cells)])
     title = "How many times faster than eager's parallel form, forward + backward"
     show(title, ["", "xformers, parallel", f"xformers, eps {ROUGH:g}", "chunked, chunkwise"], rows)
 
@@ -156,7 +134,5 @@ def _block_sizes(rounds: int) -> None:
             register(f"{form} {size}", XFormers(block_size=size))
             sides[str(size)] = both(2048, backend=f"{form} {size}", form=form)
         seconds = take_turns(sides, rounds)
-        rows = [
-            [size, "{:.2f} ({:.2f} to {:.2f})".format(*ratio(spent, seconds["64"]))] for size, spent in seconds.items()
-        ]
+        rows = [[size, spread(ratio(spent, seconds["64"]))] for size, spent in seconds.items()]
         show(f"Time relative to blocks of 64, {form}, 2048 tokens", ["block size", "forward + backward"], rows)

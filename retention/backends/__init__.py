@@ -29,7 +29,7 @@ from . import chunked, eager, xformers
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 
-# What form="auto" tries. Measured by `python -m benchmarks forms`, and vision for the cells of a small grid.
+# What form="auto" tries. Measured by `python -m benchmarks op`, and vision for the cells of a small grid.
 _PREFERRED = {
     "token": ("recurrent", "chunkwise", "parallel"),
     "small grid": ("parallel", "chunkwise"),

@@ -1,4 +1,4 @@
-"""Decoding with whole language models: against a GPT-2 with its cache of keys and values, and for a very long time."""
+"""Decoding for a very long time."""
 
 from __future__ import annotations
 
@@ -7,46 +7,13 @@ from collections.abc import Callable
 
 import torch
 from tqdm.auto import trange
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import DynamicCache
 
-from benchmarks.measure import peak_memory, ratio, show, take_turns
+from benchmarks.measure import process_growth
+from benchmarks.record import show
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM
 
 VOCAB = 256
-
-
-def gpt2(context: int = 8192, batch: int = 8, rounds: int = 7) -> None:
-    """One more token for a GPT-2 and a RetNet of equal size after `context` tokens: speed and memory of the cache."""
-    sizes = dict(vocab_size=VOCAB, n_embd=512, n_layer=8, n_head=8, n_positions=context + 1000)
-    models = {
-        "GPT-2": GPT2LMHeadModel(GPT2Config(**sizes)).eval(),
-        "RetNet": RetNetForCausalLM(RetNetConfig(vocab_size=VOCAB, dim=512, num_layers=9, num_heads=4)).eval(),
-    }
-    caches = {name: DynamicCache(config=model.config) for name, model in models.items()}
-    token = torch.zeros(batch, 1, dtype=torch.long)
-    with torch.inference_mode():
-        for layer in range(8):  # what the prompt would leave behind, without waiting for it
-            caches["GPT-2"].update(*torch.randn(2, batch, 8, context, 64), layer)
-        models["RetNet"](torch.randint(VOCAB, (batch, 300)), past_key_values=caches["RetNet"])
-        steps = {
-            name: lambda name=name, model=model: model(token, past_key_values=caches[name])
-            for name, model in models.items()
-        }
-        seconds = take_turns(steps, rounds)
-    memory = {
-        "GPT-2": sum(x.nbytes for layer in caches["GPT-2"].layers for x in (layer.keys, layer.values)),
-        "RetNet": sum(layer.state.kv.nbytes for layer in caches["RetNet"].layers),
-    }
-    rows = []
-    for name, model in models.items():
-        middle = sorted(seconds[name])[rounds // 2]
-        size = f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
-        rows.append([name, size, f"{1e3 * middle:.1f}", f"{batch / middle:.1f}", f"{memory[name] / 1e6:.1f}"])
-    value, low, high = ratio(seconds["GPT-2"], seconds["RetNet"])
-    shares = f"1/{memory['GPT-2'] / memory['RetNet']:.0f}"
-    rows.append(["RetNet / GPT-2", "", "", f"{value:.0f} ({low:.0f} to {high:.0f})", shares])
-    columns = ["", "parameters", "ms a step", "tokens/s", "MB of cache"]
-    show(f"Decoding, batch {batch}, after {context} tokens; ratio of speeds with quartiles", columns, rows)
 
 
 def stream(tokens: int = 100_000) -> None:
@@ -54,7 +21,7 @@ def stream(tokens: int = 100_000) -> None:
     torch.manual_seed(0)
     text = torch.randint(VOCAB, (1, tokens))
     places = torch.arange(tokens // 100 - 1, tokens, tokens // 100)
-    growth = peak_memory(_decode, text[:, : tokens // 100]), peak_memory(_decode, text)
+    growth = process_growth(_decode, text[:, : tokens // 100]), process_growth(_decode, text)
     decoded, size = _logits(text, places)
     with torch.inference_mode():
         whole = _model()(text, forward_mode="chunkwise", logits_to_keep=places).logits[0]

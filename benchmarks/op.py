@@ -1,0 +1,191 @@
+"""The operation: which backend and form is how fast at which length, and how far each is from what is possible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from benchmarks.measure import Measured, Run, Side, race, rates, ratio
+from benchmarks.plot import Panel, draw
+from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
+from retention import backends, retain
+from retention.arguments import describe
+from retention.backends.chunked import CHUNK_SIZE
+from retention.decay import log_decays
+
+PASSES = ("forward", "forward+backward")
+BOUNDS = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 4e-3}  # of the deviation
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call, to be run by every side. way: of PASSES."""
+
+    way: str
+    length: int
+    dtype: str = "float32"
+    batch: int = 1
+    heads: int = 8
+    key_dim: int = 64
+    value_dim: int = 128
+    device: str = "cpu"
+
+    def tensors(self, value_dim: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        grad = self.way != "forward"
+        widths = self.key_dim, self.key_dim, value_dim or self.value_dim
+        dd: dict[str, Any] = {"dtype": getattr(torch, self.dtype), "device": self.device}
+        q, k, v = (torch.randn(self.batch, self.heads, self.length, n, **dd).requires_grad_(grad) for n in widths)
+        return q, k, v
+
+    def log_decay(self) -> Tensor:
+        return torch.tensor(log_decays("paper", self.heads), device=self.device)
+
+    def work(self) -> tuple[float, float]:
+        """Operations of the chunkwise form, and bytes that come in and go out; backward has 2.5 times as many."""
+        tokens, times = self.batch * self.heads * self.length, 1.0 if self.way == "forward" else 3.5
+        flops = tokens * (
+            2 * min(CHUNK_SIZE, self.length) * (self.key_dim + self.value_dim) + 4 * self.key_dim * self.value_dim
+        )
+        moved = tokens * 2 * (self.key_dim + self.value_dim) * getattr(torch, self.dtype).itemsize
+        return times * flops, times * moved
+
+
+def op(
+    length: Lengths = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="float16 to float64; several times.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Rows; several times.")] = None,
+    head_dims: Annotated[list[str] | None, typer.Option(help="Of a key and a value, as 64x128; several times.")] = None,
+    heads: int = 8,
+    backend: Annotated[list[str] | None, typer.Option(help="Default: all; several times.")] = None,
+    device: Device = "cpu",
+    limit: Limit = 3.0,
+    quick: Quick = False,
+) -> None:
+    """Every backend and form, and SDPA: time and memory, forward and forward + backward, by length and size."""
+    names = backend or list(backends.names())
+    for name in names:
+        backends.check_name(name)
+    lengths = length or ([64, 1024] if quick else [1, 16, 64, 256, 1024, 4096, 16384])
+    shapes = [tuple(map(int, text.split("x"))) for text in head_dims or ["64x128"]]
+    groups = list(product(dtype or ["float32"], batch or [1], shapes))
+    bar = tqdm(total=len(groups) * len(PASSES) * len(lengths), desc="op", leave=False)
+    for number, (kind, rows, (key_dim, value_dim)) in enumerate(groups):
+        found, deviations = {}, {}
+        for way, tokens in product(PASSES, lengths):
+            case = Case(way, tokens, kind, rows, heads, key_dim, value_dim, device)
+            bar.set_postfix_str(f"{way}, {tokens} tokens")
+            found[case] = race(sides(case, names), 0.5 if quick else limit, device)
+            deviations[case] = check(case, found[case])
+            add_case({**vars(case), "floor": floor(case)}, found[case], deviation=deviations[case])
+            bar.update()
+        show_cases(found, deviations)
+        draw(panels(found), picture(number))
+    bar.close()
+
+
+def sides(case: Case, names: list[str]) -> dict[str, Side]:
+    """By backend and form, and softmax attention."""
+    ways = {f"{name}, {form}": (name, form) for form in backends.FORMS for name in names}
+    able = {side: Side(partial(retention, case, *way), *obstacles(case, *way)) for side, way in ways.items()}
+    return {**able, baseline(case): Side(partial(attention, case))}
+
+
+def baseline(case: Case) -> str:
+    return f"SDPA, head dim {case.key_dim}"
+
+
+def obstacles(case: Case, name: str, form: str) -> tuple[float, str]:
+    """The bytes it needs where these grow with more than the length, and every reason why it cannot run."""
+    call = describe(*case.tensors(), case.log_decay(), form=form)
+    copies = {"parallel": (2, 5), "chunkwise": (0, 0), "recurrent": (0, 2)}[form][case.way != "forward"]
+    cells = case.length if form == "parallel" else case.key_dim * case.value_dim
+    return 4.0 * copies * case.batch * case.heads * case.length * cells, "; ".join(backends.why_not(call, name))
+
+
+def retention(case: Case, name: str, form: str) -> Run:
+    tensors, log_decay = case.tensors(), case.log_decay()
+    return timed(case, tensors, lambda: retain(*tensors, log_decay, backend=name, form=form))
+
+
+def attention(case: Case) -> Run:
+    """Its values are as wide as its keys, as usual."""
+    tensors = case.tensors(case.key_dim)
+    return timed(case, tensors, lambda: F.scaled_dot_product_attention(*tensors, is_causal=True))
+
+
+def timed(case: Case, tensors: tuple[Tensor, ...], run: Callable[[], Any]) -> Run:
+    if case.way == "forward":
+        return run
+    dout = torch.randn_like(run())
+    return lambda: torch.autograd.grad(run(), tensors, dout)
+
+
+def check(case: Case, found: dict[str, Measured]) -> dict[str, float]:
+    """How far each side is from float64; one that is too far has failed, whatever its speed."""
+    torch.manual_seed(0)
+    tensors, log_decay = replace(case, way="forward").tensors(), case.log_decay()
+    short = case.length <= 1024
+    want = retain(
+        *(x.double() for x in tensors), log_decay, **(dict(backend="eager", form="parallel") if short else {})
+    )
+    deviations = {}
+    for side, measured in found.items():
+        if measured.failure or side == baseline(case):
+            continue
+        name, form = side.split(", ")
+        error = retain(*tensors, log_decay, backend=name, form=form).double() - want
+        half = case.dtype in ("float16", "bfloat16")
+        deviations[side] = (error.norm() / want.norm() if half else error.abs().max() / want.abs().max()).item()
+        if not deviations[side] <= BOUNDS[case.dtype]:
+            measured.failure = f"deviates by {deviations[side]:.1e}"
+    return deviations
+
+
+def show_cases(cases: dict[Case, dict[str, Measured]], deviations: dict[Case, dict[str, float]]) -> None:
+    """One table, for cases that differ in nothing but pass and length."""
+    rows, refused = [], {}
+    for case, found in cases.items():
+        base = found[baseline(case)]
+        for side, one in found.items():
+            if not one.seconds or one.failure:
+                refused[side, one.failure] = [*refused.get((side, one.failure), []), case.length]
+                continue
+            against = spread(ratio(base.seconds, one.seconds)) if base.seconds and one is not base else ""
+            above = f"{one.median / floor(case):.2f}" if one is not base else ""
+            far = deviations[case].get(side)
+            cells = [duration(one.median), against, above, megabytes(one.memory), "" if far is None else f"{far:.0e}"]
+            rows.append([case.way, f"{case.length:,}", side, *cells])
+    case = next(iter(cases))
+    columns = ["", "tokens", "", "time", "SDPA / its time", "its time / floor", "memory", "deviation"]
+    show(f"{case.dtype}, batch {case.batch}, {case.heads} heads of {case.key_dim} x {case.value_dim}", columns, rows)
+    if refused:
+        rows = [[side, ", ".join(f"{n:,}" for n in dict.fromkeys(n)), why] for (side, why), n in refused.items()]
+        show("Not measured", ["", "tokens", "why"], rows)
+
+
+def floor(case: Case) -> float:
+    """Seconds, at the rate of a large matrix product and the bandwidth of a copy, measured in this run."""
+    return rates(case.device, getattr(torch, case.dtype)).floor(*case.work())
+
+
+def panels(cases: dict[Case, dict[str, Measured]]) -> list[Panel]:
+    drawn = {f"{way}, seconds": Panel(f"{way}, seconds", "tokens") for way in PASSES}
+    drawn["memory"] = Panel("forward+backward, extra MB", "tokens")
+    for case, found in cases.items():
+        time = drawn[f"{case.way}, seconds"]
+        time.floor[case.length] = floor(case)
+        for side, one in found.items():
+            if one.seconds and not one.failure:
+                time.curves.setdefault(side, {})[case.length] = one.median
+                if case.way != "forward":
+                    drawn["memory"].curves.setdefault(side, {})[case.length] = (one.memory or 0) / 1e6
+    return list(drawn.values())

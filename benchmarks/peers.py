@@ -1,0 +1,110 @@
+"""Other people's retention layers beside ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from benchmarks.layer import DIM, HEADS, Found, Layer, attention, measure, projections, retention, show_layers
+from benchmarks.measure import ratio
+from benchmarks.record import Device, Lengths, Limit, Quick, Result, show_results
+
+CHUNK = 512  # torchscale's; yet-another-retnet leaves it to its caller
+LENGTHS = [1, 16, 64, 512, 2048, 8192]
+
+Function = Callable[[Tensor], Tensor]
+
+
+def peers(length: Lengths = None, device: Device = "cpu", limit: Limit = 10.0, quick: Quick = False) -> None:
+    """torchscale, yet-another-retnet and flash-linear-attention against ours, by length, and the floors of the layer.
+
+    The first two come by `pip install --no-deps -r tests/peers.txt`; what is not there is a row that says so.
+    yet-another-retnet has values as wide as keys, so that it is compared with ours of that size.
+    """
+    layers = {
+        "retention": retention(),
+        "retention, values of 512": retention(value_dim=DIM),
+        "torchscale, chunkwise": Layer(lambda length: torchscale(length, chunkwise=True)),
+        "torchscale, parallel": Layer(lambda length: torchscale(length, chunkwise=False), 2048),
+        "yet-another-retnet, parallel": Layer(lambda _: yet_another(chunkwise=False), 2048),
+        "yet-another-retnet, chunkwise": Layer(lambda _: yet_another(chunkwise=True)),
+        "flash-linear-attention": Layer(flash_linear_attention),
+        "attention": attention(),
+        "projections": projections(),
+    }
+    found = measure(layers, length or ([64, 1024] if quick else LENGTHS), device, 0.5 if quick else limit)
+    show_layers("Layers of width 512, 8 heads, values of 1024 unless it says otherwise", found)
+    if not show_results("Floors of the layer", floors(found)) and not quick:
+        raise typer.Exit(1)
+
+
+def torchscale(length: int, chunkwise: bool) -> tuple[Function, nn.Module]:
+    layers, architecture, config = (
+        quietly(f"torchscale.{name}")
+        for name in ("component.multiscale_retention", "architecture.retnet", "architecture.config")
+    )
+    if chunkwise and length % CHUNK:
+        raise ValueError(f"takes whole chunks of {CHUNK} tokens only")
+    sizes = dict(decoder_embed_dim=DIM, decoder_value_embed_dim=2 * DIM, decoder_retention_heads=HEADS)
+    options = config.RetNetConfig(vocab_size=8, recurrent_chunk_size=CHUNK, **sizes)
+    module, positions = layers.MultiScaleRetention(options, DIM, 2 * DIM, HEADS), architecture.RetNetRelPos(options)
+
+    def function(x: Tensor) -> Tensor:
+        where = positions.to(x.device)(length, chunkwise_recurrent=chunkwise)
+        return module(x, where, chunkwise_recurrent=chunkwise)
+
+    return function, module
+
+
+def yet_another(chunkwise: bool) -> tuple[Function, nn.Module]:
+    module = quietly("yet_another_retnet.retention").MultiScaleRetention(DIM, HEADS)
+
+    def in_chunks(x: Tensor) -> Tensor:
+        state, parts = None, []
+        for start, part in zip(range(0, x.shape[1], CHUNK), x.split(CHUNK, dim=1), strict=True):
+            y, state = module.forward_chunkwise(part, part, part, start, state)
+            parts.append(y)
+        return torch.cat(parts, dim=1)
+
+    return in_chunks if chunkwise else lambda x: module.forward_parallel(x, x, x)[0], module
+
+
+def flash_linear_attention(_: int) -> tuple[Function, nn.Module]:
+    module = quietly("fla.layers").MultiScaleRetention(hidden_size=DIM, num_heads=HEADS)
+    return lambda x: module(x)[0], module
+
+
+def quietly(name: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the libraries that they are written for
+        return import_module(name)
+
+
+def floors(found: Found) -> list[Result]:
+    """Of what was measured; the sides of a ratio took turns."""
+    results = []
+
+    def add(way: str, length: int, above: str, below: str, sign: str, bound: float) -> None:
+        sides = found.get((way, length))
+        if sides and sides[above].seconds and sides[below].seconds:
+            value = ratio(sides[above].seconds, sides[below].seconds)
+            results.append(Result(f"{above} / {below}, {way}, {length:,} tokens", value, sign, bound))
+
+    add("forward", 8192, "torchscale, chunkwise", "retention", ">=", 2.5)
+    add("forward", 8192, "attention", "retention", ">=", 1.7)
+    add("forward", 8192, "retention", "projections", "<=", 1.35)
+    add("forward+backward", 8192, "torchscale, chunkwise", "retention", ">=", 3)
+    add("forward+backward", 8192, "attention", "retention", ">=", 3)
+    for way in ("forward", "forward+backward"):
+        for form in ("parallel", "chunkwise"):
+            add(way, 2048, f"yet-another-retnet, {form}", "retention, values of 512", ">=", 1)
+        for length in (1, 16, 64):
+            add(way, length, "torchscale, parallel", "retention", ">=", 1)
+            add(way, length, "yet-another-retnet, parallel", "retention, values of 512", ">=", 1)
+    return results
