@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from .arguments import check_choice
 from .backends.xformers.swiglu import check, swiglu
 from .layer import ACTIVATIONS
+from .norm import RMSNorm
 from .state import state_dtype
 
-NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 class FeedForward(nn.Module):

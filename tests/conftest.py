@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from retention import backends
+from retention.backends.xformers import blocks, probe
 
 # The same examples each time where a failure must not depend on luck; new ones at a developer's desk.
 everything = list(hypothesis.HealthCheck)
@@ -25,3 +26,18 @@ def registry():
     yield backends._backends
     backends._backends.clear()
     backends._backends.update(before)
+
+
+@pytest.fixture
+def unprobed(monkeypatch):
+    """As if xformers had never been asked for, before and after."""
+
+    def forget():
+        probe._trouble.cache_clear()
+        probe._causes.clear()
+        blocks.library.cache_clear()
+
+    forget()
+    yield monkeypatch
+    monkeypatch.undo()
+    forget()

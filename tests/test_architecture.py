@@ -20,7 +20,7 @@ LEVELS = (
     ("decay", "rotary", "state", "packing"),
     ("backends",),
     ("arguments",),
-    ("functional",),
+    ("functional", "norm"),
     ("layer", "decoding"),
     ("ffn",),
     ("model",),

@@ -37,21 +37,6 @@ def small(registry):
     return "small"
 
 
-@pytest.fixture
-def unprobed(monkeypatch):
-    """As if xformers had never been asked for, before and after."""
-
-    def forget():
-        probe._trouble.cache_clear()
-        probe._causes.clear()
-        blocks.library.cache_clear()
-
-    forget()
-    yield monkeypatch
-    monkeypatch.undo()
-    forget()
-
-
 # --- the same numbers -------------------------------------------------------------------------------------------------
 
 
