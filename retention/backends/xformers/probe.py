@@ -37,9 +37,9 @@ def products(device: str) -> None:
         expect("its block-sparse products, or their gradients, are wrong", (got, *grads[0]), (want, *grads[1]))
 
 
-def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
-    """Raises: ArithmeticError unless they are as close as any kernel's float32."""
-    if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(got, want, strict=True)):
+def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], within: float = 1e-3) -> None:
+    """Raises: ArithmeticError unless they are that close; any kernel's float32 is."""
+    if not all(torch.allclose(a, b, rtol=within, atol=within) for a, b in zip(got, want, strict=True)):
         raise ArithmeticError(otherwise)
 
 
