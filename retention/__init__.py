@@ -5,6 +5,7 @@ from .errors import BackendError, ShapeError
 from .functional import explain, initial_state, retain, step
 from .layer import MultiScaleRetention, set_backend
 from .model import RetNet
+from .norm import set_norm_backend
 from .state import RetentionState
 from .version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "register",
     "retain",
     "set_backend",
+    "set_norm_backend",
     "step",
     "unregister",
 ]

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import check_choice
+from .backends.xformers.swiglu import check, swiglu
 from .layer import ACTIVATIONS
+from .norm import RMSNorm
 from .state import state_dtype
 
-NORMS: dict[str, type[nn.Module]] = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
 
 
 class FeedForward(nn.Module):
@@ -24,6 +26,10 @@ class FeedForward(nn.Module):
 
     activate_output: take the activation of fc2's output too. hidden_norm: "rms" or "layer", before fc2.
     init_scale: factor of the initialisation of fc1 and fc2.
+    backend: "torch", or "xformers", which computes the same from the same parameters; only with the gate and the
+        activation "silu", with nothing between them and fc2.
+    Raises: ValueError if the backend cannot compute what the options say; BackendError, from its cause, if xformers
+        is missing or does not work.
     """
 
     def __init__(
@@ -40,11 +46,21 @@ class FeedForward(nn.Module):
         dropout: float = 0.0,
         activation_dropout: float = 0.0,
         init_scale: float = 1.0,
+        backend: str = "torch",
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__()
         check_choice("activation_fn", activation, ACTIVATIONS)
+        check_choice("ffn_backend", backend, ("torch", "xformers"))
+        if backend == "xformers":
+            if not gated or activation != "silu" or hidden_norm or activation_dropout:
+                raise ValueError(
+                    "ffn_backend 'xformers' computes fc2(silu(fc1 x) * gate x); got a feed-forward with "
+                    f"use_glu {gated}, activation_fn {activation!r}, norm before fc2 {hidden_norm!r}, "
+                    f"activation_dropout {activation_dropout}; change them, or use ffn_backend 'torch'"
+                )
+            check()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1 = nn.Linear(dim, hidden_dim, bias, **dd)
         self.gate = nn.Linear(dim, hidden_dim, bias, **dd) if gated else None
@@ -52,7 +68,7 @@ class FeedForward(nn.Module):
         self.fc2 = nn.Linear(hidden_dim, dim, bias, **dd)
         self.activation, self.activate_output = ACTIVATIONS[activation], activate_output
         self.activation_dropout, self.dropout = nn.Dropout(activation_dropout), nn.Dropout(dropout)
-        self.init_scale = init_scale
+        self.init_scale, self.backend = init_scale, backend
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -65,11 +81,17 @@ class FeedForward(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.backend == "xformers" and self.gate is not None:
+            y = swiglu(x, self.fc1, self.gate, self.fc2)
+        else:
+            y = self._in_torch(x)
+        return self.dropout(self.activation(y) if self.activate_output else y)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
         y = self.activation(self.fc1(x))
         if self.gate is not None:
             y = y * self.gate(x)
-        y = self.fc2(self.norm(self.activation_dropout(y)))
-        return self.dropout(self.activation(y) if self.activate_output else y)
+        return self.fc2(self.norm(self.activation_dropout(y)))
 
 
 class MixtureOfExperts(nn.Module):

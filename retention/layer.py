@@ -16,6 +16,7 @@ from .arguments import ScoreNorm, check_choice, check_number, number
 from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, step, token_times
+from .norm import HeadNorm
 from .rotary import frequencies, pair_decays, rotate, rotation
 from .state import RetentionState, state_dtype
 
@@ -26,51 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 NORMS = ("group", "rms")
-
-
-class HeadNorm(nn.Module):
-    """Normalise each head by itself, so that heads of slow decay, whose sums are larger, do not drown the others.
-
-    kind: "group" takes off the mean and divides by the standard deviation (the paper's GroupNorm); "rms" divides by the
-        root mean square (the authors' later code).
-    affine: False; "shared", one weight of head_dim for all heads; "channel", one for every channel of every head.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        head_dim: int,
-        kind: str,
-        affine: bool | str,
-        eps: float,
-        device: Any = None,
-        dtype: Any = None,
-    ):
-        super().__init__()
-        self.head_dim, self.kind, self.affine, self.eps = head_dim, kind, affine, eps
-        shape = (num_heads, head_dim) if affine == "channel" else (head_dim,)
-        self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine else None
-        self.bias = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine and kind == "group" else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        if self.weight is not None:
-            nn.init.ones_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., heads, head_dim)."""
-        if self.kind == "rms":
-            x = F.rms_norm(x, (self.head_dim,), eps=self.eps)
-        else:
-            x = F.layer_norm(x, (self.head_dim,), eps=self.eps)
-        if self.weight is not None:
-            x = x * self.weight
-        return x if self.bias is None else x + self.bias
-
-    def extra_repr(self) -> str:
-        return f"{self.head_dim}, kind={self.kind!r}, affine={self.affine!r}, eps={self.eps}"
 
 
 class HasBackend(nn.Module):

@@ -139,7 +139,7 @@ class RetNetBackbone(nn.Module):
     Args:
         dim, num_layers, num_heads: width, blocks, heads in each.
         ffn_dim: inner width of the feed-forward; default 4/3 dim with gate (rounded up to 16), 2 dim without.
-        use_glu, ffn_bias, activation_fn, activate_output: see `FeedForward`.
+        use_glu, ffn_bias, activation_fn, activate_output, ffn_backend: see `FeedForward`; experts run on "torch" only.
         norm, norm_eps: "rms" or "layer", of each sublayer and, with final_norm, at the end.
         norm_before: False puts the norms after the residual sums, and there is none at the end.
         deepnorm: norms after the sums, residuals times (2 num_layers)^(1/4), smaller first weights (arXiv:2203.00555).
@@ -164,6 +164,7 @@ class RetNetBackbone(nn.Module):
         ffn_bias: bool = False,
         activation_fn: str = "gelu",
         activate_output: bool = False,
+        ffn_backend: str = "torch",
         norm: str = "rms",
         norm_eps: float = 1e-6,
         norm_before: bool = True,
@@ -196,7 +197,7 @@ class RetNetBackbone(nn.Module):
         hidden_norm = "layer" if subln is True else subln or None
         init_scale = (8 * num_layers) ** -0.25 if deepnorm else math.log(2 * num_layers) ** 0.5 if subln else 1.0
         inside = {"activation": activation_fn, "dropout": dropout, "activation_dropout": activation_dropout}
-        inside |= {"norm_eps": norm_eps, "init_scale": init_scale, **dd}
+        inside |= {"norm_eps": norm_eps, "init_scale": init_scale, "backend": ffn_backend, **dd}
         experts = dict(num_experts=moe_expert_count, top_k=top_k, bias=True, hidden_norm=hidden_norm)
         dense: dict[str, Any] = dict(gated=use_glu, bias=ffn_bias, activate_output=activate_output)
         dense["hidden_norm"] = None if use_glu else hidden_norm

@@ -17,10 +17,10 @@ FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT 
 # Each may import those to its left.
 LEVELS = (
     ("version", "errors"),
-    ("decay", "rotary", "state", "packing"),
+    ("decay", "rotary", "state", "packing", "operators"),
     ("backends",),
     ("arguments",),
-    ("functional",),
+    ("functional", "norm"),
     ("layer", "decoding"),
     ("ffn",),
     ("model",),

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from retention import BackendError
 from retention.ffn import FeedForward, MixtureOfExperts
+from retention.model import RetNetBackbone
 
 
 def drawn(module):
@@ -81,3 +83,86 @@ def test_the_loss_of_experts_is_1_if_they_have_equal_loads_and_their_number_if_o
 def test_an_unknown_activation_is_named():
     with pytest.raises(ValueError, match="activation_fn must be one of 'silu', .*; got activation_fn 'swoosh'"):
         FeedForward(4, 4, activation="swoosh")
+
+
+# --- xformers ---------------------------------------------------------------------------------------------------------
+
+SILU = dict(activation="silu", backend="xformers")
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"bias": True, "activate_output": True}], ids=str)
+def test_xformers_swiglu_is_the_formula_and_so_are_its_gradients(options, dtype, bound):
+    ffn = drawn(FeedForward(6, 10, **SILU, **options)).to(dtype)
+    x = torch.randn(2, 3, 6, dtype=dtype, requires_grad=True)
+    exact = [p.detach().double().requires_grad_() for p in (x, *ffn.parameters())]
+    at, named = exact[0], dict(zip((name for name, _ in ffn.named_parameters()), exact[1:], strict=True))
+    a, b = (at @ named[f"{name}.weight"].T + named.get(f"{name}.bias", 0) for name in ("fc1", "gate"))
+    want = (a * b / (1 + (-a).exp())) @ named["fc2.weight"].T + named.get("fc2.bias", 0)
+    want = want / (1 + (-want).exp()) if options else want
+    found = ffn(x)
+    assert found.dtype == dtype
+    wanted = torch.autograd.grad(want.square().sum(), exact)
+    for got, right in zip(
+        (found, *torch.autograd.grad(found.square().sum(), (x, *ffn.parameters()))), (want, *wanted), strict=True
+    ):
+        assert (got.double() - right).abs().max() <= bound * right.abs().max()
+
+
+def test_xformers_swiglu_has_the_parameters_of_the_other_and_is_asked_for(monkeypatch):
+    torch.manual_seed(0)
+    plain = FeedForward(6, 10, activation="silu", bias=True)
+    torch.manual_seed(0)
+    ffn, x = FeedForward(6, 10, bias=True, **SILU), torch.randn(2, 3, 6)
+    for (name, got), (other, want) in zip(ffn.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(got, want)
+    torch.testing.assert_close(ffn(x), plain(x))
+    monkeypatch.setattr("xformers.ops.swiglu", lambda x, *weights, op: torch.full_like(x, 7))
+    assert ffn(x).unique().tolist() == [7]
+    assert plain(x).unique().numel() > 1
+
+
+def test_xformers_swiglu_under_autocast_and_in_one_compiled_graph():
+    ffn, x = drawn(FeedForward(6, 10, **SILU)).float(), torch.randn(2, 3, 6)
+    plain = FeedForward(6, 10, activation="silu")
+    plain.load_state_dict(ffn.state_dict())
+    compiled = torch.compile(ffn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), plain(x))
+    compiled(x).sum().backward()
+    plain(x).sum().backward()
+    torch.testing.assert_close(ffn.gate.weight.grad, plain.gate.weight.grad)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ffn(x).dtype == torch.bfloat16
+        assert torch.equal(ffn(x), plain(x))
+
+
+@pytest.mark.parametrize(
+    "options", [{"gated": False}, {"activation": "gelu"}, {"hidden_norm": "rms"}, {"activation_dropout": 0.1}], ids=str
+)
+def test_what_xformers_swiglu_cannot_do_is_refused(options):
+    with pytest.raises(ValueError, match="ffn_backend 'xformers' computes .*; got .*; change them, or use"):
+        FeedForward(6, 10, **SILU | options)
+
+
+def test_xformers_swiglu_does_not_leave_out_what_an_adapter_adds_to_a_layer():
+    class LoRA(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    ffn = FeedForward(6, 10, **SILU)
+    ffn.gate = LoRA(6, 10)
+    with pytest.raises(BackendError, match="needs an nn.Linear for gate; got gate LoRA; use the backend 'torch'"):
+        ffn(torch.randn(2, 6))
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match="ffn_backend must be one of 'torch', 'xformers'; got ffn_backend 'triton'"):
+        FeedForward(4, 4, backend="triton")
+
+
+def test_the_backend_reaches_every_block_and_experts_refuse_it():
+    model = RetNetBackbone(16, 2, 2, activation_fn="silu", ffn_backend="xformers")
+    assert [block.ffn.backend for block in model.blocks] == ["xformers"] * 2
+    with pytest.raises(ValueError, match="got a feed-forward with use_glu False"):
+        RetNetBackbone(16, 2, 2, activation_fn="silu", ffn_backend="xformers", moe_freq=2, moe_expert_count=2)

@@ -19,6 +19,7 @@ from retention import BackendError, MultiScaleRetention, RetentionState, backend
 from retention.__main__ import report
 from retention.backends.xformers import XFormers, blocks, chunkwise, parallel, probe
 from retention.backends.xformers.operator import block_sparse
+from retention.ffn import FeedForward
 
 LOG_DECAY = torch.tensor([-0.01, -0.3], dtype=torch.float64)
 X = dict(backend="xformers")
@@ -34,21 +35,6 @@ def small(registry):
     """The backend with blocks so small that short inputs have several."""
     retention.register("small", XFormers(block_size=16))
     return "small"
-
-
-@pytest.fixture
-def unprobed(monkeypatch):
-    """As if xformers had never been asked for, before and after."""
-
-    def forget():
-        probe._trouble.cache_clear()
-        probe._causes.clear()
-        blocks.library.cache_clear()
-
-    forget()
-    yield monkeypatch
-    monkeypatch.undo()
-    forget()
 
 
 # --- the same numbers -------------------------------------------------------------------------------------------------
@@ -348,6 +334,12 @@ def fake(**names):
     return modules
 
 
+def hide(monkeypatch):
+    """As if xformers had not been imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 def wrong_product(real):
     def masked_matmul(a, b, mask):
         return real.masked_matmul(a * 1.1, b, mask)
@@ -396,12 +388,39 @@ def test_an_unusable_xformers_is_an_error_with_cause_and_cure(case, unprobed):
     torch.testing.assert_close(retain(*inputs), retain(*inputs, backend="eager"))
 
 
+def wrong_swiglu(real):
+    def swiglu(*args, op):
+        return real.swiglu(*args) * 1.1
+
+    return fake(swiglu=swiglu, SwiGLUEagerOp=None)
+
+
+BROKEN_SWIGLU = {
+    "missing": (lambda real: {"xformers": None}, ModuleNotFoundError, 'not installed: pip install "xformers==0.0.35"'),
+    "too new": (lambda real: fake(), ImportError, "cannot import name 'SwiGLUEagerOp'.*pip install --force-reinstall"),
+    "wrong": (wrong_swiglu, ArithmeticError, "its swiglu, or its gradient, is wrong.*pip install"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SWIGLU)
+def test_an_unusable_swiglu_is_an_error_when_the_layer_is_built(case, unprobed):
+    make, cause, message = BROKEN_SWIGLU[case]
+    from xformers import ops
+
+    hide(unprobed)
+    for name, module in make(types.SimpleNamespace(swiglu=ops.swiglu)).items():
+        unprobed.setitem(sys.modules, name, module)
+    with pytest.raises(BackendError, match=f"(?s)xformers' swiglu cannot run on cpu: .*{message}") as error:
+        FeedForward(4, 4, activation="silu", backend="xformers")
+    assert isinstance(error.value.__cause__, cause)
+    assert backends._backends["xformers"].cause is None, "the products are another part"
+
+
 def test_an_xformers_that_fails_to_import_in_its_own_way_is_no_exception(unprobed, tmp_path):
     package = tmp_path / "xformers"
     package.mkdir()
     (package / "__init__.py").write_text("raise OSError('libsomething.so: cannot open')")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
-        unprobed.delitem(sys.modules, name)
+    hide(unprobed)
     unprobed.syspath_prepend(tmp_path)
     with pytest.raises(BackendError, match="OSError: libsomething.so: cannot open.*pip install") as error:
         retain(*qkv(), LOG_DECAY, **X)

@@ -9,7 +9,7 @@ except ImportError as error:
 
 from .adapters import TransformersAttention, load_swapped
 from .cache import RetentionCacheLayer
-from .interface import register_attn_implementation
+from .interface import attention_ran, register_attn_implementation, register_xformers_attention
 from .modeling import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -26,6 +26,8 @@ __all__ = [
     "RetNetModel",
     "RetentionCacheLayer",
     "TransformersAttention",
+    "attention_ran",
     "load_swapped",
     "register_attn_implementation",
+    "register_xformers_attention",
 ]

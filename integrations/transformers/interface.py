@@ -1,4 +1,4 @@
-"""Retention by name: `model.set_attn_implementation("retention")`."""
+"""Attention implementations by name: `model.set_attn_implementation("retention")`, or "xformers"."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from retention.backends.xformers import attention as xformers_attention
 from retention.decay import log_decays
 
 from ..hosted import Heads, HostedRetention
@@ -65,6 +66,49 @@ def register_attn_implementation(name: str = "retention", *, decay: Any = "short
 
     AttentionInterface.register(name, retain_by_name)
     AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def register_xformers_attention(name: str = "xformers") -> None:
+    """Let `model.set_attn_implementation(name)` run softmax attention on xformers' `memory_efficient_attention`.
+
+    For what stays attention: in a model with replaced layers it is the others that change. A call that xformers has no
+    operator for runs on `scaled_dot_product_attention`; `attention_ran` says which it was. Masks are those of "sdpa".
+    Raises: BackendError, from its cause, if xformers is missing or does not work.
+    """
+    xformers_attention.check("cpu")
+    AttentionInterface.register(name, attend_by_name)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def attend_by_name(
+    attention: Any,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls: q (B, H, T, K), k, v (B, Hkv, S, K) -> (B, T, H, K). Notes what ran in `attention`."""
+    wanted = [name for name in ("softcap", "position_bias", "s_aux", "cache") if others.get(name) is not None]
+    if wanted:
+        raise ValueError(f"this attention has no {', '.join(wanted)}; got them; use the implementation 'eager'")
+    causal = getattr(attention, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and q.shape[2] > 1
+    if causal:  # without a mask the queries are the first tokens, and further keys are places of a static cache
+        k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
+    out, attention.ran = xformers_attention.attend(
+        q, k, v, causal=causal, scale=scaling, mask=attention_mask, dropout=dropout
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def attention_ran(model: nn.Module) -> dict[str, str]:
+    """What ran the last call of each attention layer under `register_xformers_attention`: "sdpa", or "xformers ..."."""
+    return {name: module.ran for name, module in model.named_modules() if isinstance(getattr(module, "ran", None), str)}
 
 
 def _real_keys(attention_mask: Tensor | None, x: Tensor, before: int) -> Tensor | None:

@@ -76,6 +76,7 @@ class RetNetConfig(PreTrainedConfig):
     ffn_bias: bool = False
     activation_fn: str = "gelu"
     activate_output: bool = False
+    ffn_backend: str = "torch"
     norm: str = "rms"
     norm_eps: float = 1e-6
     norm_before: bool = True

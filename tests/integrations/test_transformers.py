@@ -66,6 +66,17 @@ def test_save_and_load_round_trip(tmp_path, dtype):
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "RetNetModel"
 
 
+def test_how_the_feed_forward_runs_is_an_option_of_the_config_and_not_of_the_weights(tmp_path):
+    model, tokens = make(activation_fn="silu"), torch.randint(256, (2, 7))
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, ffn_backend="xformers", output_loading_info=True)
+    assert not any(info.values())
+    assert [block.ffn.backend for block in loaded.model.backbone.blocks] == ["xformers"] * 2
+    torch.testing.assert_close(loaded.eval()(tokens).logits, model(tokens).logits)
+    loaded.save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config.ffn_backend == "xformers"
+
+
 def test_initialisation_is_the_layers_own():
     model = RetNetForCausalLM(RetNetConfig(dim=256, num_layers=1))
     block = model.model.backbone.blocks[0]

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...packing import ask_for_huge_pages, borders, empty, pack, unpack
+from ...operators import differentiable, gradients, outputs
+from ...packing import ask_for_huge_pages, borders, pack, unpack
 from ...state import state_dtype
 from .grid import on_grid, on_grid_anew
 from .walk import Decays, backward, forward
@@ -94,7 +95,7 @@ def chunkwise(
         out, final = chunkwise(*pack(mask, q, k, v), log_decay, state, None, borders(mask), *options)
         return unpack(mask, out), final
 
-    out, final = _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
+    out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
@@ -129,7 +130,7 @@ def chunkwise_backward(
         dq, dk, dv, dlog_decay, dstate = chunkwise_backward(dout, dfinal, q, k, v, *rest)
         return *(unpack(mask, x) for x in (dq, dk, dv)), dlog_decay, dstate
 
-    dq, dk, dv, dlog_decay, dstate = _gradients(q, k, v, log_decay, state)
+    dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     ask_for_huge_pages(dq, dk, dv)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     for rows, tokens, states in _pieces(q, cu_seqlens):
@@ -142,53 +143,7 @@ def chunkwise_backward(
     return dq, dk, dv, dlog_decay, dstate
 
 
-@chunkwise.register_fake
-def _(q, k, v, log_decay, state, mask, cu_seqlens, scale, causal, chunk_size, return_state, out_dtype):  # type: ignore[no-untyped-def]
-    return _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
-
-
-@chunkwise_backward.register_fake
-def _(dout, dfinal, q, k, v, log_decay, state, *_):  # type: ignore[no-untyped-def]
-    return _gradients(q, k, v, log_decay, state)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    tensors, ctx.options, ctx.return_state = inputs[:7], inputs[7:10], inputs[10]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
-    ctx.out = output[0].shape, output[0].dtype
-
-
-def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
-    tensors = ctx.saved_tensors  # once: gradient checkpointing computes them anew
-    if dout is None:
-        dout = tensors[0].new_zeros(ctx.out[0], dtype=ctx.out[1])
-    if not ctx.return_state:  # an empty tensor then, not a state
-        dfinal = None
-    grads = chunkwise_backward(dout, dfinal, *tensors, *ctx.options, ctx.needs_input_grad[3])
-    used = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-    return *used, *[None] * 7
-
-
-chunkwise.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    out = empty(q, v.shape[-1], out_dtype)
-    if not return_state:
-        return out, q.new_empty(0, dtype=state_dtype(q.dtype))
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return out, q.new_empty(rows, q.shape[1], q.shape[3], v.shape[3], dtype=state_dtype(q.dtype))
-
-
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dstate = q.new_empty(0, dtype=state_dtype(q.dtype)) if state is None else torch.empty_like(state)
-    dq, dk, dv = (empty(x, x.shape[-1], x.dtype) for x in (q, k, v))
-    return dq, dk, dv, torch.zeros_like(log_decay), dstate
+differentiable(chunkwise, chunkwise_backward)
 
 
 def _pieces(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:

@@ -5,6 +5,8 @@ form computes every block in which two tokens see each other, and may leave out 
 
 xformers is imported at first use only, and trusted after a small test of its results and of the gradients. What is used
 of it needs no compiled library and runs on every device.
+
+Other parts of xformers, for the layers around retention, stand beside it: `swiglu`, `norm` and `attention`.
 """
 
 from __future__ import annotations

@@ -8,7 +8,6 @@ multiplies a dense matrix. Both run in plain torch on every device, without xfor
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
@@ -23,14 +22,10 @@ SMALLEST = 16  # tokens of a block: what a BlockSparseTensor takes
 @functools.cache
 def library() -> SimpleNamespace:
     """What is used of xformers, imported at first use. Raises whatever xformers raises."""
-    log = logging.getLogger("xformers")
-    before, log.disabled = log.disabled, True  # it warns of a compiled library that nothing here needs; see `found`
-    try:
-        import xformers
-        from xformers.ops import masked_matmul
-        from xformers.sparse import BlockSparseTensor
-    finally:
-        log.disabled = before
+    import xformers
+    from xformers.ops import masked_matmul
+    from xformers.sparse import BlockSparseTensor
+
     return SimpleNamespace(package=xformers, masked_matmul=masked_matmul, BlockSparseTensor=BlockSparseTensor)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...packing import ask_for_huge_pages, borders, empty, pack, unpack
-from ...state import state_dtype
+from ...operators import differentiable, gradients, outputs
+from ...packing import ask_for_huge_pages, borders, pack, unpack
 from . import chunkwise, parallel
 
 
@@ -39,7 +39,7 @@ def block_sparse(
         rest = (log_decay, state, None, borders(mask), *options, return_state, out_dtype)
         out, final = block_sparse(*pack(mask, q, k, v), *rest)
         return unpack(mask, out), final
-    out, final = _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
+    out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     if form == "chunkwise":
         if return_state:
@@ -78,7 +78,7 @@ def block_sparse_backward(
         rest = (log_decay, state, None, borders(mask), *options, decay_grad)
         dq, dk, dv, dlog_decay, dstate = block_sparse_backward(dout, dfinal, q, k, v, *rest)
         return *(unpack(mask, x) for x in (dq, dk, dv)), dlog_decay, dstate
-    dq, dk, dv, dlog_decay, dstate = _gradients(q, k, v, log_decay, state)
+    dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     tensors, grads = (q, k, v, dout), (dq, dk, dv)
     ask_for_huge_pages(*grads)
     if form == "chunkwise":
@@ -93,51 +93,7 @@ def block_sparse_backward(
     return dq, dk, dv, dlog_decay, dstate
 
 
-@block_sparse.register_fake
-def _(q, k, v, log_decay, state, mask, cu_seqlens, form, size, scale, causal, grid, eps, return_state, out_dtype):  # type: ignore[no-untyped-def]
-    return _outputs(q, k, v, cu_seqlens, return_state, out_dtype)
-
-
-@block_sparse_backward.register_fake
-def _(dout, dfinal, q, k, v, log_decay, state, *_):  # type: ignore[no-untyped-def]
-    return _gradients(q, k, v, log_decay, state)
-
-
-def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.options, ctx.return_state = inputs[7:13], inputs[13]
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7])
-    ctx.out = output[0].shape, output[0].dtype
-
-
-def _autograd(ctx, dout, dfinal):  # type: ignore[no-untyped-def]
-    tensors = ctx.saved_tensors  # once: gradient checkpointing computes them anew
-    if dout is None:
-        dout = tensors[0].new_zeros(ctx.out[0], dtype=ctx.out[1])
-    if not ctx.return_state:  # an empty tensor then, not a state
-        dfinal = None
-    grads = block_sparse_backward(dout, dfinal, *tensors, *ctx.options, ctx.needs_input_grad[3])
-    used = [grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False)]
-    return *used, *[None] * 10
-
-
-block_sparse.register_autograd(_autograd, setup_context=_setup_context)
-
-
-def _outputs(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (rows, q.shape[1], q.shape[3], v.shape[3]) if return_state else (0,)
-    return empty(q, v.shape[-1], out_dtype), q.new_empty(shape, dtype=state_dtype(q.dtype))
-
-
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dq, dk, dv = (empty(x, x.shape[-1], x.dtype) for x in (q, k, v))
-    dstate = q.new_empty(0 if state is None else state.shape, dtype=state_dtype(q.dtype))
-    return dq, dk, dv, torch.zeros_like(log_decay), dstate
+differentiable(block_sparse, block_sparse_backward)
 
 
 def _begin(end: Tensor, start: Tensor | None) -> None:

@@ -1,0 +1,53 @@
+"""The gated feed-forward fc2(silu(fc1 x) * gate x) as xformers' `swiglu`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import BackendError
+from .probe import expect, require
+
+
+def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor:
+    """x (..., dim) -> (..., dim of fc2), in the dtype that the three linear layers would give.
+
+    xformers chooses its operator by the address of the weights, which torch.compile cannot see through; compiled, it is
+    given the operator, the one written in torch operations, and there is one graph.
+    Raises: BackendError if a layer is not a plain nn.Linear: what an adapter or a quantiser has put there is more than
+        a weight and a bias, and xformers takes no more.
+    """
+    from xformers.ops import SwiGLUEagerOp
+    from xformers.ops import swiglu as compute
+
+    for name, layer in (("fc1", fc1), ("gate", gate), ("fc2", fc2)):
+        if type(layer) is not nn.Linear:
+            raise BackendError(
+                f"xformers' swiglu needs an nn.Linear for {name}; got {name} {type(layer).__name__}; "
+                "use the backend 'torch' of the feed-forward"
+            )
+    weights = (fc1.weight, fc1.bias, gate.weight, gate.bias, fc2.weight, fc2.bias)
+    return compute(x, *weights, op=SwiGLUEagerOp if torch.compiler.is_compiling() else None)
+
+
+def check() -> None:
+    """Raises: BackendError, from its cause, if xformers' `swiglu` cannot be used."""
+    require("xformers' swiglu", "cpu", _trial)
+
+
+def _trial(device: str) -> None:
+    """With gradients, against the formula."""
+    from xformers.ops import SwiGLUEagerOp
+    from xformers.ops import swiglu as compute
+
+    index = torch.arange(12.0, device=device)
+    x, w1, w2 = (((index + i).sin().view(3, 4)).requires_grad_() for i in range(3))
+    w3, b = index.cos().view(4, 3).requires_grad_(), index[:3].cos().requires_grad_()
+    inputs = x, w1, w2, w3, b
+    want = F.linear(F.silu(F.linear(x, w1, b)) * F.linear(x, w2, b), w3)
+    wanted = torch.autograd.grad(want.square().sum(), inputs)
+    for op in (None, SwiGLUEagerOp):
+        got = compute(x, w1, b, w2, b, w3, None, op=op)
+        grads = torch.autograd.grad(got.square().sum(), inputs)
+        expect("its swiglu, or its gradient, is wrong", (got, *grads), (want, *wanted))
