@@ -42,4 +42,5 @@ def main(
         context.with_resource(recording(context.invoked_subcommand, results))
 
 
-app()
+if __name__ == "__main__":
+    app()

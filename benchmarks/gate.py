@@ -51,7 +51,7 @@ def against_eager(planted: Planted) -> Result:
     ours, theirs = (op.retention(case, *way) for way in (("chunked", "chunkwise"), ("eager", "parallel")))
     seconds = take_turns({"ours": planted(ours), "theirs": theirs}, 5)
     return Result(
-        "eager, parallel / chunked, forward+backward, 1024 tokens", ratio(seconds["theirs"], seconds["ours"]), ">=", 6
+        "eager, parallel / chunked, forward+backward, 1024 tokens", ratio(seconds["theirs"], seconds["ours"]), ">=", 7.4
     )
 
 
@@ -86,8 +86,8 @@ def memory(planted: Planted) -> Result:
 
 CHECKS: tuple[Callable[[Planted], Result], ...] = (
     against_eager,
-    partial(against_attention, way="forward", bound=4),
-    partial(against_attention, way="forward+backward", bound=4),
+    partial(against_attention, way="forward", bound=5.6),
+    partial(against_attention, way="forward+backward", bound=5.4),
     against_length,
     decoding,
     memory,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,12 +12,15 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from benchmarks.baselines import Attention
 from benchmarks.layer import DIM, HEADS, Found, Layer, attention, measure, projections, retention, show_layers
-from benchmarks.measure import ratio
-from benchmarks.record import Device, Lengths, Limit, Quick, Result, show_results
+from benchmarks.measure import Measured, Side, race, ratio
+from benchmarks.record import Device, Lengths, Limit, Quick, Result, add_case, duration, show, show_results, spread
+from retention import MultiScaleRetention
 
 CHUNK = 512  # torchscale's; yet-another-retnet leaves it to its caller
-LENGTHS = [1, 16, 64, 512, 2048, 8192]
+STEP = "one more token"
+LENGTHS = [16, 64, 512, 2048, 8192]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -40,26 +44,31 @@ def peers(length: Lengths = None, device: Device = "cpu", limit: Limit = 10.0, q
     }
     found = measure(layers, length or ([64, 1024] if quick else LENGTHS), device, 0.5 if quick else limit)
     show_layers("Layers of width 512, 8 heads, values of 1024 unless it says otherwise", found)
+    found |= {(STEP, 1): one_token(device, 0.5 if quick else limit)}
     if not show_results("Floors of the layer", floors(found)) and not quick:
         raise typer.Exit(1)
 
 
 def torchscale(length: int, chunkwise: bool) -> tuple[Function, nn.Module]:
-    layers, architecture, config = (
-        quietly(f"torchscale.{name}")
-        for name in ("component.multiscale_retention", "architecture.retnet", "architecture.config")
-    )
     if chunkwise and length % CHUNK:
         raise ValueError(f"takes whole chunks of {CHUNK} tokens only")
-    sizes = dict(decoder_embed_dim=DIM, decoder_value_embed_dim=2 * DIM, decoder_retention_heads=HEADS)
-    options = config.RetNetConfig(vocab_size=8, recurrent_chunk_size=CHUNK, **sizes)
-    module, positions = layers.MultiScaleRetention(options, DIM, 2 * DIM, HEADS), architecture.RetNetRelPos(options)
+    module, positions = _torchscale()
 
     def function(x: Tensor) -> Tensor:
         where = positions.to(x.device)(length, chunkwise_recurrent=chunkwise)
         return module(x, where, chunkwise_recurrent=chunkwise)
 
     return function, module
+
+
+def _torchscale() -> tuple[nn.Module, nn.Module]:
+    layers, architecture, config = (
+        quietly(f"torchscale.{name}")
+        for name in ("component.multiscale_retention", "architecture.retnet", "architecture.config")
+    )
+    sizes = dict(decoder_embed_dim=DIM, decoder_value_embed_dim=2 * DIM, decoder_retention_heads=HEADS)
+    options = config.RetNetConfig(vocab_size=8, recurrent_chunk_size=CHUNK, **sizes)
+    return layers.MultiScaleRetention(options, DIM, 2 * DIM, HEADS), architecture.RetNetRelPos(options)
 
 
 def yet_another(chunkwise: bool) -> tuple[Function, nn.Module]:
@@ -78,6 +87,56 @@ def yet_another(chunkwise: bool) -> tuple[Function, nn.Module]:
 def flash_linear_attention(_: int) -> tuple[Function, nn.Module]:
     module = quietly("fla.layers").MultiScaleRetention(hidden_size=DIM, num_heads=HEADS)
     return lambda x: module(x)[0], module
+
+
+def one_token(device: str, limit: float) -> dict[str, Measured]:
+    """One more token in the recurrent forms; for attention, the 65th."""
+    x = torch.randn(1, 1, DIM, device=device)
+    steps = {
+        "retention": ours(2 * DIM),
+        "retention, values of 512": ours(DIM),
+        "torchscale, recurrent": torchscale_step,
+        "yet-another-retnet, recurrent": yet_another_step,
+        "attention": attention_step,
+    }
+    sides = {
+        name: Side(lambda make=make: torch.inference_mode()(partial(make(device), x))) for name, make in steps.items()
+    }
+    found = race(sides, limit, device)
+    add_case({"way": STEP, "length": 1, "dim": DIM, "heads": HEADS, "device": device}, found)
+    first = found["retention"]
+    rows = [
+        [name, duration(one.median), spread(ratio(one.seconds, first.seconds)) if one.seconds else one.failure]
+        for name, one in found.items()
+    ]
+    show("One more token", ["", "time", "its time / retention's"], rows)
+    return found
+
+
+def ours(value_dim: int) -> Callable[[str], Function]:
+    def make(device: str) -> Function:
+        module = MultiScaleRetention(DIM, HEADS, value_dim=value_dim, device=device)
+        state = module.initial_state(1)
+        return lambda x: module.step(x, state)
+
+    return make
+
+
+def torchscale_step(device: str) -> Function:
+    module, positions = _torchscale()
+    module, positions, memory = module.to(device), positions.to(device), {}
+    return lambda x: module(x, positions(64, activate_recurrent=True), incremental_state=memory)
+
+
+def yet_another_step(device: str) -> Function:
+    module = quietly("yet_another_retnet.retention").MultiScaleRetention(DIM, HEADS).to(device)
+    state = torch.zeros(1, HEADS, DIM // HEADS, DIM // HEADS, device=device)
+    return lambda x: module.forward_recurrent(x[:, 0], x[:, 0], x[:, 0], 64, state)[0]
+
+
+def attention_step(device: str) -> Function:
+    module, cache = Attention(DIM, HEADS).to(device), torch.zeros(2, 1, HEADS, 65, DIM // HEADS, device=device)
+    return lambda x: module.step(x, cache, 64)
 
 
 def quietly(name: str) -> Any:
@@ -104,7 +163,9 @@ def floors(found: Found) -> list[Result]:
     for way in ("forward", "forward+backward"):
         for form in ("parallel", "chunkwise"):
             add(way, 2048, f"yet-another-retnet, {form}", "retention, values of 512", ">=", 1)
-        for length in (1, 16, 64):
+        for length in (16, 64):
             add(way, length, "torchscale, parallel", "retention", ">=", 1)
             add(way, length, "yet-another-retnet, parallel", "retention, values of 512", ">=", 1)
+    add(STEP, 1, "torchscale, recurrent", "retention", ">=", 1)
+    add(STEP, 1, "yet-another-retnet, recurrent", "retention, values of 512", ">=", 1)
     return results

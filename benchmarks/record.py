@@ -25,7 +25,7 @@ from benchmarks.measure import Measured
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 _files: list[TextIO] = []  # of the command that runs, if it is recorded
-_LIBRARIES = ("torch", "transformers", "timm", "xformers", "triton", "torchscale", "yet-another-retnet")
+_LIBRARIES = ("transformers", "timm", "xformers", "triton", "torchscale", "yet-another-retnet")
 
 Quick = Annotated[bool, typer.Option("--quick", help="A minute's look: fewer and smaller cases.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -60,8 +60,15 @@ def recording(command: str, file: Path | None) -> Iterator[Path]:
         try:
             add({"kind": "run", "command": sys.argv[1:], "time": now.isoformat(timespec="seconds"), **surroundings()})
             yield file
+        except typer.Exit:  # a bound that is missed is a result like any other
+            _keep(part, file)
+            raise
         finally:
             _files.pop()
+    _keep(part, file)
+
+
+def _keep(part: Path, file: Path) -> None:
     part.replace(file)
     console.print(f"kept in {file}", style="dim")
 
@@ -78,7 +85,7 @@ def surroundings() -> dict[str, Any]:
         "machine": machine(),
         "threads": torch.get_num_threads(),
         "busy": os.getloadavg()[0],
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions()},
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }

@@ -114,7 +114,7 @@ def step(
     if call.needs_grad:
         raise ValueError("step overwrites the state and has no gradient; call it under torch.no_grad(), or use retain")
     out, _ = _run(call, backend, q, k, v, log_decay, state, mask, None, decay_norm, score_norm)
-    state.time += _counts(call, mask, None, q.device)
+    state.time += 1 if mask is None else _counts(call, mask, None, q.device)
     return out
 
 
@@ -175,6 +175,8 @@ def token_times(
     cu_seqlens: Tensor | None,
 ) -> Tensor:
     """How many tokens of its own sequence stand before each token: (B, T) int64, or (1, T) where all rows agree."""
+    if length == 1 and state is not None and cu_seqlens is None:  # decoding: nothing but the state tells
+        return state.time[:, None]
     index = torch.arange(length, device=device)[None]
     if cu_seqlens is not None:
         segment = torch.searchsorted(cu_seqlens[1:], index[0], right=True)

@@ -269,8 +269,8 @@ class MultiScaleRetention(HasBackend):
         self, x: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.q_proj(x), self.k_proj(key), self.v_proj(value)
-        q = rearrange(q, "b t (h d) -> b h t d", h=self.num_heads)
-        k, v = (rearrange(z, "b t (h d) -> b h t d", h=self.num_kv_heads) for z in (k, v))
+        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = (z.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for z in (k, v))
         if rotation is not None:
             q, k = (rotate(z, *rotation, interleaved=self.interleaved) for z in (q, k))
         if self.pairs > 1:
@@ -287,7 +287,7 @@ class MultiScaleRetention(HasBackend):
     def _output(self, out: Tensor, x: Tensor) -> Tensor:
         if self.pairs > 1:
             out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
-        y = rearrange(self.norm(out.transpose(1, 2)), "b t h d -> b t (h d)")
+        y = self.norm(out.transpose(1, 2)).flatten(2)
         if self.gate is not None and self.g_proj is not None:
             y = self.gate(self.g_proj(x)) * y
         return self.dropout(self.out_proj(y))

@@ -31,7 +31,9 @@ class Refusing:
     ("change", "backend", "name", "form"),
     [
         ({}, "auto", "chunked", "chunkwise"),
-        ({"length": 1}, "auto", "eager", "recurrent"),
+        ({"length": 1}, "auto", "chunked", "chunkwise"),
+        ({"length": 1, "has_state": True}, "auto", "eager", "recurrent"),
+        ({"length": 1, "return_state": True}, "auto", "eager", "recurrent"),
         ({"length": 1, "causal": False}, "auto", "chunked", "chunkwise"),
         ({"device": "cuda", "dtype": torch.bfloat16}, "auto", "chunked", "chunkwise"),
         ({"form": "parallel"}, "auto", "eager", "parallel"),

@@ -220,8 +220,9 @@ def check_name(backend: str) -> None:
 
 
 def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
-    kind = "token" if call.length == 1 else "small grid" if call.grid and call.length <= SMALL_GRID else "sequence"
+    decodes = call.length == 1 and (call.has_state or call.return_state)
+    kind = "token" if decodes else "small grid" if call.grid and call.length <= SMALL_GRID else "sequence"
     for form in _PREFERRED[kind] if call.form == "auto" else (call.form,):
-        asked = replace(call, form=form)
+        asked = call if call.form == form else replace(call, form=form)
         for name in _backends if backend == "auto" else (backend,):
             yield name, _backends[name], asked, _backends[name].why_not(asked)

@@ -63,19 +63,21 @@ class Chunked:
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         if call.grid is not None:
-            run = on_grid_anew if call.needs_grad else on_grid
+            walk = on_grid_anew if call.needs_grad else on_grid
             side = isqrt(call.chunk_size or GRID_CHUNK_SIZE)
-            return run(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
+            return walk(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
         options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
-        out, final = chunkwise(q, k, v, log_decay, state, mask, cu_seqlens, *options)
+        # The operator itself costs a short call as much as what it does; without gradients nobody needs to see it.
+        plain = type(q) is Tensor and not torch.compiler.is_compiling() and call.device != "meta"
+        run = _chunkwise if plain and not call.needs_grad else chunkwise
+        out, final = run(q, k, v, log_decay, state, mask, cu_seqlens, *options)
         return out, final if call.return_state else None
 
 
 backend = Chunked()
 
 
-@torch.library.custom_op("retention::chunkwise", mutates_args=())
-def chunkwise(
+def _chunkwise(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -92,7 +94,7 @@ def chunkwise(
     """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
     if mask is not None and not mask.all():
         options = (scale, causal, chunk_size, return_state, out_dtype)
-        out, final = chunkwise(*pack(mask, q, k, v), log_decay, state, None, borders(mask), *options)
+        out, final = _chunkwise(*pack(mask, q, k, v), log_decay, state, None, borders(mask), *options)
         return unpack(mask, out), final
 
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
@@ -105,6 +107,9 @@ def chunkwise(
         if after is not None:
             final[states] = after
     return out, final
+
+
+chunkwise = torch.library.custom_op("retention::chunkwise", _chunkwise, mutates_args=())
 
 
 @torch.library.custom_op("retention::chunkwise_backward", mutates_args=())

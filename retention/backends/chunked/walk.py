@@ -5,7 +5,7 @@ Shapes: R rows, H heads, n tokens of a chunk. Inside, rows and heads are one dim
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,16 +13,56 @@ from torch import Tensor
 from ...state import state_dtype
 
 
-class Factors(NamedTuple):
-    """What a chunk of n tokens multiplies with, in one direction of time. Ages are exponents of gamma, in tokens."""
+class Factors:
+    """What a chunk of n tokens in R rows multiplies with, in one direction of time; made when it is asked for.
 
-    inner: Tensor  # (H, n, n)    scale gamma^distance between the chunk's tokens; 0 in the future
-    distance: Tensor  # (n, n)
-    read: Tensor  # (R H, n, 1)  scale gamma^age of what a token reads from the state
-    write: Tensor  # (R H, n, 1)  gamma^age of what a token writes into it
-    carry: Tensor  # (R H, 1, 1)  gamma^n
-    read_age: Tensor  # (n, 1)
-    write_age: Tensor  # (n, 1)
+    Ages are exponents of gamma, in tokens. Looking back, token i reads at age i + 1 and writes at age n - 1 - i;
+    looking ahead is the mirror image.
+    """
+
+    def __init__(self, decays: Decays, n: int, reverse: bool, rows: int):
+        self.rate, self.scale, self.causal = decays.rate, decays.scale, decays.causal
+        self.n, self.reverse, self.rows = n, reverse, rows
+        self.index = torch.arange(n, device=self.rate.device, dtype=self.rate.dtype)
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(n, n)"""
+        return (self.index[:, None] - self.index).abs()
+
+    @cached_property
+    def inner(self) -> Tensor:
+        """(H, n, n), scale gamma^distance between the chunk's tokens; 0 in the future."""
+        inner = (self.rate * self.distance).exp_().mul_(self.scale)
+        return inner.tril_() if self.causal else inner
+
+    @cached_property
+    def read_age(self) -> Tensor:
+        """(n, 1)"""
+        return (self.n - self.index if self.reverse else self.index + 1)[:, None]
+
+    @cached_property
+    def write_age(self) -> Tensor:
+        """(n, 1)"""
+        return (self.index if self.reverse else self.n - 1 - self.index)[:, None]
+
+    @cached_property
+    def read(self) -> Tensor:
+        """(R H, n, 1), scale gamma^age of what a token reads from the state."""
+        return self._power(self.read_age) * self.scale
+
+    @cached_property
+    def write(self) -> Tensor:
+        """(R H, n, 1), gamma^age of what a token writes into the state."""
+        return self._power(self.write_age)
+
+    @cached_property
+    def carry(self) -> Tensor:
+        """(R H, 1, 1), gamma^n."""
+        return (self.rate * self.n).exp().repeat(self.rows, 1, 1)
+
+    def _power(self, age: Tensor) -> Tensor:
+        return (self.rate * age).exp().repeat(self.rows, 1, 1)
 
 
 class Decays:
@@ -37,25 +77,10 @@ class Decays:
         return (False,) if self.causal else (False, True)
 
     def factors(self, n: int, reverse: bool, rows: int) -> Factors:
-        """For a chunk of n tokens in `rows` rows."""
         key = n, reverse, rows
         if key not in self.known:
-            self.known[key] = self._factors(*key)
+            self.known[key] = Factors(self, *key)
         return self.known[key]
-
-    def _factors(self, n: int, reverse: bool, rows: int) -> Factors:
-        """Looking back, token i reads at age i + 1 and writes at age n - 1 - i; looking ahead is the mirror image."""
-        index = torch.arange(n, device=self.rate.device, dtype=self.rate.dtype)
-        read_age, write_age = index[:, None] + 1, n - 1 - index[:, None]
-        if reverse:
-            read_age, write_age = read_age.flip(0), write_age.flip(0)
-        distance = (index[:, None] - index).abs()
-        inner = (self.rate * distance).exp() * self.scale
-        inner = inner.tril() if self.causal else inner
-        read, write, carry = (
-            (self.rate * age).exp().repeat(rows, 1, 1) for age in (read_age, write_age, index[:1] + n)
-        )
-        return Factors(inner, distance, read * self.scale, write, carry, read_age, write_age)
 
 
 class Chunks:

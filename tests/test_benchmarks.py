@@ -1,0 +1,216 @@
+"""The benchmarks measure what they say, keep it, and notice what moved."""
+
+import json
+from itertools import groupby
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from benchmarks import gate, layer, measure, op
+from benchmarks.__main__ import COMMANDS, app
+from benchmarks.compare import read
+from benchmarks.measure import Side, extra_memory, race, ratio
+from benchmarks.record import Result
+
+
+def run(*arguments, code=0):
+    done = CliRunner().invoke(app, list(map(str, arguments)))
+    assert done.exit_code == code, done.output
+    return done.output
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_a_run_is_kept_with_where_it_was_measured_and_a_picture(tmp_path):
+    file = tmp_path / "op.jsonl"
+    run("--results", file, "op", "--length", 8, "--backend", "chunked", "--backend", "eager", "--quick")
+    header, *rest = lines(file)
+    assert header["kind"] == "run"
+    assert header["versions"]["torch"] == torch.__version__
+    assert {"machine", "threads", "commit", "changed", "command", "time"} <= header.keys()
+    cases = {(case["way"], case["side"]): case for case in rest if case["kind"] == "case"}
+    measured = {"chunked, chunkwise", "eager, parallel", "eager, recurrent", "SDPA, head dim 64"}
+    for way in op.PASSES:
+        assert {side for of, side in cases if of == way and cases[of, side]["seconds"]} == measured
+    sound = cases["forward", "chunked, chunkwise"]
+    assert 0 < sound["deviation"] < 1e-5
+    assert sound["memory"] >= 8 * 8 * 128 * 4  # the output at least
+    assert cases["forward", "chunked, parallel"]["failure"].endswith("has the form chunkwise, not parallel")
+    assert (tmp_path / "op.png").stat().st_size > 10_000
+
+
+def test_what_was_measured_before_a_failure_is_not_lost(tmp_path):
+    file = tmp_path / "op.jsonl"
+    run("--results", file, "op", "--length", 8, "--head-dims", "8", code=1)  # not 8x8
+    assert not file.exists()
+    assert lines(tmp_path / "op.jsonl.part")[0]["kind"] == "run"
+
+
+def test_all_commands_explain_themselves():
+    text = run("--help")
+    assert all(command.__name__ in text and command.__doc__ for command in COMMANDS)
+
+
+# --- what is measured -------------------------------------------------------------------------------------------------
+
+
+def test_sides_take_turns_and_one_that_fails_is_told_and_does_not_stop_the_others():
+    order = []
+
+    def broken():
+        raise RuntimeError("no luck\nat all")
+
+    sides = {
+        "a": Side(lambda: lambda: order.append("a")),
+        "broken": Side(lambda: broken),
+        "unable": Side(lambda: pytest.fail("is not prepared"), why_not="needs a moon"),
+        "huge": Side(lambda: pytest.fail("is not prepared"), needs=1e18),
+        "slow": Side(lambda: lambda: torch.ones(1) if order.append("slow") else __import__("time").sleep(0.02)),
+    }
+    found = race(sides, limit=0.005)
+    assert found["broken"].failure == "RuntimeError: no luck"
+    assert found["unable"].failure == "RuntimeError: needs a moon"
+    assert found["huge"].failure.startswith("MemoryError: needs some 931322575 GiB")
+    assert found["slow"].failure.startswith("TimeoutError: takes 0.0 s; the limit for all sides is 0.005 s")
+    assert len(found["a"].seconds) >= 3
+    assert not any(one.seconds for name, one in found.items() if name != "a")
+
+
+def test_rounds_are_interleaved(monkeypatch):
+    order = []
+    monkeypatch.setattr(measure, "TURN", 0)
+    sides = {name: Side(lambda name=name: lambda: order.append(name)) for name in "ab"}
+    found = race(sides, limit=0.001)
+    assert len(found["a"].seconds) == len(found["b"].seconds) >= 3
+    assert [side for side, _ in groupby(order)][-6:] == list("ababab")  # each for as many runs as a turn has
+
+
+def test_extra_memory_is_the_peak_of_tensors():
+    kept = torch.zeros(1000)
+
+    def some():
+        a = torch.empty(1000, 1000)  # 4 MB
+        b = torch.empty(2000, 1000)  # 8 MB
+        del a
+        c = torch.empty(500, 1000)  # 2 MB, after 4 are gone
+        return kept.sum() + b[0, 0] * 0 + c[0, 0] * 0
+
+    assert extra_memory(some) == pytest.approx(12e6, rel=1e-3)
+
+
+def test_a_ratio_is_of_the_same_rounds():
+    assert ratio([2.0, 40.0, 6.0, 8.0, 10.0], [1.0, 20.0, 3.0, 4.0, 5.0]) == (2, 2, 2)  # one round was slow for both
+
+
+def test_the_floor_counts_what_the_chunkwise_form_does():
+    flops, moved = op.Case("forward", 100, heads=1, key_dim=3, value_dim=5).work()
+    chunk, state = 2 * 64 * (3 + 5), 4 * 3 * 5  # of a token: scores and their sum of values; read from and write to
+    assert flops == 100 * (chunk + state)
+    assert moved == 100 * 4 * (3 + 3 + 5 + 5)
+
+
+def test_the_projections_compute_the_products_of_the_layer():
+    torch.manual_seed(0)
+    function, module = layer.projections().make(4)
+    x = torch.randn(1, 4, layer.DIM, requires_grad=True)
+    y = function(x)
+    assert torch.allclose(y, module.out_proj(module.v_proj(x)), atol=1e-6)
+    grads = torch.autograd.grad(y.sum(), (x, *module.parameters()))
+    assert [grad.shape for grad in grads] == [x.shape, *(p.shape for p in module.parameters())]
+    dv = module.out_proj.weight.sum(0).expand(4, -1)
+    assert torch.allclose(grads[3], dv.T @ x[0], atol=1e-4)
+
+
+# --- the gate ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_gate_fails_on_what_is_missed_three_times_and_passes_what_holds_once(monkeypatch, tmp_path):
+    values = iter([1.0, 1.0, 3.0])
+    monkeypatch.setattr(gate, "CHECKS", (lambda planted: Result("fast", (next(values),) * 3, ">=", 2),))
+    assert "met" in run("--results", tmp_path / "g.jsonl", "gate")
+    values = iter([1.0, 1.0, 1.0, 3.0])
+    assert "missed: fast" in run("--results", tmp_path / "g.jsonl", "gate", code=1)
+    assert lines(tmp_path / "g.jsonl")[1]["holds"] is False
+
+
+def test_a_planted_slowdown_must_be_noticed(monkeypatch, tmp_path):
+    runs = []
+
+    def check(planted, bound):
+        runs.clear()
+        planted(lambda: runs.append(1))()
+        return Result("runs", (len(runs),) * 3, "<=", bound)
+
+    monkeypatch.setattr(gate, "CHECKS", (lambda planted: check(planted, 1.5),))
+    run("--results", tmp_path / "g.jsonl", "gate")
+    run("--results", tmp_path / "g.jsonl", "gate", "--plant", 2)
+    monkeypatch.setattr(gate, "CHECKS", (lambda planted: check(planted, 5),))
+    assert "not noticed: runs" in run("--results", tmp_path / "g.jsonl", "gate", "--plant", 2, code=1)
+
+
+def test_a_decoding_step_that_is_measured_is_that_of_the_position():
+    from benchmarks.floor import steps
+
+    near, far = steps(batch=1, positions=(10, 100_000))
+    assert not torch.equal(near(), far())
+
+
+# --- comparing --------------------------------------------------------------------------------------------------------
+
+
+def written(file, machine="one", **cases):
+    header = {"kind": "run", "command": ["op"], "machine": machine, "threads": 1, "versions": {}, "commit": "a" * 40}
+    rows = [
+        {"kind": "case", "length": 8, "side": side, "seconds": seconds, "memory": memory, "failure": failure}
+        for side, (seconds, memory, failure) in cases.items()
+    ]
+    file.write_text("\n".join(json.dumps(row) for row in [{**header, "changed": False}, *rows]))
+    return file
+
+
+def test_compare_tells_what_moved_beyond_the_noise(tmp_path):
+    before = written(
+        tmp_path / "a.jsonl",
+        same=([1.0, 1.01, 1.02], 100, ""),
+        slower=([1.0, 1.01, 1.02], 100, ""),
+        noisy=([0.5, 1.0, 3.0], 100, ""),
+        little=([1.0, 1.001, 1.002], 100, ""),
+        larger=([1.0, 1.01, 1.02], 100, ""),
+        broken=([1.0, 1.01, 1.02], 100, ""),
+        gone=([1.0, 1.01, 1.02], 100, ""),
+    )
+    after = written(
+        tmp_path / "b.jsonl",
+        machine="another",
+        same=([1.01, 1.0, 1.02], 100, ""),
+        slower=([2.0, 2.01, 2.02], 100, ""),
+        noisy=([0.7, 1.4, 3.0], 100, ""),
+        little=([1.03, 1.031, 1.032], 100, ""),
+        larger=([1.0, 1.01, 1.02], 120, ""),
+        broken=([], None, "RuntimeError: oh"),
+        new=([1.0, 1.01, 1.02], 100, ""),
+    )
+    text = run("compare", before, after)
+    assert "machine differs: one -> another" in text
+    found = [line for line in text.splitlines() if "length 8" in line]
+    words = {line.split("length 8, ")[1].split()[0]: line for line in found}
+    assert words.keys() == {"slower", "larger", "broken", "gone", "new"}
+    for side, word in {"slower": "1.99", "larger": "more memory", "broken": "FAILS now", "gone": "is gone"}.items():
+        assert word in words[side]
+    assert "length 8, same" in run("compare", before, after, "--all")
+
+
+def test_compare_refuses_what_no_benchmark_wrote(tmp_path):
+    good, other = written(tmp_path / "a.jsonl", a=([1.0, 1.0, 1.0], 1, "")), tmp_path / "notes.txt"
+    other.write_text("hello")
+    for file, message in {
+        other: "notes.txt must hold the JSON lines that a benchmark wrote",
+        written(tmp_path / "c.jsonl"): "must hold timed cases; got none",
+    }.items():
+        with pytest.raises(typer.BadParameter, match=message):
+            read(file)
+        run("compare", good, file, code=2)
