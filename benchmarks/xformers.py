@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import op
 from benchmarks.measure import Run, extra_memory, ratio, take_turns
 from benchmarks.record import Result, show, show_results, spread
 from retention import register, retain
 from retention.backends.xformers import XFormers, backend
+from retention.backends.xformers.attention import attend, choose
 from retention.decay import log_decays
+from retention.ffn import FeedForward
 
 SIDES = {"xformers": "chunkwise", "chunked": "chunkwise", "eager": "parallel"}
 ROUGH = 1e-4
@@ -28,6 +31,7 @@ def xformers(
     typer.echo(backend.found("cpu"))
     show_results("The backend xformers, chunkwise", [*_memory(), *_dense(rounds), _packed(rounds)])
     _parallel(rounds)
+    _feed_forward(rounds)
     if blocks:
         _block_sizes(rounds)
 
@@ -43,19 +47,10 @@ def both(length: int, decay: str = "paper", **options: Any) -> Run:
 
 
 def attention() -> tuple[str, Run]:
-    """Softmax attention, forward and backward, and its name: xformers' own where it takes the call."""
-    from xformers.ops import LowerTriangularMask, memory_efficient_attention
-
+    """Softmax attention, forward and backward, and what runs it: xformers' own where it takes the call."""
     tensors = CASE.tensors(CASE.key_dim)
-
-    def efficient() -> Tensor:
-        return memory_efficient_attention(*(x.transpose(1, 2) for x in tensors), attn_bias=LowerTriangularMask())
-
-    try:
-        efficient()
-    except NotImplementedError:  # "No operator found"
-        return "SDPA", op.attention(CASE)
-    return "memory_efficient_attention", op.timed(CASE, tensors, efficient)
+    label = choose(*tensors, causal=True).label
+    return label, op.timed(CASE, tensors, lambda: attend(*tensors, causal=True)[0])
 
 
 def _dense(rounds: int) -> list[Result]:
@@ -124,6 +119,31 @@ def _parallel(rounds: int) -> None:
         rows.append([name, *map(spread, cells)])
     title = "How many times faster than eager's parallel form, forward + backward"
     show(title, ["", "xformers, parallel", f"xformers, eps {ROUGH:g}", "chunked, chunkwise"], rows)
+
+
+def _feed_forward(rounds: int) -> None:
+    """xformers' swiglu against the same in torch."""
+    rows = []
+    for dim, tokens in ((256, 2048), (512, 1024), (512, 1)):
+        sides = {
+            name: FeedForward(dim, 8 * dim // 3, gated=True, activation="silu", backend=name)
+            for name in ("torch", "xformers")
+        }
+        x = torch.randn(1, tokens, dim, requires_grad=True)
+
+        def forward(module: nn.Module, x: Tensor = x) -> Tensor:
+            with torch.no_grad():
+                return module(x)
+
+        def both(module: nn.Module, x: Tensor = x) -> object:
+            return torch.autograd.grad(module(x).sum(), (x, *module.parameters()))
+
+        cells = []
+        for way in (forward, both):
+            seconds = take_turns({name: partial(way, module) for name, module in sides.items()}, rounds)
+            cells.append(spread(ratio(seconds["xformers"], seconds["torch"])))
+        rows.append([f"width {dim}, {tokens} tokens", *cells])
+    show("Gated feed-forward, xformers / torch", ["", *op.PASSES], rows)
 
 
 def _block_sizes(rounds: int) -> None:

@@ -40,7 +40,10 @@ class Adapter:
         return []
 
     def lost(self, attention: Any) -> list[str]:
-        """What the layer does that retention will not do, such as a sliding window."""
+        """What the layer does that retention will not do, such as a sliding window.
+
+        Not dropout of the attention weights, which has no counterpart but changes nothing of what a model computes.
+        """
         return []
 
     def reset(self, attention: Any, model: nn.Module) -> None:

@@ -81,9 +81,6 @@ class TimmAttention(Adapter):
             return []
         return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {KNOWN}"]
 
-    def lost(self, attention: Any) -> list[str]:
-        return [f"the dropout of {attention.attn_drop.p} of the weights"] if attention.attn_drop.p else []
-
     def forward(
         self,
         attention: Any,
