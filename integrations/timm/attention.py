@@ -84,6 +84,9 @@ class TimmAttention(Adapter):
     def lost(self, attention: Any) -> list[str]:
         return [f"the dropout of {attention.attn_drop.p} of the weights"] if attention.attn_drop.p else []
 
+    def both_ways(self, attention: Any) -> bool:
+        return True
+
     def forward(
         self,
         attention: Any,
