@@ -50,12 +50,15 @@ def swap(
     share: Annotated[float, typer.Option(help="Of the teacher's tokens, for all that comes after.")] = 0.1,
     window: Annotated[
         int, typer.Option(help="Of exact attention beside retention; all is run without and with it.")
-    ] = 32,
+    ] = 64,
     out: Annotated[Path, typer.Option(help="Folder for checkpoints; what is there is not trained again.")] = Path(
         "runs/benchmarks/swap"
     ),
 ) -> None:
-    """Train a transformer, replace all or half of its attention, train on: loss, texts, decoding, before and after."""
+    """Train a transformer, replace all or half of its attention, without and with a window, and train on.
+
+    What comes out: losses, texts and decoding, before and after.
+    """
     quiet()
     corpus = read_corpus([], load_codec(""), CONTEXT)
     out, few = out / host, int(steps * share)

@@ -20,7 +20,7 @@ _NONE = -1  # the sequence of what is no token
 
 @dataclass(kw_only=True)
 class WindowState(RetentionState):
-    """The state of what has left the window, and what is in it.
+    """The state of what has left the window, and what is in it; `time` counts both.
 
     keys, values (B, Hkv, W, K or V): of the last W tokens, the newest last.
     """
@@ -112,8 +112,8 @@ def attend(q: Tensor, span: Span, scale: float) -> tuple[Tensor, Tensor]:
     missing = -length % block
     wide = state_dtype(q.dtype)
     with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (scale * q, span.keys, span.values))
-        q = rearrange(q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
+        q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, span.keys, span.values))
+        q = rearrange(scale * q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
         k, v = (x.unfold(2, window + block, block) for x in (k, v))  # (B, Hkv, blocks, K or V, W + block)
         scores = rearrange(q @ k, "b n j (g c) l -> b n g j c l", c=block)
         scores = scores.masked_fill(~_seen(span, block, missing), -torch.inf)
@@ -128,10 +128,10 @@ def _seen(span: Span, block: int, missing: int) -> Tensor:
     sequence = F.pad(span.sequence, (0, missing), value=_NONE)
     of_keys = sequence.unfold(1, span.window + block, block)
     of_queries = of_keys[:, :, span.window :]
-    query, key = torch.arange(block)[:, None], torch.arange(span.window + block)
+    key = torch.arange(span.window + block, device=sequence.device)
+    query = key[:block, None]
     near = (query < key) & (key <= query + span.window)
-    seen = (of_queries[..., None] == of_keys[..., None, :]) & near.to(sequence.device)
-    return seen[:, None, None]
+    return ((of_queries[..., None] == of_keys[..., None, :]) & near)[:, None, None]
 
 
 def join(near: Tensor, mass: Tensor, rest: Tensor, total: Tensor, weight: Tensor) -> Tensor:

@@ -223,7 +223,7 @@ def test_any_cut_goes_on_from_the_state(ends, padding, grad):
 
 
 @torch.no_grad()
-def test_the_state_keeps_its_size_and_its_place():
+def test_the_state_keeps_its_size_and_its_place(tmp_path):
     retention, given = windowed(5), inputs(33)
     _, state = retention(*at(slice(0, 2), *given), scale=SCALE, return_state=True)
     assert [*state.keys.shape] == [2, 2, 5, 8]
@@ -241,6 +241,8 @@ def test_the_state_keeps_its_size_and_its_place():
     found, _ = retention(*at(slice(32, 33), *(z[[1, 1, 0]] for z in given)), scale=SCALE, state=twice)
     torch.testing.assert_close(found, want[[1, 1, 0], 32:])
     assert isinstance(twice, WindowState)
+    torch.save(twice, tmp_path / "state.pt")
+    assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True).keys, twice.keys)
 
 
 @torch.no_grad()
