@@ -90,7 +90,8 @@ def both_ways(
     folder = "".join(f"-{name}-{value}" for name, value in options.items())
     transfer, tuning, taught = steps * 3 // 10, steps * 7 // 10, out / f"all{folder}"
     every = with_retention(teacher, range(4), corpus, options)
-    recovery = recovered(every, teacher, corpus, transfer, tuning, 3e-4, taught)
+    lr = 1.5e-4 if options else 3e-4  # with a window, less is left to learn, and as much to spoil
+    recovery = recovered(every, teacher, corpus, transfer, tuning, lr, taught)
     half = easiest(teacher, corpus, options, taught)
     some = with_retention(teacher, half, corpus, options, taught)  # these have been taught already
     return {
