@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from retention.decay import HeadDecay, log_decays
 from retention.functional import retain, step
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
 from retention.state import RetentionState, state_dtype
+
+from .window import WindowState, attend, in_order, join, real_last, span
 
 # The bias at which a gate is 1, or as near as it comes.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
@@ -70,6 +73,10 @@ class HostedRetention(HasBackend):
     learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
     features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
         takes them as they are and divides by the root mean square of each head.
+    window: each token attends to the last so many tokens, itself among them, with the layer's own exp(scale q k), and
+        retention gathers those before; what both give is divided by the sum of all scores. Those of retention count
+        exp(W x + b) times; at the start, a pair of q and k that say nothing counts as much here as there. A sequence no
+        longer than the window is attended to as it was. Causal, with features. None: retention gathers all.
     gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
     causal: True: each token sees those before it only, an image along its rows; no token may then be without a place.
         None: as each call says.
@@ -87,6 +94,7 @@ class HostedRetention(HasBackend):
         decay: Any = "short",
         learnable_decay: bool = True,
         features: bool = True,
+        window: int | None = None,
         gate: str | None = "silu",
         causal: bool | None = None,
         grid: bool = True,
@@ -100,13 +108,17 @@ class HostedRetention(HasBackend):
         check_choice("features", features, (True, False))
         scales = (2 if features else 1) if scales is None else scales
         check_number("scales", scales, isinstance(scales, int) and scales >= 1, "whole and at least 1")
+        if window is not None:
+            check_number("window", window, isinstance(window, int) and window >= 1, "whole and at least 1")
+            if not features:
+                raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
         check_choice("causal", causal, (True, None))
         check_choice("grid", grid, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.scales, self.features, self.calibrating = scales, features, False
-        self.causal, self.grid = causal, grid
+        self.window, self.causal, self.grid = window, causal, grid
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         values = log_decays(decay, scales * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
@@ -115,6 +127,7 @@ class HostedRetention(HasBackend):
             decay=schedule,
             learnable_decay=learnable_decay,
             features=features,
+            window=window,
             gate=gate,
             causal=causal,
             grid=grid,
@@ -124,6 +137,7 @@ class HostedRetention(HasBackend):
         if features:
             self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
             self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
+        self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window else None
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
         self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
@@ -136,6 +150,9 @@ class HostedRetention(HasBackend):
         if self.features:
             self.q_map.reset_parameters()
             self.k_map.reset_parameters()
+        if self.rest is not None:
+            nn.init.zeros_(self.rest.weight)
+            nn.init.constant_(self.rest.bias, math.log(self.scales * 2 * self.k_map.weight.shape[-1]))
         nn.init.ones_(self.gain)
         if self.gate is not None and self.activation is not None:
             nn.init.zeros_(self.gate.weight)
@@ -167,8 +184,48 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
+        if self.window is not None:
+            _check_window(causal, cu_seqlens is not None and (return_state or state is not None), state)
         wanted = _attend(q, k, v, scale, causal, mask, cu_seqlens) if self.calibrating else None
+        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+        if self.window is None or self.rest is None:
+            y, after = self._gather(q, k, v, scale, causal=causal, grid=grid, prefix=prefix, **options)
+            y = _divided(y) if self.features else y
+        else:
+            y, after = self._with_window(self.window, self.rest(x), q, k, v, scale, **options)
+        y = self.norm(y.transpose(1, 2))
+        if wanted is not None:
+            self._calibrate(y, wanted)
+            return wanted, after
+        y = y * self.gain
+        if self.gate is not None and self.activation is not None:
+            y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
+        return y, after
+
+    def _gather(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: RetentionState | None,
+        return_state: bool,
+        there: Tensor | None = None,
+        causal: bool = True,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
+    ) -> tuple[Tensor, RetentionState | None]:
+        """The sums of retention, (B, H, T, V), with features one wider: the last is that of the scores.
+
+        there (B or 1, T): which keys and values there are; default: all.
+        """
+        kv_heads = k.shape[1]
         q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
+        if there is not None:
+            v = v * there[:, None, :, None]
         log_decay = self.decay(q.device, state_dtype(q.dtype))
         after: RetentionState | None = state
         if state is not None and q.shape[2] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
@@ -192,18 +249,39 @@ class HostedRetention(HasBackend):
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
             out = _with_prefix(q, k, v, prefix, out) if prefix else out
-        kv_heads = k.shape[1] // self.scales
-        out = reduce(out, "b (n s g) t v -> b t (n g) v", "sum", n=kv_heads, s=self.scales)
-        if self.features:
-            out = out[..., :-1] / out[..., -1:].clamp(min=1e-6)
-        y = self.norm(out)
-        if wanted is not None:
-            self._calibrate(y, wanted)
-            return wanted, after
-        y = y * self.gain
-        if self.gate is not None and self.activation is not None:
-            y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
-        return y, after
+        return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.scales), after
+
+    def _with_window(
+        self,
+        window: int,
+        weight: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: WindowState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, WindowState | None]:
+        """Attention to what is in the window and retention of what has left it, (B, H, T, V).
+
+        weight (B, T, H): the logarithm of what the scores of retention are multiplied by.
+        """
+        weight = rearrange(weight, "b t h -> b h t 1")
+        order = None if mask is None else real_last(mask)
+        if mask is not None and order is not None:  # the tokens of a window stand side by side
+            q, k, v, weight = (in_order(z, order) for z in (q, k, v, weight))
+            mask = mask.gather(1, order)
+        seen = span(k, v, window, mask, cu_seqlens, state)
+        k, v, there = seen.leaving()
+        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+        rest, after = self._gather(q, k, v, scale, there=there, **options)
+        y = join(*attend(q, seen, scale), _divided(rest), rest[..., -1:], weight).to(v.dtype)
+        if mask is not None and order is not None:
+            y = in_order(y * mask[:, None, :, None], order.argsort(dim=1))
+        return y, None if after is None else seen.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Heads of attention as those of retention: each key head's scales, each with the query heads that share it."""
@@ -219,6 +297,20 @@ class HostedRetention(HasBackend):
     def _calibrate(self, y: Tensor, wanted: Tensor) -> None:
         have, want = (z.float().square().mean(dim=(0, 1, 3)).sqrt() for z in (y, wanted))
         self.gain.copy_((want / have.clamp(min=1e-6))[:, None].expand_as(self.gain))
+
+
+def _check_window(causal: bool, packed_states: bool, state: RetentionState | None) -> None:
+    if not causal:
+        raise ValueError("a window needs causal retention; got causal False; leave window out, or pass causal=True")
+    if packed_states:
+        raise ValueError("with a window, packed sequences have no states; got cu_seqlens; pass the sequences as rows")
+    if state is not None and not isinstance(state, WindowState):
+        raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
+
+
+def _divided(sums: Tensor) -> Tensor:
+    """By the sum of the scores, which is the last."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6)
 
 
 def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:

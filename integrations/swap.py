@@ -46,6 +46,10 @@ class Adapter:
         """
         return []
 
+    def both_ways(self, attention: Any) -> bool:
+        """Whether it is known before any call that tokens also see those after them."""
+        return False
+
     def reset(self, attention: Any, model: nn.Module) -> None:
         """Give the layer, which `model` has a twin of, new weights.
 
@@ -301,6 +305,8 @@ def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[
     adapter = adapter_of(attention)
     place.lost = adapter.lost(attention)
     reasons = adapter.why_not(attention, model)
+    if options.get("window") and not options.get("causal") and adapter.both_ways(attention):
+        reasons = [*reasons, "sees both ways, and a window looks back; leave window out, or pass causal=True"]
     if place.lost and not allow_lost:
         reasons = [*reasons, f"would lose {', '.join(place.lost)}; pass allow_lost=True if that may be"]
     return "; ".join(reasons)

@@ -106,6 +106,9 @@ def swap(
     ] = False,
     decay: Annotated[str, typer.Option(help="short, log_linear or paper; learnt from there.")] = "short",
     features: Annotated[bool, typer.Option(help="Learn a feature map of q and k.")] = True,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens that are still attended to exactly, the newest; retention has the rest.")
+    ] = None,
     gate: Annotated[str, typer.Option(help="silu, gelu, relu, sigmoid or none.")] = "silu",
     scales: Annotated[
         int | None, typer.Option(help="Retentions, each with its decays, to a head. Default: 2, without features 1.")

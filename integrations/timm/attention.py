@@ -81,6 +81,9 @@ class TimmAttention(Adapter):
             return []
         return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {KNOWN}"]
 
+    def both_ways(self, attention: Any) -> bool:
+        return True
+
     def forward(
         self,
         attention: Any,

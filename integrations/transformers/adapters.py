@@ -47,6 +47,9 @@ class TransformersAttention(Adapter):
         lost = [f"the sliding window of {window} tokens"] if window else []
         return [*lost, f"the soft cap of {cap}"] if cap else lost
 
+    def both_ways(self, attention: Any) -> bool:
+        return not attention.is_causal
+
     def reset(self, attention: Any, model: nn.Module) -> None:
         owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if owner is None:

@@ -1,13 +1,13 @@
 """Retention in the attention of real models: it runs, decodes, saves, and comes out again without a trace."""
 
 import copy
-import itertools
 import pickle
 
 import peft
 import pytest
 import torch
 import transformers
+from hosts import FAMILIES, GROUPED, SIZES, build, padded
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -22,58 +22,6 @@ from retention.integrations.swap import (
 )
 from retention.integrations.transformers import TransformersAttention, load_swapped, register_attn_implementation
 
-SIZES = dict(
-    vocab_size=99,
-    hidden_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    intermediate_size=64,
-    max_position_embeddings=300,
-    initializer_range=0.5,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-GROUPED = {"num_key_value_heads": 2}
-WIDE = {**GROUPED, "head_dim": 16}  # not hidden_size / num_attention_heads
-OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.5}
-FAMILIES = {
-    "GPT2": {},
-    "GPT2-scaled": {"scale_attn_by_inverse_layer_idx": True},
-    "GPTNeoX": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25}},
-    "GPTNeoX-serial": {"use_parallel_residual": False},
-    "Llama": GROUPED,
-    "Mistral": {**GROUPED, "sliding_window": None},
-    "Mistral-window": {**GROUPED, "sliding_window": 8},
-    "Mixtral": {**GROUPED, "num_local_experts": 2},
-    "Qwen2": GROUPED,
-    "Qwen3": WIDE,
-    "Gemma": WIDE,
-    "Gemma2": {**WIDE, "sliding_window": 8},
-    "Gemma3": {**WIDE, "sliding_window": 8},
-    "OPT": OPT,
-    "OPT-post": {**OPT, "do_layer_norm_before": False},
-    "Phi": {},
-}
-LENGTHS = (100, 70, 7)
-
-
-def build(family):
-    torch.manual_seed(0)
-    name = family.partition("-")[0]
-    config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
-    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    return getattr(transformers, name + head)(config(**SIZES | FAMILIES[family])).eval()
-
-
-def padded():
-    """Prompts, and all of them as one batch with padding on the left."""
-    rows = [torch.randint(3, 99, (n,), generator=torch.Generator().manual_seed(n)) for n in LENGTHS]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-    mask = (torch.arange(100) >= 100 - torch.tensor(LENGTHS)[:, None]).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    return rows, {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-
 
 @pytest.fixture(scope="module", autouse=True)
 def quiet():
@@ -84,6 +32,9 @@ def quiet():
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 all_or_some = pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
+all_some_or_beside_a_window = pytest.mark.parametrize(
+    "options", [{}, {"layers": [1]}, {"window": 9}], ids=["all", "hybrid", "window"]
+)
 
 
 @each_family
@@ -106,11 +57,11 @@ def test_restoring_is_bit_exact(family, layers):
 
 
 @each_family
-@all_or_some
+@all_some_or_beside_a_window
 @torch.no_grad()
-def test_padding_cuts_and_steps_leave_the_logits_alone(family, layers):
+def test_padding_cuts_and_steps_leave_the_logits_alone(family, options):
     model, (rows, batch) = build(family), padded()
-    replace_attention(model, layers=layers, allow_lost=True)
+    replace_attention(model, **options, allow_lost=True)
     close = dict(rtol=1e-4, atol=1e-4)
     for row, prompt, logits in zip(range(3), rows, model(**batch).logits, strict=True):
         torch.testing.assert_close(logits[-len(prompt) :], model(prompt[None]).logits[0], **close, msg=f"row {row}")
@@ -122,10 +73,10 @@ def test_padding_cuts_and_steps_leave_the_logits_alone(family, layers):
 
 
 @each_family
-@all_or_some
-def test_generation_with_a_cache_is_that_without(family, layers):
+@all_some_or_beside_a_window
+def test_generation_with_a_cache_is_that_without(family, options):
     model, (_, batch) = build(family), padded()
-    replace_attention(model, layers=layers, allow_lost=True)
+    replace_attention(model, **options, allow_lost=True)
     kwargs = dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8)
     for options in ({}, {"num_beams": 3, "num_return_sequences": 2}):
         want = model.generate(**kwargs, **options, do_sample=False, use_cache=False)
@@ -137,7 +88,7 @@ def test_generation_with_a_cache_is_that_without(family, layers):
 @each_family
 def test_every_parameter_learns_with_checkpointing(family):
     model, (_, batch) = build(family), padded()
-    replace_attention(model, allow_lost=True, gate="silu")
+    replace_attention(model, allow_lost=True, gate="silu", window=9)
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # 5.16
     enable()
     model.train()(**batch, labels=batch["input_ids"]).loss.backward()
@@ -156,81 +107,32 @@ def test_bert_in_both_directions():
         torch.testing.assert_close(row[: len(prompt)], model(prompt[None]).last_hidden_state[0], rtol=1e-4, atol=1e-4)
 
 
-# --- the function -----------------------------------------------------------------------------------------------------
-
-
-def features_of(x, feature_map, head):
-    """x (T, K) -> the features of each scale, (T, 2 K)."""
-    parts = [z for weight in feature_map.weight[head] for z in (x @ weight, -x @ weight)]
-    return torch.cat(parts, -1).softmax(-1).chunk(2, dim=-1)
-
-
-@torch.no_grad()
-def test_a_replaced_layer_is_its_formula():
-    """Scores of features above 0, times the decays, over their sum: what attention is, with other scores."""
-    model = build("GPT2").double()
-    layer = model.transformer.h[1].attn
-    replace_attention(model, layers=[1], gate="silu")
-    retention = layer.retention
-    for parameter in retention.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    x = torch.randn(2, 9, 32).double()
-    q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in layer.c_attn(x).split(32, -1))
-    n = torch.arange(9.0).double()
-    log_decay = retention.decay(x.device, torch.float64).view(4, 2, 1, 1)
-    decay = (log_decay * (n[:, None] - n)).exp().tril()
-    scores = torch.zeros(2, 4, 9, 9).double()
-    for b, h, s in itertools.product(range(2), range(4), range(2)):
-        f, g = (features_of(z[b, h] / 8**0.25, m, h)[s] for z, m in ((q, retention.q_map), (k, retention.k_map)))
-        scores[b, h] += f @ g.T * decay[h, s]
-    heads = (scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2) * retention.gain
-    gate = torch.nn.functional.silu(retention.gate(x)).unflatten(-1, (4, 8))
-    torch.testing.assert_close(layer(x)[0], layer.c_proj((heads * gate).flatten(2)))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("features", [True, False])
-def test_each_head_has_its_scales_whatever_it_shares(features):
-    decay = [-0.1 * n for n in range(1, 9)]  # the first scale of four heads, then the second
-    retention = HostedRetention(Heads(32, 4, 2, 8, 8), scales=2, decay=decay, features=features, gate=None).double()
-    for parameter in retention.parameters():
-        parameter.add_(0.3 * torch.randn_like(parameter))
-    retention.decay.reset_parameters()
-    q, k, v = (torch.randn(1, heads, 9, 8).double() for heads in (4, 2, 2))
-    n = torch.arange(9.0).double()
-    found, _ = retention(q.flatten(2), q, k, v, scale=0.25)
-    for h in range(4):
-        scores = 0
-        for s in range(2):
-            a, b = q[0, h] / 2, k[0, h // 2] / 2
-            if features:
-                a, b = features_of(a, retention.q_map, h)[s], features_of(b, retention.k_map, h // 2)[s]
-            scores = scores + a @ b.T * torch.exp(decay[4 * s + h] * (n[:, None] - n)).tril()
-        y = scores @ v[0, h // 2]
-        y = y / scores.sum(-1, keepdim=True) if features else torch.nn.functional.rms_norm(y, (8,), eps=1e-6)
-        torch.testing.assert_close(found[0, :, h], y * retention.gain[h])
-
-
-@pytest.mark.parametrize("gate", ["silu", "gelu", "relu"])
-def test_gates_are_open_at_the_start(gate):
-    model, (rows, _) = build("GPT2"), padded()
-    replace_attention(model, gate=None)
-    want = model(rows[0][None]).logits
-    restore_attention(model)
-    replace_attention(model, gate=gate)
-    torch.testing.assert_close(model(rows[0][None]).logits, want, rtol=1e-3, atol=1e-3)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_packed_sequences_do_not_see_each_other(attention):
+@pytest.mark.parametrize("window", [None, 9])
+def test_packed_sequences_do_not_see_each_other(attention, window):
     model, (rows, _) = build("Llama"), padded()
     model.set_attn_implementation(attention)
-    replace_attention(model, layers=[0])
+    replace_attention(model, layers=[0], window=window)
     positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
     packed = model(rows[0][None], position_ids=positions, use_cache=False).logits
     alone = [model(rows[0][None, :40]).logits, model(rows[0][None, 40:]).logits]
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_cache_of_a_layer_with_a_window_holds_the_same_tensors_from_the_first_token_to_the_last():
+    model, (rows, _) = build("Llama"), padded()
+    replace_attention(model, window=9)
+    cache = model(rows[0][None, :1]).past_key_values
+    before = {name: z.data_ptr() for name, z in vars(cache.layers[1].state).items() if z is not None}
+    for start, end in ((1, 2), (2, 40), (40, 41)):
+        model(rows[0][None, start:end], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([0]))
+    state = cache.layers[1].state
+    assert {name: z.data_ptr() for name, z in vars(state).items() if z is not None} == before
+    assert [*state.keys.shape] == [*state.values.shape] == [1, 2, 9, 8]
+    assert cache.get_seq_length() == 41
 
 
 def test_cache_of_a_hybrid_holds_a_state_where_retention_is_and_keys_elsewhere():
@@ -275,61 +177,6 @@ def test_an_attention_of_ones_own_takes_an_adapter_of_a_few_lines():
     torch.testing.assert_close(model(x[:, :5]), y[:, :5])
     restore_attention(model)
     assert torch.equal(model(x), want)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
-def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
-    model, (rows, _) = build(family), padded()
-    ids = rows[0][None]
-    want, last = model(ids).logits, {}
-    keep = lambda name: lambda module, args, out: last.__setitem__(name, out[0])  # noqa: E731
-    replace_attention(model, gate="silu")
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
-    for name, layer in layers.items():
-        layer.retention.register_forward_hook(keep(name))
-    for layer in layers.values():
-        layer.retention.calibrating = True
-    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
-    wanted = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
-    for layer in layers.values():
-        layer.retention.calibrating = False
-    restore_attention(model)
-    replace_attention(model, gate="silu", calibrate_on={"input_ids": ids})
-    for name, layer in layers.items():
-        assert not (layer.retention.gain == 1).any()
-        layer.retention.register_forward_hook(keep(name))
-    model(ids)
-    sizes = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
-    torch.testing.assert_close(sizes, wanted, rtol=1e-3, atol=1e-3)
-
-
-@torch.no_grad()
-def test_a_failed_calibration_leaves_the_model_as_it_was():
-    model, (rows, _) = build("Llama"), padded()
-    replace_attention(model, layers=[0])
-    gain = model.model.layers[0].self_attn.retention.gain.clone()
-    want = model(rows[0][None]).logits
-    with pytest.raises(ValueError, match="exactly one of input_ids"):
-        replace_attention(model, calibrate_on={"nonsense": rows[0][None]})
-    assert not isinstance(model.model.layers[1].self_attn, Swapped)
-    assert torch.equal(model(rows[0][None]).logits, want)
-    assert model.config.retention_in_attention["layers"] == ["model.layers.0.self_attn"]
-    replace_attention(model, calibrate_on={"input_ids": rows[0][None]})
-    assert torch.equal(model.model.layers[0].self_attn.retention.gain, gain)  # only what is new is calibrated
-
-
-@torch.no_grad()
-def test_calibration_keeps_packed_sequences_apart():
-    model, (rows, _) = build("Llama"), padded()
-    positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
-    want = model(rows[0][None], position_ids=positions, use_cache=False).logits
-    replace_attention(model)
-    for module in model.modules():
-        if isinstance(module, HostedRetention):
-            module.calibrating = True
-    got = model(rows[0][None], position_ids=positions, use_cache=False).logits
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Llama"])
@@ -412,7 +259,7 @@ def test_limits_of_the_attention_implementation_are_errors():
 
 def test_a_replaced_model_saves_loads_and_copies(tmp_path):
     model, (_, batch) = build("Llama"), padded()
-    replace_attention(model, layers=[0], gate="silu")
+    replace_attention(model, layers=[0], gate="silu", window=9)
     torch.nn.init.normal_(model.model.layers[0].self_attn.retention.gate.weight)
     want = model(**batch).logits
     assert torch.equal(copy.deepcopy(model)(**batch).logits, want)
@@ -423,6 +270,7 @@ def test_a_replaced_model_saves_loads_and_copies(tmp_path):
     assert torch.equal(loaded.eval()(**batch).logits, want)
     _, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert any("retention.gain" in key for key in info["unexpected_keys"])  # it does not pass in silence
+    assert loaded.model.layers[0].self_attn.retention.options["window"] == 9
     restore_attention(loaded)
     loaded.save_pretrained(tmp_path / "restored")
     with pytest.raises(ValueError, match="has no layers that were replaced"):
@@ -462,9 +310,10 @@ def test_lora_trains_a_replaced_model():
     assert all("q_proj.lora" in name for name in trained)
 
 
-def test_a_replaced_model_compiles():
+@pytest.mark.parametrize("window", [None, 9])
+def test_a_replaced_model_compiles(window):
     model, (rows, _) = build("Llama"), padded()
-    replace_attention(model)
+    replace_attention(model, window=window)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     want = model(rows[0][None], use_cache=False).logits
     torch.testing.assert_close(compiled(rows[0][None], use_cache=False).logits, want, rtol=1e-4, atol=1e-4)

@@ -62,13 +62,14 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
 
 
 def test_layers_are_replaced_in_parts(host, text, tmp_path):
-    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--gate", "none")
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--window", "9")
     assert result.exit_code == 0, result.output
     assert "part-2/tuning: " in result.stderr + result.output
     first, second = (load_part(tmp_path / "out" / f"part-{n}" / "tuning" / "checkpoint-2") for n in (1, 2))
     assert {name.split(".")[2] for name in first if ".retention." in name} == {"1"}
     assert {name.split(".")[2] for name in second if ".retention." in name} == {"0", "1"}
     model = load_swapped(tmp_path / "out")
+    assert [block.attn.retention.window for block in model.transformer.h] == [9, 9]
     for name, weight in model.state_dict().items():
         assert name == "lm_head.weight" or torch.equal(weight, second[name]), name
 
@@ -118,6 +119,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
         ([], "name a model: retention swap MODEL"),
         (["HOST", "--layers", "a"], "layers must be numbers with commas, such as 0,2,-1; got 'a'"),
         (["HOST", "--layers", "7"], "layers must be from -2 to 1; got 7"),
+        (["HOST", "--window", "0"], "window must be a number, whole and at least 1; got window 0"),
         (["HOST", "--gate", "tanh"], "gate must be one of 'silu'"),
         (["HOST", "--context", "65"], "context must be at most 64, the positions of "),
         (

@@ -151,9 +151,9 @@ def test_without_the_fused_kernel_it_is_the_same(family):
 
 
 @pytest.mark.parametrize("strips", [(16, 16, 16), (32, 16), (48,)], ids=str)
-@pytest.mark.parametrize("features", [True, False])
-def test_a_causal_model_takes_an_image_strip_by_strip(strips, features):
-    layer = retention_layer(causal=True, features=features, gate="silu")
+@pytest.mark.parametrize("options", [{}, {"features": False}, {"window": 4}], ids=str)
+def test_a_causal_model_takes_an_image_strip_by_strip(strips, options):
+    layer = retention_layer(causal=True, **options, gate="silu")
     model = build(attn_layer=layer, class_token=False, global_pool="avg")
     image = images(model)
     got = classify_strips(model, image.split(strips, dim=2))
@@ -189,6 +189,16 @@ def test_strips_need_a_causal_model_and_must_make_up_its_image():
     assert model(x).shape == (2, 7), "a refused image leaves nothing behind"
     with pytest.raises(ValueError, match="no tokens without a place; got prefix 1; leave causal out"):
         build(**causal)(x)
+
+
+def test_a_window_needs_a_causal_model():
+    model = build(class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match=r"blocks.0.attn: sees both ways, and a window looks back; leave window out"):
+        replace_attention(model, window=4)
+    replace_attention(model, window=4, causal=True)
+    other = build(attn_layer=retention_layer(window=4))
+    with pytest.raises(ValueError, match="a window needs causal retention; got causal False"):
+        other(images(other))
 
 
 # --- timm's own doors -------------------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class SwapSettings(Kept):
     allow_lost: bool = False
     decay: str = "short"
     features: bool = True
+    window: int | None = None  # None: no exact attention
     gate: str | None = "silu"
     scales: int | None = None  # None: 2 with features, else 1
     parts: int = 1
@@ -64,7 +65,7 @@ class SwapSettings(Kept):
     @property
     def replacement(self) -> dict[str, Any]:
         """Options of `replace_attention`, without the layers."""
-        names = ("allow_lost", "scales", "decay", "features", "gate")
+        names = ("allow_lost", "scales", "decay", "features", "window", "gate")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:

@@ -1,0 +1,367 @@
+"""The retention that takes the place of a softmax, against its formula: all pairs of tokens at once, in float64."""
+
+import itertools
+
+import pytest
+import torch
+import transformers
+from cases import deviation
+from hosts import SIZES, build, padded
+
+from retention.integrations.hosted import Heads, HostedRetention
+from retention.integrations.swap import Swapped, replace_attention, restore_attention
+from retention.integrations.window import WindowState
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+# --- the function -----------------------------------------------------------------------------------------------------
+
+
+def features_of(x, feature_map, head):
+    """x (T, K) -> the features of each scale, (T, 2 K)."""
+    parts = [z for weight in feature_map.weight[head] for z in (x @ weight, -x @ weight)]
+    return torch.cat(parts, -1).softmax(-1).chunk(len(parts) // 2, dim=-1)
+
+
+@torch.no_grad()
+def test_a_replaced_layer_is_its_formula():
+    """Scores of features above 0, times the decays, over their sum: what attention is, with other scores."""
+    model = build("GPT2").double()
+    layer = model.transformer.h[1].attn
+    replace_attention(model, layers=[1], gate="silu")
+    retention = layer.retention
+    for parameter in retention.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    x = torch.randn(2, 9, 32).double()
+    q, k, v = (z.unflatten(-1, (4, 8)).transpose(1, 2) for z in layer.c_attn(x).split(32, -1))
+    n = torch.arange(9.0).double()
+    log_decay = retention.decay(x.device, torch.float64).view(4, 2, 1, 1)
+    decay = (log_decay * (n[:, None] - n)).exp().tril()
+    scores = torch.zeros(2, 4, 9, 9).double()
+    for b, h, s in itertools.product(range(2), range(4), range(2)):
+        f, g = (features_of(z[b, h] / 8**0.25, m, h)[s] for z, m in ((q, retention.q_map), (k, retention.k_map)))
+        scores[b, h] += f @ g.T * decay[h, s]
+    heads = (scores / scores.sum(-1, keepdim=True) @ v).transpose(1, 2) * retention.gain
+    gate = torch.nn.functional.silu(retention.gate(x)).unflatten(-1, (4, 8))
+    torch.testing.assert_close(layer(x)[0], layer.c_proj((heads * gate).flatten(2)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("features", [True, False])
+def test_each_head_has_its_scales_whatever_it_shares(features):
+    decay = [-0.1 * n for n in range(1, 9)]  # the first scale of four heads, then the second
+    retention = HostedRetention(Heads(32, 4, 2, 8, 8), scales=2, decay=decay, features=features, gate=None).double()
+    for parameter in retention.parameters():
+        parameter.add_(0.3 * torch.randn_like(parameter))
+    retention.decay.reset_parameters()
+    q, k, v = (torch.randn(1, heads, 9, 8).double() for heads in (4, 2, 2))
+    n = torch.arange(9.0).double()
+    found, _ = retention(q.flatten(2), q, k, v, scale=0.25)
+    for h in range(4):
+        scores = 0
+        for s in range(2):
+            a, b = q[0, h] / 2, k[0, h // 2] / 2
+            if features:
+                a, b = features_of(a, retention.q_map, h)[s], features_of(b, retention.k_map, h // 2)[s]
+            scores = scores + a @ b.T * torch.exp(decay[4 * s + h] * (n[:, None] - n)).tril()
+        y = scores @ v[0, h // 2]
+        y = y / scores.sum(-1, keepdim=True) if features else torch.nn.functional.rms_norm(y, (8,), eps=1e-6)
+        torch.testing.assert_close(found[0, :, h], y * retention.gain[h])
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu", "relu"])
+def test_gates_are_open_at_the_start(gate):
+    model, (rows, _) = build("GPT2"), padded()
+    replace_attention(model, gate=None)
+    want = model(rows[0][None]).logits
+    restore_attention(model)
+    replace_attention(model, gate=gate)
+    torch.testing.assert_close(model(rows[0][None]).logits, want, rtol=1e-3, atol=1e-3)
+
+
+# --- with a window ----------------------------------------------------------------------------------------------------
+
+HEADS = Heads(dim=32, num_heads=4, num_kv_heads=2, key_dim=8, value_dim=6)
+SCALE = 0.4
+
+
+def windowed(window, heads=HEADS, **options):
+    """Weights at random, as after training."""
+    made = HostedRetention(heads, window=window, **options).double()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+def inputs(length, batch=2, heads=HEADS):
+    x = torch.randn(batch, length, heads.dim)
+    shapes = (
+        (heads.num_heads, heads.key_dim),
+        (heads.num_kv_heads, heads.key_dim),
+        (heads.num_kv_heads, heads.value_dim),
+    )
+    return [x.double(), *(torch.randn(batch, n, length, size).double() for n, size in shapes)]
+
+
+def formula(retention, x, q, k, v):
+    """exp(scale q.k) for the last `window` tokens, for those before what retention gives, times a weight; over the sum.
+
+    Time passes for retention from when a token leaves the window.
+    """
+    n = torch.arange(x.shape[1]).double()
+    ago = n[:, None] - n
+    near, far = (ago >= 0) & (ago < retention.window), ago >= retention.window
+    groups = q.shape[1] // k.shape[1]
+    log_decay = retention.decay(x.device, torch.float64).view(k.shape[1], retention.scales, groups)
+    out = torch.zeros(*x.shape[:2], q.shape[1], v.shape[3]).double()
+    for b, h in itertools.product(range(x.shape[0]), range(q.shape[1])):
+        queries, keys = q[b, h], k[b, h // groups]
+        scores = (SCALE * queries @ keys.T).exp() * near
+        for s in range(retention.scales):
+            f = features_of(queries * SCALE**0.5, retention.q_map, h)[s]
+            g = features_of(keys * SCALE**0.5, retention.k_map, h // groups)[s]
+            decay = (log_decay[h // groups, s, h % groups] * (ago - retention.window).clamp(min=0)).exp()
+            scores = scores + retention.rest(x[b])[:, h, None].exp() * (f @ g.T) * decay * far
+        out[b, :, h] = scores / scores.sum(-1, keepdim=True) @ v[b, h // groups] * retention.gain[h]
+    gate = 1 if retention.gate is None else torch.nn.functional.silu(retention.gate(x)).view_as(out)
+    return out * gate
+
+
+def rows_alone(retention, mask, x, q, k, v):
+    """The formula of each row's real tokens by themselves, 0 at padding."""
+    out = torch.zeros(*x.shape[:2], q.shape[1], v.shape[3]).double()
+    for b, real in enumerate(mask):
+        out[b, real] = formula(retention, x[b : b + 1, real], *(z[b : b + 1, :, real] for z in (q, k, v)))[0]
+    return out
+
+
+def at(part, x, *heads):
+    """The tokens of a part."""
+    return x[:, part], *(z[:, :, part] for z in heads)
+
+
+@pytest.mark.parametrize("window", [1, 4, 7, 40])
+@pytest.mark.parametrize("length", [1, 7, 33])
+@pytest.mark.parametrize("options", [{}, {"scales": 1, "gate": None}], ids=["default", "one scale"])
+def test_a_window_attends_and_retention_gathers_what_has_left_it(window, length, options):
+    retention, given = windowed(window, **options), inputs(length)
+    leaves = [*(z.requires_grad_() for z in given), *retention.parameters()]
+    found, want = retention(*given, scale=SCALE)[0], formula(retention, *given)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+    weights = torch.randn_like(want)
+    gradients = ((weights * y).sum() for y in (found, want))
+    for got, true in zip(*(torch.autograd.grad(g, leaves, materialize_grads=True) for g in gradients), strict=True):
+        torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_what_fits_into_the_window_is_attended_to_as_it_was(dtype):
+    retention = HostedRetention(HEADS, window=20, gate=None).to(dtype)
+    x, q, k, v = (z.to(dtype) for z in inputs(20))
+    found = retention(x, 3 * q, k, v, scale=SCALE)[0]
+    assert found.dtype == dtype
+    doubles = ((3 * q).double(), k.double(), v.double())
+    want = torch.nn.functional.scaled_dot_product_attention(*doubles, is_causal=True, scale=SCALE, enable_gqa=True)
+    assert deviation(found, want.transpose(1, 2)) < {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 4e-3)
+
+
+@torch.no_grad()
+def test_half_precision_and_autocast_stay_near_the_formula():
+    retention, (x, q, k, v) = windowed(8), inputs(60)
+    want = formula(retention, x, q, k, v)
+    for dtype, bound in ((torch.float16, 4e-3), (torch.bfloat16, 3e-2)):  # the gate and the maps are of that dtype too
+        half = retention.to(dtype)
+        assert deviation(half(*(z.to(dtype) for z in (x, q, k, v)), scale=SCALE)[0], want) < bound
+        single = retention.float()
+        with torch.autocast("cpu", dtype):
+            projected = (z.to(dtype) for z in (q, k, v))
+            assert deviation(single(x.float(), *projected, scale=SCALE)[0].to(dtype), want) < bound
+
+
+@torch.no_grad()
+def test_padding_anywhere_is_as_if_it_were_not_there():
+    retention, given = windowed(5), inputs(33, batch=4)
+    mask = torch.rand(4, 33) < 0.6
+    mask[0], mask[1] = torch.arange(33) >= 11, torch.arange(33) < 11  # on the left, on the right
+    found = retention(*given, scale=SCALE, mask=mask)[0]
+    torch.testing.assert_close(found, rows_alone(retention, mask, *given), rtol=1e-10, atol=1e-10)
+
+
+def test_nothing_crosses_the_border_of_packed_sequences():
+    retention, given = windowed(5), inputs(33, batch=1)
+    found = retention(*given, scale=SCALE, cu_seqlens=torch.tensor([0, 3, 3, 19, 33], dtype=torch.int32))[0]
+    alone = [formula(retention, *at(slice(*ends), *given)) for ends in ((0, 3), (3, 19), (19, 33))]
+    torch.testing.assert_close(found, torch.cat(alone, 1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("ends", [(1,), (3, 4, 12), (20, 21), range(1, 33)], ids=str)
+@pytest.mark.parametrize("padding", [False, True])
+def test_any_cut_goes_on_from_the_state(ends, padding, grad):
+    retention, given = windowed(5), inputs(33)
+    mask = torch.rand(2, 33) < 0.6 if padding else torch.ones(2, 33, dtype=torch.bool)
+    state, parts = None, []
+    with torch.set_grad_enabled(grad):
+        for start, end in itertools.pairwise((0, *ends, 33)):
+            part = slice(start, end)
+            options = dict(mask=mask[:, part] if padding else None, state=state, return_state=True)
+            y, state = retention(*at(part, *given), scale=SCALE, **options)
+            parts.append(y)
+    want = rows_alone(retention, mask, *given)
+    torch.testing.assert_close(torch.cat(parts, 1), want, rtol=1e-10, atol=1e-10)
+    if grad:
+        leaves = list(retention.parameters())
+        sums = torch.cat(parts, 1).square().sum(), want.square().sum()
+        for got, true in zip(*(torch.autograd.grad(y, leaves) for y in sums), strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-8)
+
+
+@torch.no_grad()
+def test_the_state_keeps_its_size_and_its_place(tmp_path):
+    retention, given = windowed(5), inputs(33)
+    _, state = retention(*at(slice(0, 2), *given), scale=SCALE, return_state=True)
+    assert [*state.keys.shape] == [2, 2, 5, 8]
+    assert [*state.values.shape] == [2, 2, 5, 6]
+    held = {name: z.untyped_storage().nbytes() for name, z in vars(state).items() if z is not None}
+    _, later = retention(*at(slice(2, 32), *given), scale=SCALE, state=state, return_state=True)
+    assert {name: z.untyped_storage().nbytes() for name, z in vars(later).items() if z is not None} == held
+    keys = later.keys
+    want, _ = retention(*given, scale=SCALE)
+    twice = later[[1, 1, 0]]  # beams
+    found, after = retention(*at(slice(32, 33), *given), scale=SCALE, state=later)
+    torch.testing.assert_close(found, want[:, 32:])
+    assert after is later
+    assert after.keys is keys
+    found, _ = retention(*at(slice(32, 33), *(z[[1, 1, 0]] for z in given)), scale=SCALE, state=twice)
+    torch.testing.assert_close(found, want[[1, 1, 0], 32:])
+    assert isinstance(twice, WindowState)
+    torch.save(twice, tmp_path / "state.pt")
+    assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True).keys, twice.keys)
+
+
+@torch.no_grad()
+def test_a_step_compiles_once():
+    retention, given = windowed(5), inputs(12)
+    want, _ = retention(*given, scale=SCALE)
+    _, state = retention(*at(slice(0, 3), *given), scale=SCALE, return_state=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(retention, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in range(3, 12):
+            y, _ = compiled(*at(slice(n, n + 1), *(z.clone() for z in given)), scale=SCALE, state=state)
+            torch.testing.assert_close(y, want[:, n : n + 1])
+
+
+def test_memory_grows_with_the_length_and_not_with_its_square():
+    retention = HostedRetention(HEADS, window=16)
+
+    def kept(length):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda z: sizes.append(z.numel()) or z, lambda z: z):
+            retention(*(z.float() for z in inputs(length, batch=1)), scale=SCALE)
+        return sum(sizes)
+
+    assert kept(1024) < 2.1 * kept(512)
+
+
+@torch.no_grad()
+def test_a_window_lets_a_replaced_model_say_what_it_said_while_it_lasts():
+    model, (rows, _) = build("Llama"), padded()
+    ids = rows[0][None]
+    want = model(ids).logits
+    replace_attention(model, window=16, calibrate_on={"input_ids": ids[:, :16]})
+    found = model(ids).logits
+    torch.testing.assert_close(found[:, :16], want[:, :16], rtol=1e-3, atol=1e-3)  # a gate is not quite 1
+    assert not torch.allclose(found[:, 16:], want[:, 16:], atol=0.1)
+
+
+@torch.no_grad()
+def test_a_window_serves_torchs_attention_where_it_is_causal():
+    attention = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x, causal = torch.randn(2, 12, 32), torch.ones(12, 12).triu(1).bool()
+    want, _ = attention(x, x, x, attn_mask=causal)
+    replace_attention(attention, window=12, gate=None)
+    torch.testing.assert_close(attention(x, x, x, attn_mask=causal)[0], want)
+    with pytest.raises(ValueError, match="a window needs causal retention; got causal False; leave window out, or"):
+        attention(x, x, x)
+
+
+def test_what_a_window_cannot_do_is_an_error():
+    with pytest.raises(ValueError, match="window must be a number, whole and at least 1; got window 0"):
+        HostedRetention(HEADS, window=0)
+    with pytest.raises(ValueError, match="window needs features=True, .*; got window 8"):
+        HostedRetention(HEADS, window=8, features=False)
+    bert = transformers.BertModel(transformers.BertConfig(**SIZES))
+    with pytest.raises(ValueError, match="sees both ways, and a window looks back; leave window out, or pass causal"):
+        replace_attention(bert, window=8)
+    assert not any(isinstance(module, HostedRetention) for module in bert.modules())
+    retention, given = windowed(8), inputs(9, batch=1)
+    with pytest.raises(ValueError, match="with a window, packed sequences have no states; got cu_seqlens"):
+        retention(*given, scale=SCALE, cu_seqlens=torch.tensor([0, 9]), return_state=True)
+    _, state = HostedRetention(HEADS).double()(*given, scale=SCALE, return_state=True)
+    with pytest.raises(TypeError, match="state must be a WindowState; got RetentionState; pass what this layer"):
+        retention(*given, scale=SCALE, state=state)
+
+
+# --- calibration ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
+def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
+    model, (rows, _) = build(family), padded()
+    ids = rows[0][None]
+    want, last = model(ids).logits, {}
+    keep = lambda name: lambda module, args, out: last.__setitem__(name, out[0])  # noqa: E731
+    replace_attention(model, gate="silu")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
+    for name, layer in layers.items():
+        layer.retention.register_forward_hook(keep(name))
+    for layer in layers.values():
+        layer.retention.calibrating = True
+    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
+    wanted = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
+    for layer in layers.values():
+        layer.retention.calibrating = False
+    restore_attention(model)
+    replace_attention(model, gate="silu", calibrate_on={"input_ids": ids})
+    for name, layer in layers.items():
+        assert not (layer.retention.gain == 1).any()
+        layer.retention.register_forward_hook(keep(name))
+    model(ids)
+    sizes = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
+    torch.testing.assert_close(sizes, wanted, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_failed_calibration_leaves_the_model_as_it_was():
+    model, (rows, _) = build("Llama"), padded()
+    replace_attention(model, layers=[0])
+    gain = model.model.layers[0].self_attn.retention.gain.clone()
+    want = model(rows[0][None]).logits
+    with pytest.raises(ValueError, match="exactly one of input_ids"):
+        replace_attention(model, calibrate_on={"nonsense": rows[0][None]})
+    assert not isinstance(model.model.layers[1].self_attn, Swapped)
+    assert torch.equal(model(rows[0][None]).logits, want)
+    assert model.config.retention_in_attention["layers"] == ["model.layers.0.self_attn"]
+    replace_attention(model, calibrate_on={"input_ids": rows[0][None]})
+    assert torch.equal(model.model.layers[0].self_attn.retention.gain, gain)  # only what is new is calibrated
+
+
+@torch.no_grad()
+def test_calibration_keeps_packed_sequences_apart():
+    model, (rows, _) = build("Llama"), padded()
+    positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
+    want = model(rows[0][None], position_ids=positions, use_cache=False).logits
+    replace_attention(model)
+    for module in model.modules():
+        if isinstance(module, HostedRetention):
+            module.calibrating = True
+    got = model(rows[0][None], position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
