@@ -93,8 +93,9 @@ def _chunkwise(
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
     if mask is not None and not mask.all():
+        q, k, v = pack(mask, q, k, v)
         options = (scale, causal, chunk_size, return_state, out_dtype)
-        out, final = _chunkwise(*pack(mask, q, k, v), log_decay, state, None, borders(mask), *options)
+        out, final = _chunkwise(q, k, v, log_decay, state, None, borders(mask), *options)
         return unpack(mask, out), final
 
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
