@@ -264,12 +264,8 @@ def test_a_cache_of_keys_and_values_is_refused(model):
 
 
 def test_a_wrong_decay_of_the_state_across_chunks_is_caught(model, monkeypatch):
-    true = walk.Decays._factors
-    monkeypatch.setattr(walk.Decays, "_factors", lambda self, *key: wrong(true(self, *key)))
-
-    def wrong(factors):
-        return factors._replace(carry=factors.carry * 0.9)
-
+    right = walk.Factors.carry.func
+    monkeypatch.setattr(walk.Factors, "carry", property(lambda self: 0.9 * right(self)))
     with pytest.raises(AssertionError):
         check_greedy(model)
 
