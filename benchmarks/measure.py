@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from timeit import Timer
 
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.benchmark import Timer
+from torch.utils.benchmark.utils.timer import timer as clock
 
 Run = Callable[[], object]
 Seconds = dict[str, list[float]]
@@ -96,9 +97,9 @@ def _runs_a_turn(run: Run, device: str) -> int:
 
 
 def _turn(run: Run, number: int, device: str) -> float:
-    """Seconds of one of `number` runs."""
+    """Seconds of one of `number` runs, by torch's clock. (torch's Timer warms up for two runs before every turn.)"""
     if device != "cuda":
-        return Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads()).timeit(number).mean
+        return Timer(run, timer=clock).timeit(number) / number
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(number):

@@ -42,6 +42,7 @@ from retention.integrations.transformers.writing import stream
 CONTEXT = 256
 TEACHER_BATCH, BATCH = 16, 4
 PROMPT, PROMPTS = 64, 64  # bytes, and how many
+SCRATCH = ", from scratch"
 GRAM, LOOP, PERIOD = 6, 96, 32  # bytes
 
 
@@ -72,11 +73,11 @@ def swap(
         found = both_ways(teacher, corpus, steps_of, out, options)
         models |= {name: model for name, (model, _) in found.items()}
         recoveries |= {name: recovery for name, (_, recovery) in found.items()}
-    losses |= {name: recovery.tuned for name, recovery in recoveries.items()}
-    name = "all layers, from scratch"
-    models[name] = new_host(host)
-    replace_attention(models[name])
-    losses[name] = learn(models[name], corpus, few, out / "scratch")
+        losses |= {name: recovery.tuned for name, (_, recovery) in found.items()}
+        name = next(iter(found)) + SCRATCH
+        models[name] = new_host(host)
+        replace_attention(models[name], **options)
+        losses[name] = learn(models[name], corpus, few, out / f"scratch{folder_of(options)}")
 
     show_losses(host, losses, recoveries, steps, few)
     show_texts(host, models, corpus)
@@ -88,7 +89,7 @@ def both_ways(
 ) -> dict[str, tuple[Any, Recovery]]:
     """The teacher with all of its layers replaced, and with half of them; each trained on for so many steps."""
     kind = "".join(f", {name} {value}" for name, value in options.items())
-    folder = "".join(f"-{name}-{value}" for name, value in options.items())
+    folder = folder_of(options)
     transfer, tuning, taught = steps * 3 // 10, steps * 7 // 10, out / f"all{folder}"
     every = with_retention(teacher, range(4), corpus, options)
     lr = 1.5e-4 if options else 3e-4  # with a window, less is left to learn, and as much to spoil
@@ -99,6 +100,11 @@ def both_ways(
         f"all layers{kind}": (every, recovery),
         f"half, {half}{kind}": (some, recovered(some, teacher, corpus, 0, tuning, 1.5e-4, out / f"half{folder}")),
     }
+
+
+def folder_of(options: dict[str, Any]) -> str:
+    """What tells the folders apart."""
+    return "".join(f"-{name}-{value}" for name, value in options.items())
 
 
 def new_host(name: str, positions: int = CONTEXT) -> Any:
@@ -231,8 +237,10 @@ def show_losses(host: str, losses: dict[str, float], recoveries: dict[str, Recov
         most = 1.02 if name.startswith("all") else 1.01
         verdict = "met" if losses[name] <= most * teacher else "MISSED"
         typer.echo(f"{name} within {100 * most - 100:.0f} % of the teacher: {verdict}")
-    better = losses["all layers"] < losses["all layers, from scratch"]
-    typer.echo(f"all layers below the same model from scratch: {'met' if better else 'MISSED'}")
+    for name in losses:
+        if name.endswith(SCRATCH):
+            same = name.removesuffix(SCRATCH)
+            typer.echo(f"{same} below the same from scratch: {'met' if losses[same] < losses[name] else 'MISSED'}")
 
 
 # --- what they write --------------------------------------------------------------------------------------------------
