@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from retention import MultiScaleRetention, ShapeError, set_backend
 from retention.decay import log_decays
+from retention.layer import GATED_AT_ONCE
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 OPTIONS = [
@@ -390,3 +391,12 @@ def test_set_backend_reaches_every_layer():
 def test_decoding_needs_no_backend_named_for_it():
     layer = make(backend="chunked", dtype=torch.float32)
     assert layer.step(torch.randn(2, 1, 32), layer.initial_state(2)).shape == (2, 1, 32)
+
+
+@pytest.mark.parametrize("gate", ["silu", "sigmoid"])
+def test_what_is_gated_in_parts_without_gradients_is_what_is_gated_at_once(gate):
+    layer, x = MultiScaleRetention(16, 2, value_dim=512, gate=gate), torch.randn(2, 300, 16)
+    with torch.no_grad():
+        found = layer(x)
+    assert found.shape[1] * 2 * 512 > GATED_AT_ONCE
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-6)
