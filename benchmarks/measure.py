@@ -79,8 +79,7 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
 
 def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
     """Seconds of a run of each side in each round, after one to warm up."""
-    numbers = {name: _runs_a_turn(run, device) for name, run in sides.items()}
-    return _rounds(sides, numbers, rounds, device)
+    return _rounds(sides, {name: _runs_a_turn(run, device) for name, run in sides.items()}, rounds, device)
 
 
 def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, device: str) -> Seconds:
@@ -97,16 +96,25 @@ def _runs_a_turn(run: Run, device: str) -> int:
 
 
 def _turn(run: Run, number: int, device: str) -> float:
-    """Seconds of one of `number` runs, by torch's clock. (torch's Timer warms up for two runs before every turn.)"""
+    """Seconds of one of `number` runs, by torch's clock.
+
+    As torch's Timer does, short runs warm up before each turn, for the other side has taken the cache; long ones,
+    which would take three times as long by it, do not.
+    """
+    start = clock()
+    run()
+    spent = clock() - start
+    if spent > LONG:
+        return spent
     if device != "cuda":
         return Timer(run, timer=clock).timeit(number) / number
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
     for _ in range(number):
         run()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / number
+    return begin.elapsed_time(end) / 1e3 / number
 
 
 def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
