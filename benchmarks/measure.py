@@ -23,6 +23,7 @@ Run = Callable[[], object]
 Seconds = dict[str, list[float]]
 
 TURN = 0.02  # seconds that a turn takes at least, of as many runs as that needs
+LONG = 0.25  # seconds of a run that is not warmed up
 
 
 @dataclass(frozen=True)
