@@ -106,7 +106,7 @@ def baseline(case: Case) -> str:
 def obstacles(case: Case, name: str, form: str) -> tuple[float, str]:
     """The bytes it needs where these grow with more than the length, and every reason why it cannot run."""
     call = describe(*case.tensors(), case.log_decay(), form=form)
-    copies = {"parallel": (2, 5), "chunkwise": (0, 0), "recurrent": (0, 2)}[form][case.way != "forward"]
+    copies = {"parallel": (5, 8), "chunkwise": (0, 0), "recurrent": (0, 2)}[form][case.way != "forward"]
     cells = case.length if form == "parallel" else case.key_dim * case.value_dim
     return 4.0 * copies * case.batch * case.heads * case.length * cells, "; ".join(backends.why_not(call, name))
 
