@@ -2,6 +2,7 @@
 
 import sys
 
+import hosts
 import pytest
 import torch
 import transformers
@@ -10,18 +11,7 @@ from retention import BackendError
 from retention.integrations.swap import replace_attention, restore_attention
 from retention.integrations.transformers import attention_ran, register_xformers_attention
 
-SIZES = dict(
-    vocab_size=99,
-    hidden_size=32,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    intermediate_size=64,
-    max_position_embeddings=300,
-    initializer_range=0.5,
-    pad_token_id=0,
-    bos_token_id=1,
-    eos_token_id=2,
-)
+THREE = hosts.SIZES | {"num_hidden_layers": 3}
 FAMILIES = {
     "GPT2": {},
     "Llama": {"num_key_value_heads": 2},
@@ -32,7 +22,7 @@ FAMILIES = {
 def build(family):
     torch.manual_seed(0)
     head = "LMHeadModel" if family == "GPT2" else "ForCausalLM"
-    config = getattr(transformers, f"{family}Config")(**SIZES | FAMILIES[family])
+    config = getattr(transformers, f"{family}Config")(**THREE | FAMILIES[family])
     return getattr(transformers, family + head)(config).eval()
 
 
@@ -131,7 +121,7 @@ def test_more_tokens_on_a_cache_a_static_cache_and_packed_rows(kernel, request):
 @torch.no_grad()
 def test_encoders_see_both_ways(operator):
     register_xformers_attention()
-    bert, ids = transformers.BertModel(transformers.BertConfig(**SIZES)).eval(), tokens()
+    bert, ids = transformers.BertModel(transformers.BertConfig(**THREE)).eval(), tokens()
     mask = (torch.arange(20) < torch.tensor([[20], [14]])).long()
     want = bert(ids, attention_mask=mask).last_hidden_state
     bert.set_attn_implementation("xformers")
@@ -153,7 +143,7 @@ def test_a_compiled_model_runs_torchs():
 
 def test_what_it_cannot_do_is_an_error(unprobed):
     register_xformers_attention()
-    config = transformers.Gemma2Config(**SIZES, head_dim=8, num_key_value_heads=2)
+    config = transformers.Gemma2Config(**THREE, head_dim=8, num_key_value_heads=2)
     model = transformers.Gemma2ForCausalLM(config).eval()
     model.set_attn_implementation("xformers")
     with pytest.raises(ValueError, match="has no softcap; got them; use the implementation 'eager'"):
