@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FORMS, Call
 from .errors import ShapeError
 from .state import RetentionState, state_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_sound = WeakIdKeyDictionary()  # log-decays that were checked, and in which version
 ScoreNorm = bool | Literal["absolute"]
 
 
@@ -132,14 +134,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
 
 def _check_log_decay(log_decay: Tensor) -> None:
     """Once for each tensor, as long as nobody writes to it: layers come with the same one again and again."""
-    version = None if torch.compiler.is_compiling() or log_decay.is_inference() else log_decay._version
-    if version is not None and getattr(log_decay, "_sound_in_version", None) == version:
+    lasting = not (torch.compiler.is_compiling() or log_decay.requires_grad or log_decay.is_inference())
+    if lasting and _sound.get(log_decay) == log_decay._version:
         return
     low, high = log_decay.detach().aminmax()
     sound = (low > -math.inf) & (high <= 0)
     _require(sound, "log_decay must be finite and at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
-    if version is not None:
-        log_decay._sound_in_version = version  # type: ignore[attr-defined]
+    if lasting:
+        _sound[log_decay] = log_decay._version
 
 
 def _check_mask(q: Tensor, mask: Tensor | None) -> None:
