@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retention.ffn import FeedForward
-from retention.rotary import frequencies, rotate, rotation
+from retention.rotary import frequencies, rotate, rotation, rotation_table
 
 
 class Attention(nn.Module):
@@ -20,19 +20,18 @@ class Attention(nn.Module):
         self.freqs = frequencies("rope", dim // num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._project(x, torch.arange(x.shape[1], device=x.device))
+        q, k, v = self._project(x, rotation_table(x.shape[1], self.freqs, x.device, x.dtype))
         return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def step(self, x: Tensor, cache: Tensor, position: int) -> Tensor:
         """x (B, 1, dim); cache (2, B, heads, length, head_dim) with the keys and values of what came before."""
-        q, k, v = self._project(x, torch.tensor([position], device=x.device))
+        q, k, v = self._project(x, rotation(torch.tensor([position], device=x.device), self.freqs, x.dtype))
         cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
         return self._output(F.scaled_dot_product_attention(q, *cache[:, :, :, : position + 1]))
 
-    def _project(self, x: Tensor, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).transpose(1, 3).unbind(2)
-        angles = rotation(times, self.freqs, x.dtype)
-        return rotate(q, *angles), rotate(k, *angles), v
+        return rotate(q, turns), rotate(k, turns), v
 
     def _output(self, y: Tensor) -> Tensor:
         return self.out(y.transpose(1, 2).flatten(2))

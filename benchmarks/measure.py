@@ -85,10 +85,20 @@ def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -
 
 def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, device: str) -> Seconds:
     seconds: Seconds = {name: [] for name in sides}
+    _keep_freed_memory()
     for _ in range(rounds):
         for name, run in sides.items():
             seconds[name].append(_turn(run, numbers[name], device))
     return seconds
+
+
+def _keep_freed_memory() -> None:
+    """Until something large was freed, glibc gives the top of its heap back to the system after every operation.
+
+    Which side that hits is chance, and to be given the pages again can take longer than the operation. A process that
+    has worked for a while is over it.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc learns from up to 32 MB
 
 
 def _runs_a_turn(run: Run, device: str) -> int:

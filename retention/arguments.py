@@ -106,18 +106,19 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
             raise ShapeError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim); got {name} {tuple(x.shape)}"
             )
-    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-        raise ShapeError(f"q and k must agree in (batch, length, key_dim); {shapes}")
-    if k.shape[:3] != v.shape[:3]:
-        raise ShapeError(f"k and v must agree in (batch, heads, length); {shapes}")
-    if 0 in (q.shape[1], k.shape[1], q.shape[3], v.shape[3]) or q.shape[1] % k.shape[1]:
+    (batch, heads, length, key_dim), (k_batch, kv_heads, k_length, k_dim), v_shape = q.shape, k.shape, v.shape
+    if (batch, length, key_dim) != (k_batch, k_length, k_dim):
+        raise ShapeError(f"q and k must agree in (batch, length, key_dim); {_shapes(q, k, v)}")
+    if (k_batch, kv_heads, k_length) != v_shape[:3]:
+        raise ShapeError(f"k and v must agree in (batch, heads, length); {_shapes(q, k, v)}")
+    if not (heads and kv_heads and key_dim and v_shape[3]) or heads % kv_heads:
         raise ShapeError(
-            f"heads and head dims must be at least 1, and the heads of q a multiple of those of k and v; {shapes}"
+            "heads and head dims must be at least 1, and the heads of q a multiple of those of k and v; "
+            + _shapes(q, k, v)
         )
-    if log_decay.shape != q.shape[1:2]:
+    if log_decay.shape != (heads,):
         raise ShapeError(
-            f"log_decay must have one value per head of q, ({q.shape[1]},); got log_decay {tuple(log_decay.shape)}"
+            f"log_decay must have one value per head of q, ({heads},); got log_decay {tuple(log_decay.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
         allowed = ", ".join(str(dtype) for dtype in DTYPES)
@@ -126,10 +127,14 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         raise TypeError(
             f"log_decay must be float32 or float64, half precision rounds slow decays to none; got {log_decay.dtype}"
         )
-    if len({x.device for x in tensors.values()}) > 1:
+    if not q.device == k.device == v.device == log_decay.device:
         devices = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
         raise ValueError(f"q, k, v and log_decay must be on one device; got {devices}")
     _check_log_decay(log_decay)
+
+
+def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
+    return f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
 
 
 def _check_log_decay(log_decay: Tensor) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_on_device: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
+from .constants import as_tensor, kept
 
 
 def paper(num_heads: int) -> tuple[float, ...]:
@@ -66,21 +66,21 @@ def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tupl
     return tuple(values)
 
 
-def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor of `values`, made once for each device and dtype.
+@kept(32)
+def decay_factors(log_decay: Tensor) -> Tensor:
+    """gamma of each head, (H, 1, 1)."""
+    return log_decay.exp()[:, None, None]
 
-    Layers hold their constants as floats and ask here, instead of in a buffer: neither `.to(bfloat16)` nor a checkpoint
-    nor initialisation on the meta device can spoil them.
+
+@kept(32, longest=64)
+def decay_matrix(log_decay: Tensor, length: int, causal: bool) -> Tensor:
+    """D_nm = gamma^|n - m| of each head, (H, length, length); 0 for m > n if causal.
+
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():  # a tracer wants a tensor of its own
-        return torch.tensor(values, dtype=dtype, device=device)
-    known = _on_device.get((values, device, dtype))
-    if known is not None:
-        return known
-    with torch.inference_mode(False):  # an inference tensor would break the next training step
-        made = torch.tensor(values, dtype=dtype, device=device)
-    _on_device[values, device, dtype] = made
-    return made
+    index = torch.arange(length, device=log_decay.device, dtype=log_decay.dtype)
+    decay = (log_decay[:, None, None] * (index[:, None] - index).abs()).exp()
+    return decay.tril() if causal else decay
 
 
 class HeadDecay(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -107,7 +106,7 @@ def step(
         raise TypeError(
             f"state must be a RetentionState; got {type(state).__name__}; `initial_state` makes an empty one"
         )
-    options: dict[str, Any] = dict(scale=scale, mask=mask, score_norm=score_norm, form="recurrent", return_state=True)
+    options: dict[str, Any] = dict(scale=scale, mask=mask, score_norm=score_norm, form="recurrent")
     call = describe(q, k, v, log_decay, state=state, in_place=True, **options)
     if call.length != 1:
         raise ShapeError(f"step takes one token, q (batch, heads, 1, key_dim); got q {tuple(q.shape)}; use retain")
@@ -176,7 +175,7 @@ def token_times(
 ) -> Tensor:
     """How many tokens of its own sequence stand before each token: (B, T) int64, or (1, T) where all rows agree."""
     if length == 1 and state is not None and cu_seqlens is None:  # decoding: nothing but the state tells
-        return state.time[:, None]
+        return state.time.unsqueeze(1)
     index = torch.arange(length, device=device)[None]
     if cu_seqlens is not None:
         segment = torch.searchsorted(cu_seqlens[1:], index[0], right=True)
@@ -201,7 +200,7 @@ def _run(
     score_norm: ScoreNorm,
 ) -> tuple[Tensor, RetentionState | None]:
     if decay_norm or score_norm:  # a sum may be too large for half precision, its mean is not
-        call = replace(call, out_dtype=state_dtype(call.dtype))
+        call = call._replace(out_dtype=state_dtype(call.dtype))
     backend, call = backends.choose(call, name)
 
     def run(values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +223,8 @@ def _run(
         out = out / _clamped(mass if decay is None else mass / decay, score_norm)
     if decay is not None:
         out = out / decay
-    out = out.to(v.dtype)
+    if out.dtype != v.dtype:
+        out = out.to(v.dtype)
     if not call.return_state or kv is None:
         return out, None
     time = _counts(call, mask, cu_seqlens, q.device)
@@ -238,7 +238,7 @@ def _total_decay(
     """sum_i D_ni of each token, (B or 1, H, T)."""
     wide = state_dtype(call.dtype)
     if call.grid is not None:  # a sum over rows times a sum over columns
-        sides = (replace(call, batch=1, length=n, grid=None) for n in call.grid)
+        sides = (call._replace(batch=1, length=n, grid=None) for n in call.grid)
         rows, columns = (_total_decay(side, log_decay, None, None, None) for side in sides)
         return (rows[..., :, None] * columns[..., None, :]).flatten(2)
     times = token_times(call.batch, call.length, log_decay.device, state, mask, cu_seqlens)

@@ -17,7 +17,7 @@ from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, step, token_times
 from .norm import HeadNorm
-from .rotary import frequencies, pair_decays, rotate, rotation
+from .rotary import frequencies, pair_decays, rotate, rotation, rotation_table
 from .state import RetentionState, state_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -149,7 +149,7 @@ class MultiScaleRetention(HasBackend):
         self.norm = (
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -177,7 +177,7 @@ class MultiScaleRetention(HasBackend):
         return_state: bool = False,
         in_place: bool = False,
         grid: tuple[int, int] | None = None,
-        rotation: tuple[Tensor, Tensor] | None = None,
+        rotation: Tensor | None = None,
         form: str | None = None,
         backend: str | None = None,
     ) -> Any:
@@ -259,21 +259,24 @@ class MultiScaleRetention(HasBackend):
         mask: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """cos and sin for the tokens of x, (B or 1, 1, T, key_dim / num_heads / 2) each; None without rotary."""
+    ) -> Tensor | None:
+        """cos and sin for the tokens of x, (..., T, key_dim / num_heads / 2, 2), as `rotate` takes them.
+
+        ... is (B or 1, 1) with a mask, segments or a state, else nothing. None without rotary.
+        """
         if self.freqs is None:
             return None
+        if mask is None and cu_seqlens is None and state is None:
+            return rotation_table(x.shape[1], self.freqs, x.device, state_dtype(x.dtype))
         times = token_times(x.shape[0], x.shape[1], x.device, state, mask, cu_seqlens)
-        return rotation(times[:, None], self.freqs, state_dtype(x.dtype))
+        return rotation(times.unsqueeze(1), self.freqs, state_dtype(x.dtype))
 
-    def _project(
-        self, x: Tensor, key: Tensor, value: Tensor, rotation: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor, key: Tensor, value: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = self.q_proj(x), self.k_proj(key), self.v_proj(value)
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = (z.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for z in (k, v))
         if rotation is not None:
-            q, k = (rotate(z, *rotation, interleaved=self.interleaved) for z in (q, k))
+            q, k = (rotate(z, rotation, interleaved=self.interleaved) for z in (q, k))
         if self.pairs > 1:
             return self._heads_of_pairs(q, k, v)
         return q, k, v
@@ -288,21 +291,25 @@ class MultiScaleRetention(HasBackend):
     def _output(self, out: Tensor, x: Tensor) -> Tensor:
         if self.pairs > 1:
             out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
-        out = out.transpose(1, 2)
+        return self.dropout(self.out_proj(self._gated(out.transpose(1, 2), x).flatten(2)))
+
+    def _gated(self, out: Tensor, x: Tensor) -> Tensor:
+        """gate(x W_g) * norm(out), both (B, T, num_heads, value_dim / num_heads)."""
         if self.gate is None or self.g_proj is None:
-            return self.dropout(self.out_proj(self.norm(out).flatten(2)))
+            return self.norm(out)
         gate = self.g_proj(x).view_as(out)
         at_once = torch.is_grad_enabled() or torch.compiler.is_compiling() or out.device.type != "cpu"
         if at_once or out.numel() <= GATED_AT_ONCE:
-            return self.dropout(self.out_proj((self.gate(gate) * self.norm(out)).flatten(2)))
+            return self.gate(gate) * self.norm(out)
         # A part at a time, over what retention gave: what lies between stays in the cache, no new memory is touched.
         tokens = max(1, GATED_AT_ONCE * out.shape[1] // out.numel())
         for out_i, gate_i in zip(out.split(tokens, dim=1), gate.split(tokens, dim=1), strict=True):
             out_i.copy_(self.gate(gate_i) * self.norm(out_i))
-        return self.dropout(self.out_proj(out.flatten(2)))
+        return out
 
     def _check_inputs(self, x: Tensor, key: Tensor, value: Tensor) -> None:
-        for name, z in (("x", x), ("key", key), ("value", value)):
+        given = (("x", x), ("key", key), ("value", value)) if not x is key is value else (("x", x),)
+        for name, z in given:
             if z.dim() != 3 or z.shape[-1] != self.dim:
                 raise ShapeError(f"{name} must be (batch, length, dim {self.dim}); got {name} {tuple(z.shape)}")
             if z.shape != x.shape:

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .decay import as_tensor
+from .constants import as_tensor, kept
 
 SCHEDULES = ("paper", "rope", "xpos")
 
@@ -46,33 +46,54 @@ def pair_decays(key_dim: int) -> tuple[float, ...]:
     return tuple(math.log((i + 0.4 * key_dim) / (1.4 * key_dim)) / 512 for i in range(0, key_dim, 2))
 
 
-def rotation(times: Tensor, freqs: tuple[float, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """cos and sin of times * freqs, each (..., length, key_dim / 2). times: integers (..., length).
+def rotation(times: Tensor, freqs: tuple[float, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+    """cos and sin of times * freqs side by side, (..., length, key_dim / 2, 2). times: integers (..., length).
 
     The angle is taken in double precision: in float32 one of 100 000 radians is off by 0.004.
     """
-    exact = torch.float32 if times.device.type == "mps" else torch.float64  # MPS has no float64
-    angle = times[..., None].to(exact) * as_tensor(freqs, times.device, exact)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    return _rotation(_exact(freqs, times.device), times, dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = True) -> Tensor:
-    """Turn each pair of channels of x (..., length, key_dim) by its angle; cos, sin (..., length, key_dim / 2).
+def rotation_table(length: int, freqs: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`rotation` of the times 0, 1, ..., length - 1, (length, key_dim / 2, 2); unless very long, made once."""
+    return _table(_exact(freqs, device), length, dtype)
+
+
+@kept(8, longest=8192)
+def _table(freqs: Tensor, length: int, dtype: torch.dtype) -> Tensor:
+    return _rotation(freqs, torch.arange(length, device=freqs.device), dtype)
+
+
+def _rotation(freqs: Tensor, times: Tensor, dtype: torch.dtype) -> Tensor:
+    angle = times.unsqueeze(-1) * freqs
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).to(dtype)
+
+
+def _exact(freqs: tuple[float, ...], device: torch.device) -> Tensor:
+    return as_tensor(freqs, device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
+
+
+def rotate(x: Tensor, rotation: Tensor, *, interleaved: bool = True) -> Tensor:
+    """Turn each pair of channels of x (..., length, key_dim) by its angle; rotation (..., length, key_dim / 2, 2).
 
     interleaved: the pairs are channels (0, 1), (2, 3), ... as in the paper's code; else (0, K/2), (1, K/2 + 1), ...
-    as in Llama. Computed in the precision of cos and sin, returned in that of x.
+    as in Llama. Computed in the precision of `rotation`, returned in that of x.
     """
+    if x.dtype != rotation.dtype:
+        return rotate(x.to(rotation.dtype), rotation, interleaved=interleaved).to(x.dtype)
+    if interleaved and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        # One pass instead of six, and the layout stays; compilers fuse the real formula but not the complex one.
+        return torch.view_as_real(_as_complex(x) * torch.view_as_complex(rotation)).flatten(-2)
+    cos, sin = rotation.unbind(-1)
     if not interleaved:
         a, b = x.chunk(2, dim=-1)
-        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        # One pass instead of six, and the layout stays; compilers fuse the real formula but not the complex one.
-        turned = _as_complex(x.to(cos.dtype)) * torch.complex(cos, sin)
-        return torch.view_as_real(turned).flatten(-2).to(x.dtype)
+        return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).to(x.dtype)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
 
 
 def _as_complex(x: Tensor) -> Tensor:
-    even = x.stride(-1) == 1 and not any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
-    return torch.view_as_complex((x if even else x.contiguous()).unflatten(-1, (-1, 2)))
+    try:
+        return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    except RuntimeError:  # pairs that do not lie side by side, or at odd places
+        return torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))

@@ -61,7 +61,7 @@ class RetentionState:
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, decays and states for inputs of `dtype`: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == torch.float64 else torch.float32
 
 
 torch.serialization.add_safe_globals([RetentionState])

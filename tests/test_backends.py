@@ -12,7 +12,7 @@ import retention
 from retention import BackendError, backends, explain, retain
 from retention.backends import Call
 
-SIZES = dict(batch=1, heads=2, kv_heads=2, length=9, key_dim=4, value_dim=4)
+SIZES = dict(batch=1, heads=2, kv_heads=2, length=99, key_dim=4, value_dim=4)
 CALL = dict(SIZES, dtype=torch.float32, out_dtype=torch.float32, device="cpu", scale=0.5)
 
 
@@ -31,19 +31,22 @@ class Refusing:
     ("change", "backend", "name", "form"),
     [
         ({}, "auto", "chunked", "chunkwise"),
-        ({"length": 1}, "auto", "chunked", "chunkwise"),
+        ({"length": 1}, "auto", "eager", "parallel"),
+        ({"length": 64}, "auto", "eager", "parallel"),
+        ({"length": 64, "packed": True}, "auto", "chunked", "chunkwise"),
+        ({"length": 64, "batch": 128}, "auto", "chunked", "chunkwise"),
         ({"length": 1, "has_state": True}, "auto", "eager", "recurrent"),
         ({"length": 1, "return_state": True}, "auto", "eager", "recurrent"),
-        ({"length": 1, "causal": False}, "auto", "chunked", "chunkwise"),
+        ({"length": 1, "causal": False}, "auto", "eager", "parallel"),
         ({"device": "cuda", "dtype": torch.bfloat16}, "auto", "chunked", "chunkwise"),
         ({"form": "parallel"}, "auto", "eager", "parallel"),
         ({"form": "recurrent"}, "auto", "eager", "recurrent"),
         ({}, "eager", "eager", "parallel"),
         ({"transformed": True}, "auto", "eager", "parallel"),
-        ({"causal": False, "grid": (3, 3)}, "auto", "eager", "parallel"),
+        ({"length": 9, "causal": False, "grid": (3, 3)}, "auto", "eager", "parallel"),
         ({"length": 625, "causal": False, "grid": (25, 25)}, "auto", "chunked", "chunkwise"),
         ({}, "xformers", "xformers", "chunkwise"),
-        ({"causal": False, "grid": (3, 3)}, "xformers", "xformers", "parallel"),
+        ({"length": 9, "causal": False, "grid": (3, 3)}, "xformers", "xformers", "parallel"),
         ({"has_state": True, "length": 1}, "xformers", "xformers", "chunkwise"),
         ({"length": 1, "in_place": True, "form": "recurrent"}, "auto", "eager", "recurrent"),
     ],
@@ -102,7 +105,7 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
 
 
 def test_explain_prints_every_answer():
-    text = explain(*torch.zeros(3, 1, 2, 9, 4), torch.zeros(2), causal=False, decay_norm=True)
+    text = explain(*torch.zeros(3, 1, 2, 99, 4), torch.zeros(2), causal=False, decay_norm=True)
     assert re.search("chunkwise +chunked +can, and is chosen", text)
     assert re.search("chunkwise +eager +cannot: has the forms parallel and recurrent, not chunkwise", text)
     assert re.search("parallel +eager +can\n", text)

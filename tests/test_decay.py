@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from retention import decay
+from retention.constants import as_tensor
 
 
 def test_paper_schedule():
@@ -28,19 +29,11 @@ def test_short_schedule():
         decay.log_decays(0.9, 2)
 
 
-def test_a_constant_can_be_used_under_fake_tensors():
-    values = (-0.5, -0.25)
-    decay.as_tensor(values, torch.device("cpu"), torch.float32)
-    with torch._subclasses.FakeTensorMode():
-        assert decay.as_tensor(values, torch.device("cpu"), torch.float32).shape == (2,)
-    assert decay.as_tensor(values, torch.device("cpu"), torch.float32).tolist() == [-0.5, -0.25]
-
-
 def test_slow_heads_keep_a_decay():
     """In float32, 1 - 2^-25 is 1: computed that way head 20 would not decay at all."""
     values = decay.log_decays("paper", 48)
     assert all(x < 0 for x in values)
-    assert decay.as_tensor(values, torch.device("cpu"), torch.float32)[20].item() == pytest.approx(-(2.0**-25))
+    assert as_tensor(values, torch.device("cpu"), torch.float32)[20].item() == pytest.approx(-(2.0**-25))
 
 
 def test_own_values_are_taken_as_they_are():
@@ -64,13 +57,14 @@ def test_wrong_schedules_are_named(schedule, message):
         decay.log_decays(schedule, 2)
 
 
-def test_a_constant_made_in_inference_mode_can_be_trained_with():
-    values = (-0.123456789,)
-    with torch.inference_mode():
-        decay.as_tensor(values, torch.device("cpu"), torch.float32)
-    x = torch.ones(1, requires_grad=True)
-    (x * decay.as_tensor(values, torch.device("cpu"), torch.float32)).sum().backward()
-    assert x.grad.item() == pytest.approx(-0.123456789)
+@pytest.mark.parametrize("length", [3, 65])  # kept, and too long for that
+def test_decay_matrix(length):
+    rate = as_tensor((math.log(0.5), math.log(0.25)), torch.device("cpu"), torch.float64)
+    for causal in (True, False):
+        matrix = decay.decay_matrix(rate, length, causal)
+        for head, gamma in enumerate((0.5, 0.25)):
+            want = [[gamma ** abs(n - m) if n >= m or not causal else 0 for m in range(length)] for n in range(length)]
+            torch.testing.assert_close(matrix[head], torch.tensor(want, dtype=torch.float64))
 
 
 def test_horizon():

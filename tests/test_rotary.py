@@ -3,7 +3,7 @@ import cmath
 import pytest
 import torch
 
-from retention.rotary import frequencies, rotate, rotation
+from retention.rotary import frequencies, rotate, rotation, rotation_table
 
 
 def test_frequencies():
@@ -25,7 +25,7 @@ def test_a_pair_turns_as_a_complex_number(interleaved, layout):
     if layout == "odd offset":
         x = torch.randn(2, 5, 7, dtype=torch.float64)[..., 1:]
     freqs = frequencies("paper", 6)
-    got = rotate(x, *rotation(torch.arange(3, 8), freqs, torch.float64), interleaved=interleaved)
+    got = rotate(x, rotation(torch.arange(3, 8), freqs, torch.float64), interleaved=interleaved)
     pairs = [(0, 1), (2, 3), (4, 5)] if interleaved else [(0, 3), (1, 4), (2, 5)]
     for row in range(2):
         for token in range(5):
@@ -35,18 +35,23 @@ def test_a_pair_turns_as_a_complex_number(interleaved, layout):
 
 
 def test_compiled_rotation_is_the_same():
-    x, angles = torch.randn(2, 5, 6), rotation(torch.arange(5), frequencies("rope", 6))
-    torch.testing.assert_close(
-        torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, *angles), rotate(x, *angles)
-    )
+    x, turns = torch.randn(2, 5, 6), rotation(torch.arange(5), frequencies("rope", 6))
+    torch.testing.assert_close(torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, turns), rotate(x, turns))
 
 
 def test_angles_are_exact_far_out():
-    cos, _ = rotation(torch.tensor([1_000_003]), (1.0,))
-    assert cos.item() == pytest.approx(cmath.exp(1_000_003j).real, abs=1e-7)
+    turns = rotation(torch.tensor([1_000_003]), (1.0,))
+    assert turns[0, 0, 0].item() == pytest.approx(cmath.exp(1_000_003j).real, abs=1e-7)
 
 
 def test_half_precision_comes_back_as_it_was():
     x = torch.randn(2, 5, 6, dtype=torch.bfloat16)
-    got = rotate(x, *rotation(torch.arange(5), frequencies("rope", 6)))
+    got = rotate(x, rotation(torch.arange(5), frequencies("rope", 6)))
     assert got.dtype == torch.bfloat16
+
+
+def test_a_table_is_the_rotation_of_the_first_times():
+    freqs = frequencies("paper", 6)
+    for length in (5, 8193):  # kept, and too long for that
+        table = rotation_table(length, freqs, torch.device("cpu"), torch.float64)
+        assert torch.equal(table, rotation(torch.arange(length), freqs, torch.float64))

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retention.decay import HeadDecay
-from retention.rotary import frequencies, rotate, rotation
+from retention.rotary import frequencies, rotate, rotation_table
 from retention.state import state_dtype
 
 from ..hosted import Heads, HostedRetention
@@ -114,8 +114,8 @@ class Mixer(nn.Module):
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         local = self.local(v)
         q, k, v = (z.flatten(1, 2).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for z in (q, k, v))
-        angles = rotation(torch.arange(rows * columns, device=x.device), self.freqs, state_dtype(x.dtype))
-        q, k = (rotate(z, *angles) for z in (q, k))
+        turns = rotation_table(rows * columns, self.freqs, x.device, state_dtype(x.dtype))
+        q, k = (rotate(z, turns) for z in (q, k))
         y, _ = self.gather(x, q, k, v, scale=q.shape[-1] ** -0.5, causal=False, grid=(rows, columns))
         return self.proj(y.flatten(2).view_as(x) + local)
 

@@ -17,10 +17,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from copy import copy
-from dataclasses import dataclass
 from importlib.metadata import entry_points
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,13 +32,14 @@ FORMS = ("parallel", "chunkwise", "recurrent")
 _PREFERRED = {
     "token": ("recurrent", "chunkwise", "parallel"),
     "small grid": ("parallel", "chunkwise"),
+    "short": ("parallel", "chunkwise", "recurrent"),
     "sequence": ("chunkwise", "parallel", "recurrent"),
 }
 SMALL_GRID = 24 * 24
+SHORT, FEW_SCORES = 64, 2**19  # tokens; query-key pairs of all heads and rows
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):  # made in a microsecond, which a frozen dataclass is not
     """All a backend may look at to decide: sizes and options, never values. So a choice can be tested without a GPU.
 
     chunk_size None leaves it to the backend. in_place: the state given is to be overwritten. transformed: inside
@@ -69,12 +68,6 @@ class Call:
     transformed: bool = False
     chunk_size: int | None = None
     grid: tuple[int, int] | None = None
-
-    def in_form(self, form: str) -> Call:
-        """The same in another form. As `dataclasses.replace`, which takes 8 us of every short call."""
-        other = copy(self)
-        object.__setattr__(other, "form", form)
-        return other
 
     def __str__(self) -> str:
         options = ("causal", "masked", "packed", "has_state", "return_state", "in_place", "needs_grad", "transformed")
@@ -226,10 +219,19 @@ def check_name(backend: str) -> None:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {backend!r}")
 
 
+def _kind(call: Call) -> str:
+    if call.length == 1 and (call.has_state or call.return_state):
+        return "token"
+    if call.grid is not None:
+        return "small grid" if call.length <= SMALL_GRID else "sequence"
+    if call.packed or torch.compiler.is_exporting():  # an exported program is for all lengths
+        return "sequence"
+    scores = call.batch * call.heads * call.length**2
+    return "short" if call.length <= SHORT and scores <= FEW_SCORES else "sequence"
+
+
 def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
-    decodes = call.length == 1 and (call.has_state or call.return_state)
-    kind = "token" if decodes else "small grid" if call.grid and call.length <= SMALL_GRID else "sequence"
-    for form in _PREFERRED[kind] if call.form == "auto" else (call.form,):
-        asked = call if call.form == form else call.in_form(form)
+    for form in _PREFERRED[_kind(call)] if call.form == "auto" else (call.form,):
+        asked = call if call.form == form else call._replace(form=form)
         for name in _backends if backend == "auto" else (backend,):
             yield name, _backends[name], asked, _backends[name].why_not(asked)

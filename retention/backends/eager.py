@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..decay import decay_factors, decay_matrix
 from ..state import state_dtype
 
 if TYPE_CHECKING:
@@ -44,16 +45,17 @@ class Eager:
     ) -> tuple[Tensor, Tensor | None]:
         if cu_seqlens is not None:
             return self._packed(call, q, k, v, log_decay, state, cu_seqlens)
-        wide = state_dtype(q.dtype)
-        groups = q.shape[1] // k.shape[1]
-        q, k, v, log_decay = q.to(wide) * call.scale, k.to(wide), v.to(wide), log_decay.to(wide)
-        k, v = (x.repeat_interleave(groups, dim=1) if groups > 1 else x for x in (k, v))
+        wide = state_dtype(call.dtype)
+        if not call.dtype == log_decay.dtype == wide:
+            q, k, v, log_decay = (x.to(wide) for x in (q, k, v, log_decay))
+        q = q * call.scale
+        k, v = _repeated(k, call.heads), _repeated(v, call.heads)
         if mask is not None:  # 0 * NaN is NaN: what stands in the padding must not count
             q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
         if call.grid is not None:
             return _on_grid(q, k, v, log_decay, call.grid).to(call.out_dtype), None
         if call.form == "parallel":
-            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal)
+            out, final = _parallel(q, k, v, log_decay, state, mask, call.causal, call.return_state)
         elif call.in_place and state is not None:
             out, final = _step(q, k, v, log_decay, state, mask)
         else:
@@ -89,17 +91,22 @@ def scores(
         rows * columns = T.
     """
     wide = state_dtype(q.dtype)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    k = _repeated(k, q.shape[1])
     if grid is not None:
         return _grid_scores(q.to(wide) * scale, k.to(wide), *_grid_decays(log_decay.to(wide), grid))
-    index = torch.arange(q.shape[2], device=q.device)
-    time = index[None] if mask is None else mask.cumsum(1)  # (B or 1, T): padding does not advance time
+    log_decay = log_decay.to(wide)
+    products = (q.to(wide) * scale) @ k.to(wide).mT
+    if mask is None:
+        return products * decay_matrix(log_decay, q.shape[2], causal)
+    time = mask.cumsum(1).to(wide)  # padding does not advance it
     distance = (time[:, :, None] - time[:, None, :]).abs()
-    decay = (log_decay.to(wide)[:, None, None] * distance[:, None]).exp()  # (B or 1, H, T, T)
-    seen = index[:, None] >= index if causal else torch.ones_like(distance[0], dtype=torch.bool)
-    if mask is not None:
-        seen = seen & mask[:, None, None, :] & mask[:, None, :, None]
-    return torch.where(seen, (q.to(wide) * scale) @ k.to(wide).mT * decay, 0)
+    seen = mask[:, None, :] & mask[:, :, None]
+    seen = seen.tril() if causal else seen
+    return torch.where(seen[:, None], products * (log_decay[:, None, None] * distance[:, None]).exp(), 0)
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _parallel(
@@ -110,13 +117,15 @@ def _parallel(
     state: Tensor | None,
     mask: Tensor | None,
     causal: bool,
-) -> tuple[Tensor, Tensor]:
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None]:
+    out = scores(q, k, log_decay, causal=causal, mask=mask) @ v
+    if state is None and not return_state:
+        return out, None
     age = torch.ones_like(q[:, 0, :, 0], dtype=torch.long) if mask is None else mask.long()
     age = age.cumsum(1)[:, None]  # (B, 1, T): real tokens since the state, the own one included
     count = age[..., -1:] if q.shape[2] else age.new_zeros(len(age), 1, 1)
     rate = log_decay[:, None]
-
-    out = scores(q, k, log_decay, causal=causal, mask=mask) @ v
     final = (k * (rate * (count - age)).exp()[..., None]).mT @ v
     if state is not None:
         out = out + (q * (rate * age).exp()[..., None]) @ state
@@ -148,7 +157,7 @@ def _grid_decays(log_decay: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]
 def _recurrent(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    decay = log_decay.exp()[:, None, None]
+    decay = decay_factors(log_decay)
     kv = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1]) if state is None else state.clone()
     out = [v[:, :, :0]]
     for n in range(q.shape[2]):
@@ -163,7 +172,7 @@ def _step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """One token; `state` is overwritten."""
-    decay = log_decay.exp()[:, None, None]
+    decay = decay_factors(log_decay)
     if mask is not None:
         decay = torch.where(mask[:, None, :, None], decay, 1)  # k is 0 there already
     state.mul_(decay).addcmul_(k.mT, v)

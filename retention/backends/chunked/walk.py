@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ...decay import decay_matrix
 from ...state import state_dtype
 
 
@@ -21,7 +22,7 @@ class Factors:
     """
 
     def __init__(self, decays: Decays, n: int, reverse: bool, rows: int):
-        self.rate, self.scale, self.causal = decays.rate, decays.scale, decays.causal
+        self.log_decay, self.rate, self.scale, self.causal = decays.log_decay, decays.rate, decays.scale, decays.causal
         self.n, self.reverse, self.rows = n, reverse, rows
         self.index = torch.arange(n, device=self.rate.device, dtype=self.rate.dtype)
 
@@ -33,8 +34,7 @@ class Factors:
     @cached_property
     def inner(self) -> Tensor:
         """(H, n, n), scale gamma^distance between the chunk's tokens; 0 in the future."""
-        inner = (self.rate * self.distance).exp_().mul_(self.scale)
-        return inner.tril_() if self.causal else inner
+        return decay_matrix(self.log_decay, self.n, self.causal) * self.scale
 
     @cached_property
     def read_age(self) -> Tensor:
@@ -69,7 +69,8 @@ class Decays:
     """The factors of all chunks of a call: all but a shorter last one have the same."""
 
     def __init__(self, log_decay: Tensor, size: int, scale: float, causal: bool, dtype: torch.dtype):
-        self.rate, self.size, self.scale, self.causal = log_decay.to(dtype)[:, None, None], size, scale, causal
+        self.log_decay, self.size, self.scale, self.causal = log_decay.to(dtype), size, scale, causal
+        self.rate = self.log_decay[:, None, None]
         self.known: dict[tuple[int, bool, int], Factors] = {}
 
     def directions(self) -> tuple[bool, ...]:
