@@ -304,7 +304,7 @@ class MultiScaleRetention(HasBackend):
         # A part at a time, over what retention gave: what lies between stays in the cache, no new memory is touched.
         tokens = max(1, GATED_AT_ONCE * out.shape[1] // out.numel())
         for out_i, gate_i in zip(out.split(tokens, dim=1), gate.split(tokens, dim=1), strict=True):
-            out_i.copy_(self.gate(gate_i) * self.norm(out_i))
+            torch.mul(self.gate(gate_i), self.norm(out_i), out=out_i)
         return out
 
     def _check_inputs(self, x: Tensor, key: Tensor, value: Tensor) -> None:
