@@ -9,14 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .backends import FORMS, Call
+from .constants import is_constant
 from .errors import ShapeError
 from .state import RetentionState, state_dtype
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_sound = WeakIdKeyDictionary()  # log-decays that were checked, and in which version
 ScoreNorm = bool | Literal["absolute"]
 
 
@@ -138,15 +137,11 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _check_log_decay(log_decay: Tensor) -> None:
-    """Once for each tensor, as long as nobody writes to it: layers come with the same one again and again."""
-    lasting = not (torch.compiler.is_compiling() or log_decay.requires_grad or log_decay.is_inference())
-    if lasting and _sound.get(log_decay) == log_decay._version:
+    if torch.compiler.is_compiling() or is_constant(log_decay):  # a layer's was checked when the layer was built
         return
     low, high = log_decay.detach().aminmax()
     sound = (low > -math.inf) & (high <= 0)
     _require(sound, "log_decay must be finite and at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
-    if lasting:
-        _sound[log_decay] = log_decay._version
 
 
 def _check_mask(q: Tensor, mask: Tensor | None) -> None:
