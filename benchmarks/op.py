@@ -20,7 +20,7 @@ from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration,
 from retention import backends, retain
 from retention.arguments import describe
 from retention.backends.chunked import CHUNK_SIZE
-from retention.decay import log_decays
+from retention.decay import HeadDecay
 
 PASSES = ("forward", "forward+backward")
 BOUNDS = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 4e-3}  # of the deviation
@@ -47,7 +47,8 @@ class Case:
         return q, k, v
 
     def log_decay(self) -> Tensor:
-        return torch.tensor(log_decays("paper", self.heads), device=self.device)
+        """As a layer gives it."""
+        return HeadDecay("paper", self.heads)(torch.device(self.device))
 
     def work(self) -> tuple[float, float]:
         """Operations of the chunkwise form, and bytes that come in and go out; backward has 2.5 times as many."""
