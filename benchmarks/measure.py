@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import multiprocessing
 import re
@@ -24,6 +25,7 @@ Seconds = dict[str, list[float]]
 
 TURN = 0.02  # seconds that a turn takes at least, of as many runs as that needs
 LONG = 2.0  # seconds of a run that is not warmed up
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,15 @@ def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, d
 
 
 def _keep_freed_memory() -> None:
-    """Until something large was freed, glibc gives the top of its heap back to the system after every operation.
+    """Let glibc keep what is freed, as jemalloc does.
 
-    Which side that hits is chance, and to be given the pages again can take longer than the operation. A process that
-    has worked for a while is over it.
+    Otherwise the system hands out large tensors anew each time, page by page. That can take longer than the operation,
+    and how long is chance: it depends on all that the process, and other machines on the same hardware, did before.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)  # glibc learns from up to 32 MB
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _runs_a_turn(run: Run, device: str) -> int:
