@@ -59,6 +59,7 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
     A round is a turn of each side, so seconds of one round were measured side by side. What takes more than twice the
     limit by itself is not measured.
     """
+    _keep_freed_memory()
     found, runs = {name: Measured() for name in sides}, {}
     for name, side in sides.items():
         try:
@@ -85,12 +86,12 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
 
 def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
     """Seconds of a run of each side in each round, after one to warm up."""
+    _keep_freed_memory()
     return _rounds(sides, {name: _runs_a_turn(run, device) for name, run in sides.items()}, rounds, device)
 
 
 def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, device: str) -> Seconds:
     seconds: Seconds = {name: [] for name in sides}
-    _keep_freed_memory()
     for _ in range(rounds):
         for name, run in sides.items():
             seconds[name].append(_turn(run, numbers[name], device))
