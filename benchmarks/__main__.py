@@ -13,6 +13,7 @@ from benchmarks.decode import decode
 from benchmarks.floor import floor
 from benchmarks.gate import gate
 from benchmarks.layer import layer
+from benchmarks.measure import keep_freed_memory
 from benchmarks.model import model
 from benchmarks.op import op
 from benchmarks.parity import parity
@@ -37,7 +38,12 @@ def main(
     results: Annotated[
         Path | None, typer.Option(help="File for the JSON lines; a plot goes beside it. [default: runs/benchmarks/]")
     ] = None,
+    fresh_memory: Annotated[
+        bool, typer.Option("--fresh-memory", help="Leave malloc as it is; else, on Linux, it keeps what was freed.")
+    ] = False,
 ) -> None:
+    if not fresh_memory:
+        keep_freed_memory()
     if context.invoked_subcommand not in (None, "compare"):
         context.with_resource(recording(context.invoked_subcommand, results))
 

@@ -59,7 +59,6 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
     A round is a turn of each side, so seconds of one round were measured side by side. What takes more than twice the
     limit by itself is not measured.
     """
-    _keep_freed_memory()
     found, runs = {name: Measured() for name in sides}, {}
     for name, side in sides.items():
         try:
@@ -86,7 +85,6 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
 
 def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
     """Seconds of a run of each side in each round, after one to warm up."""
-    _keep_freed_memory()
     return _rounds(sides, {name: _runs_a_turn(run, device) for name, run in sides.items()}, rounds, device)
 
 
@@ -98,8 +96,8 @@ def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, d
     return seconds
 
 
-def _keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as jemalloc does.
+def keep_freed_memory() -> None:
+    """Let glibc keep what is freed, as jemalloc does, for the rest of the process.
 
     Otherwise the system hands out large tensors anew each time, page by page. That can take longer than the operation,
     and how long is chance: it depends on all that the process, and other machines on the same hardware, did before.

@@ -1,6 +1,8 @@
 """The benchmarks measure what they say, keep it, and notice what moved."""
 
 import json
+import subprocess
+import sys
 from itertools import groupby
 
 import pytest
@@ -100,6 +102,35 @@ def test_extra_memory_is_the_peak_of_tensors():
         return kept.sum() + b[0, 0] * 0 + c[0, 0] * 0
 
     assert extra_memory(some) == pytest.approx(12e6, rel=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
+def test_freed_memory_is_kept_once_that_is_asked_for():
+    """Page faults of 64 MB that were free already: as malloc comes, and then."""
+    program = """
+import resource, torch
+from benchmarks.measure import keep_freed_memory
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+fresh = [faults() for _ in range(3)]
+keep_freed_memory()
+kept = [faults() for _ in range(3)]
+print(fresh[-1], kept[-1])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    fresh, kept = map(int, done.stdout.split())
+    assert fresh > 100 * max(kept, 1)
+
+
+@pytest.mark.parametrize(("options", "expected"), [((), 1), (("--fresh-memory",), 0)])
+def test_commands_keep_freed_memory_unless_told_otherwise(monkeypatch, tmp_path, options, expected):
+    calls = []
+    monkeypatch.setattr("benchmarks.__main__.keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(gate, "CHECKS", ())
+    run(*options, "--results", tmp_path / "g.jsonl", "gate")
+    assert len(calls) == expected
 
 
 def test_a_ratio_is_of_the_same_rounds():
