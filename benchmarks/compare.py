@@ -4,15 +4,39 @@ from __future__ import annotations
 
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks.measure import ratio
 from benchmarks.record import console, duration, megabytes, show
 
-MEASURED = ("kind", "seconds", "memory", "failure", "deviation", "floor", "cache")
-LEAST = 0.05  # a smaller change of time is noise, however narrow the quartiles
+MEASURED = ("kind", "seconds", "memory", "failure", "deviation", "floor", "cache", "yardstick")
+LEAST = 0.1  # a smaller change is noise, however narrow the quartiles: two runs of the same code differ that much
+
+
+Quartiles = tuple[float, float, float]  # the median first
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One side of a case, or a ratio that a bound is set for.
+
+    text: what to show of it. value: median and quartiles, of seconds or of the ratio; none if it failed. relative: the
+    same of seconds relative to the yardstick's, which took turns with it. words: for a smaller and a larger value.
+    """
+
+    text: str
+    value: Quartiles | None
+    relative: Quartiles | None = None
+    words: tuple[str, str] = ("faster", "slower")
+    memory: int | None = None
+
+
+Key = tuple[tuple[str, Any], ...]
+Entries = dict[Key, Entry]
 
 
 def compare(
@@ -20,7 +44,11 @@ def compare(
     after: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines of another.")],
     everything: Annotated[bool, typer.Option("--all", help="Show what did not move, too.")] = False,
 ) -> None:
-    """What of AFTER is beyond the noise of BEFORE: quartiles that do not overlap, medians 5 % apart."""
+    """What of AFTER is beyond the noise of BEFORE: quartiles that do not overlap, medians 10 % apart.
+
+    Times count relative to those of a side that is not ours and took turns with it, such as attention, so that it
+    does not matter how fast the machine was; without such a side, as they are.
+    """
     (header, old), (new_header, new) = read(before), read(after)
     warn(header, new_header)
     rows = []
@@ -30,31 +58,53 @@ def compare(
             rows.append([describe(key), *cells, verdict])
     columns = ["", "before", "after", "after / before", "memory", ""]
     show(f"{before} -> {after}", columns, rows)
-    both = [key for key in old if key in new and old[key]["seconds"] and new[key]["seconds"]]
-    if both:
-        shift = statistics.median(_median(new[key]) / _median(old[key]) for key in both)
-        console.print(f"{len(both)} cases in both; the middle one takes {shift:.2f} of the time")
+    both = [(old[key].value, new[key].value) for key in old if key in new]
+    shifts = [after[0] / before[0] for before, after in both if before and after]
+    if shifts:
+        console.print(f"{len(shifts)} in both; the middle one is {statistics.median(shifts):.2f} of what it was")
 
 
-Key = tuple[tuple[str, Any], ...]
-
-
-def read(file: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
-    """The header, and the cases by what they are.
+def read(file: Path) -> tuple[dict[str, Any], Entries]:
+    """The header, and what was measured by what it is.
 
     Raises: typer.BadParameter if the file is not one of these benchmarks'.
     """
     try:
         lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         header = next(line for line in lines if line["kind"] == "run")
-        cases = [line for line in lines if line["kind"] == "case"]
+        found = _cases([line for line in lines if line["kind"] == "case"])
+        found |= _results([line for line in lines if line["kind"] == "result"])
     except (json.JSONDecodeError, KeyError, TypeError, StopIteration) as error:
         raise typer.BadParameter(f"{file} must hold the JSON lines that a benchmark wrote; {error!r}") from error
-    if not cases:
-        raise typer.BadParameter(
-            f"{file} must hold timed cases; got none; op, layer, peers, decode and model write them"
-        )
-    return header, {tuple((k, v) for k, v in case.items() if k not in MEASURED): case for case in cases}
+    if not found:
+        raise typer.BadParameter(f"{file} must hold times or ratios; got none, only tables")
+    return header, found
+
+
+def _cases(lines: list[dict[str, Any]]) -> Entries:
+    seconds = {_key(line): line["seconds"] for line in lines}
+    found = {}
+    for line in lines:
+        key, own = _key(line), line["seconds"]
+        if line["failure"] or not own:
+            found[key] = Entry(line["failure"], None)
+            continue
+        yardstick = seconds.get(tuple((k, line.get("yardstick") if k == "side" else v) for k, v in key))
+        value, relative = ratio(own, [1.0] * len(own)), ratio(own, yardstick) if yardstick else None
+        found[key] = Entry(duration(value[0]), value, relative, memory=line["memory"])
+    return found
+
+
+def _key(line: dict[str, Any]) -> Key:
+    return tuple((k, v) for k, v in line.items() if k not in MEASURED)
+
+
+def _results(lines: list[dict[str, Any]]) -> Entries:
+    words = {">=": ("worse", "better"), "<=": ("better", "worse")}
+    return {
+        (("ratio", line["name"]),): Entry(f"{line['value'][0]:.2f}", tuple(line["value"]), words=words[line["sign"]])
+        for line in lines
+    }
 
 
 def warn(before: dict[str, Any], after: dict[str, Any]) -> None:
@@ -68,38 +118,35 @@ def _commit(header: dict[str, Any]) -> str:
     return f"{header['commit'][:10]}{' with changes' if header['changed'] else ''}"
 
 
-def judge(before: dict[str, Any] | None, after: dict[str, Any] | None) -> tuple[str, list[str]]:
+def judge(before: Entry | None, after: Entry | None) -> tuple[str, list[str]]:
     """A word on what moved, empty if nothing did; and the cells of a row."""
     if before is None or after is None:
         there = before or after
         assert there is not None
-        time = duration(_median(there)) if there["seconds"] else there["failure"]
-        return ("is new", ["", time, "", ""]) if before is None else ("is gone", [time, "", "", ""])
-    if before["failure"] or after["failure"]:
-        cells = [one["failure"] or duration(_median(one)) for one in (before, after)]
-        word = {(True, False): "runs now", (False, True): "FAILS now"}.get(
-            (bool(before["failure"]), bool(after["failure"])), ""
-        )
-        return word, [*cells, "", ""]
-    change = _median(after) / _median(before)
+        return ("is new", ["", there.text, "", ""]) if before is None else ("is gone", [there.text, "", "", ""])
+    if before.value is None or after.value is None:
+        word = "" if before.value is after.value else "runs now" if before.value is None else "FAILS now"
+        return word, [before.text, after.text, "", ""]
+    old, new = (before.relative, after.relative) if before.relative and after.relative else (before.value, after.value)
+    change = new[0] / old[0]
     words = []
-    if abs(change - 1) > LEAST and _apart(before["seconds"], after["seconds"]):
-        words.append("slower" if change > 1 else "faster")
-    if before["memory"] and after["memory"] and abs(after["memory"] / before["memory"] - 1) > 0.01:
-        words.append("more memory" if after["memory"] > before["memory"] else "less memory")
-    memory = f"{megabytes(before['memory'])} -> {megabytes(after['memory'])}"
-    return ", ".join(words), [duration(_median(before)), duration(_median(after)), f"{change:.2f}", memory]
+    if abs(change - 1) > LEAST and _apart(old, new):
+        words.append(after.words[change > 1])
+    memory = ""
+    if before.memory and after.memory:
+        memory = f"{megabytes(before.memory)} -> {megabytes(after.memory)}"
+        if abs(after.memory / before.memory - 1) > 0.01:
+            words.append("more memory" if after.memory > before.memory else "less memory")
+    return ", ".join(words), [before.text, after.text, f"{change:.2f}", memory]
 
 
-def _median(case: dict[str, Any]) -> float:
-    return statistics.median(case["seconds"])
-
-
-def _apart(a: list[float], b: list[float]) -> bool:
+def _apart(a: Quartiles, b: Quartiles) -> bool:
     """Whether the quartiles do not overlap."""
-    (low_a, _, high_a), (low_b, _, high_b) = (statistics.quantiles(x, n=4, method="inclusive") for x in (a, b))
+    (_, low_a, high_a), (_, low_b, high_b) = a, b
     return high_a < low_b or high_b < low_a
 
 
 def describe(key: Key) -> str:
-    return ", ".join(str(value) if name in ("way", "side", "dtype") else f"{name} {value}" for name, value in key)
+    return ", ".join(
+        str(value) if name in ("way", "side", "dtype", "ratio") else f"{name} {value}" for name, value in key
+    )

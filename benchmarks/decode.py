@@ -48,7 +48,7 @@ def decode(
         times = race(sides, 0.5 if quick else limit, device)
         found[kind, rows, context] = times, caches
         case = {"kind_of": kind, "batch": rows, "context": context, "device": device}
-        add_case(case, times, cache=caches)
+        add_case(case, times, list(times)[-1], cache=caches)
     _show(found)
     draw(_panels(found, batches[-1]), picture())
 

@@ -125,7 +125,8 @@ def measure(layers: Mapping[str, Layer], lengths: Iterable[int], device: str, li
         bar.set_description(f"{way}, {length} tokens")
         sides = {name: layer.side(way, length, device) for name, layer in layers.items()}
         found[way, length] = race(sides, limit, device)
-        add_case({"way": way, "length": length, "dim": DIM, "heads": HEADS, "device": device}, found[way, length])
+        case = {"way": way, "length": length, "dim": DIM, "heads": HEADS, "device": device}
+        add_case(case, found[way, length], "attention")
     return found
 
 

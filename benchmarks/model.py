@@ -54,7 +54,7 @@ def model(
         bar.set_description(f"{way}, {tokens} tokens")
         sides = {name: Side(partial(_prepared, make, way, batch, tokens, device)) for name, make in MODELS.items()}
         found[way, tokens] = race(sides, 1.0 if quick else limit, device)
-        add_case({"way": way, "length": tokens, "batch": batch, "device": device}, found[way, tokens])
+        add_case({"way": way, "length": tokens, "batch": batch, "device": device}, found[way, tokens], "Llama")
     _show(found, batch)
     draw(_panels(found, batch), picture())
 

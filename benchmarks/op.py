@@ -86,7 +86,7 @@ def op(
             bar.set_postfix_str(f"{way}, {tokens} tokens")
             found[case] = race(sides(case, names), 0.5 if quick else limit, device)
             deviations[case] = check(case, found[case])
-            add_case({**vars(case), "floor": floor(case)}, found[case], deviation=deviations[case])
+            add_case({**vars(case), "floor": floor(case)}, found[case], baseline(case), deviation=deviations[case])
             bar.update()
         show_cases(found, deviations)
         draw(panels(found), picture(number))

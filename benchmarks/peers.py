@@ -103,7 +103,7 @@ def one_token(device: str, limit: float) -> dict[str, Measured]:
         name: Side(lambda make=make: torch.inference_mode()(partial(make(device), x))) for name, make in steps.items()
     }
     found = race(sides, limit, device)
-    add_case({"way": STEP, "length": 1, "dim": DIM, "heads": HEADS, "device": device}, found)
+    add_case({"way": STEP, "length": 1, "dim": DIM, "heads": HEADS, "device": device}, found, "attention")
     first = found["retention"]
     rows = [
         [name, duration(one.median), spread(ratio(one.seconds, first.seconds)) if one.seconds else one.failure]

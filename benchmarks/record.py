@@ -121,11 +121,14 @@ def add(line: Mapping[str, Any]) -> None:
         _files[-1].flush()
 
 
-def add_case(case: Mapping[str, Any], found: Mapping[str, Measured], **more: Mapping[str, Any]) -> None:
-    """case: what the sides have in common. more: values by side, beyond those measured."""
+def add_case(case: Mapping[str, Any], found: Mapping[str, Measured], yardstick: str, **more: Mapping[str, Any]) -> None:
+    """case: what the sides have in common. yardstick: the side that is not ours, for `compare`.
+
+    more: values by side, beyond those measured.
+    """
     for side, measured in found.items():
         extra = {name: values[side] for name, values in more.items() if side in values}
-        add({"kind": "case", **case, "side": side, **asdict(measured), **extra})
+        add({"kind": "case", **case, "side": side, "yardstick": yardstick, **asdict(measured), **extra})
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -157,7 +157,7 @@ def _images(sizes: Sequence[int], limit: float) -> None:
     for (way, make), size in (bar := tqdm(list(product(WAYS.items(), sizes)), leave=False)):
         bar.set_description(f"{way}, {size} x {size}")
         found[way, size] = race({side: Side(partial(make, side, size)) for side in SIDES}, limit)
-        add_case({"way": way, "size": size}, found[way, size])
+        add_case({"way": way, "size": size}, found[way, size], "attention")
     rows = []
     for (way, size), sides in found.items():
         for side, one in sides.items():

@@ -108,16 +108,16 @@ def test_extra_memory_is_the_peak_of_tensors():
 def test_freed_memory_is_kept_once_that_is_asked_for():
     """Page faults of 64 MB that were free already: as malloc comes, and then."""
     program = """
-import resource, torch
+import resource
 from benchmarks.measure import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.zeros(2**24)
+    bytearray(2**26)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-fresh = [faults() for _ in range(3)]
+fresh = min(faults() for _ in range(5))
 keep_freed_memory()
-kept = [faults() for _ in range(3)]
-print(fresh[-1], kept[-1])
+kept = min(faults() for _ in range(5))
+print(fresh, kept)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     fresh, kept = map(int, done.stdout.split())
@@ -193,10 +193,18 @@ def test_a_decoding_step_that_is_measured_is_that_of_the_position():
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
-def written(file, machine="one", **cases):
+def written(file, machine="one", yardstick="", **cases):
     header = {"kind": "run", "command": ["op"], "machine": machine, "threads": 1, "versions": {}, "commit": "a" * 40}
     rows = [
-        {"kind": "case", "length": 8, "side": side, "seconds": seconds, "memory": memory, "failure": failure}
+        {
+            "kind": "case",
+            "length": 8,
+            "side": side,
+            "seconds": seconds,
+            "memory": memory,
+            "failure": failure,
+            "yardstick": yardstick,
+        }
         for side, (seconds, memory, failure) in cases.items()
     ]
     file.write_text("\n".join(json.dumps(row) for row in [{**header, "changed": False}, *rows]))
@@ -235,12 +243,53 @@ def test_compare_tells_what_moved_beyond_the_noise(tmp_path):
     assert "length 8, same" in run("compare", before, after, "--all")
 
 
+def test_compare_tells_a_slower_machine_from_slower_code_by_the_side_that_took_turns(tmp_path):
+    fast, slow = [1.0, 1.01, 1.02], [2.0, 2.02, 2.04]  # each round of all sides
+    slower_still = [4.0, 4.04, 4.08]
+    before = written(
+        tmp_path / "a.jsonl", yardstick="SDPA", SDPA=(fast, 1, ""), same=(fast, 1, ""), moved=(fast, 1, "")
+    )
+    after = written(
+        tmp_path / "b.jsonl", yardstick="SDPA", SDPA=(slow, 1, ""), same=(slow, 1, ""), moved=(slower_still, 1, "")
+    )
+    text = run("compare", before, after)
+    assert [line.split("length 8, ")[1].split()[0] for line in text.splitlines() if "length 8" in line] == ["moved"]
+    assert "slower" in text
+    assert "3 in both; the middle one is 2.00 of what it was" in text
+
+    failed = written(
+        tmp_path / "c.jsonl", yardstick="SDPA", SDPA=([], None, "MemoryError"), same=(slow, 1, ""), moved=(fast, 1, "")
+    )
+    text = run("compare", before, failed)  # as they are, then
+    assert [line.split("length 8, ")[1].split()[0] for line in text.splitlines() if "length 8" in line] == [
+        "SDPA",
+        "same",
+    ]
+
+
+def test_compare_tells_which_ratio_of_a_bound_moved(tmp_path):
+    def gated(name, fast, flat):
+        file = written(tmp_path / name)
+        results = [Result("fast", fast, ">=", 2), Result("flat", flat, "<=", 2)]
+        with file.open("a") as out:
+            out.writelines("\n" + json.dumps({"kind": "result", **result._asdict()}) for result in results)
+        return file
+
+    before = gated("a.jsonl", (4.0, 3.9, 4.1), (1.0, 0.9, 1.1))
+    after = gated("b.jsonl", (3.0, 2.9, 3.1), (1.1, 0.9, 1.2))
+    text = run("compare", before, after)
+    assert "fast" in text
+    assert "worse" in text
+    assert "flat" not in text
+    assert "better" in run("compare", after, before)
+
+
 def test_compare_refuses_what_no_benchmark_wrote(tmp_path):
     good, other = written(tmp_path / "a.jsonl", a=([1.0, 1.0, 1.0], 1, "")), tmp_path / "notes.txt"
     other.write_text("hello")
     for file, message in {
         other: "notes.txt must hold the JSON lines that a benchmark wrote",
-        written(tmp_path / "c.jsonl"): "must hold timed cases; got none",
+        written(tmp_path / "c.jsonl"): "must hold times or ratios; got none, only tables",
     }.items():
         with pytest.raises(typer.BadParameter, match=message):
             read(file)
