@@ -61,6 +61,7 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
     """
     found, runs = {name: Measured() for name in sides}, {}
     for name, side in sides.items():
+        _give_back_memory()
         try:
             _check_room(side, device)
             run = side.prepare()
@@ -85,6 +86,7 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
 
 def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
     """Seconds of a run of each side in each round, after one to warm up."""
+    _give_back_memory()
     return _rounds(sides, {name: _runs_a_turn(run, device) for name, run in sides.items()}, rounds, device)
 
 
@@ -96,16 +98,24 @@ def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, d
     return seconds
 
 
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed, as jemalloc does, for the rest of the process.
 
     Otherwise the system hands out large tensors anew each time, page by page. That can take longer than the operation,
     and how long is chance: it depends on all that the process, and other machines on the same hardware, did before.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if hasattr(_libc, "mallopt"):
+        _libc.mallopt(M_MMAP_MAX, 0)
+        _libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _give_back_memory() -> None:
+    """What was kept of an earlier comparison, and may lie in pieces too small for the next."""
+    if hasattr(_libc, "malloc_trim"):
+        _libc.malloc_trim(0)
 
 
 def _runs_a_turn(run: Run, device: str) -> int:

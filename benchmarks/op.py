@@ -80,11 +80,12 @@ def op(
     groups = list(product(dtype or ["float32"], batch or [1], shapes))
     bar = tqdm(total=len(groups) * len(PASSES) * len(lengths), desc="op", leave=False)
     for number, (kind, rows, (key_dim, value_dim)) in enumerate(groups):
-        found, deviations = {}, {}
-        for way, tokens in product(PASSES, lengths):
+        found, deviations, slow = {}, {}, {}
+        for way, tokens in product(PASSES, sorted(lengths)):
             case = Case(way, tokens, kind, rows, heads, key_dim, value_dim, device)
             bar.set_postfix_str(f"{way}, {tokens} tokens")
-            found[case] = race(sides(case, names), 0.5 if quick else limit, device)
+            found[case] = race(sides(case, names, slow), 0.5 if quick else limit, device)
+            slow |= too_slow(case, found[case])
             deviations[case] = check(case, found[case])
             add_case({**vars(case), "floor": floor(case)}, found[case], baseline(case), deviation=deviations[case])
             bar.update()
@@ -93,11 +94,20 @@ def op(
     bar.close()
 
 
-def sides(case: Case, names: list[str]) -> dict[str, Side]:
+Slow = dict[tuple[str, str], str]  # why not to try it with more tokens; by pass and side
+
+
+def sides(case: Case, names: list[str], slow: Slow) -> dict[str, Side]:
     """By backend and form, and softmax attention."""
     ways = {f"{name}, {form}": (name, form) for form in backends.FORMS for name in names}
     able = {side: Side(partial(retention, case, *way), *obstacles(case, *way)) for side, way in ways.items()}
-    return {**able, baseline(case): Side(partial(attention, case))}
+    able |= {baseline(case): Side(partial(attention, case))}
+    return {name: replace(side, why_not=side.why_not or slow.get((case.way, name), "")) for name, side in able.items()}
+
+
+def too_slow(case: Case, found: dict[str, Measured]) -> Slow:
+    late = [name for name, one in found.items() if one.failure.startswith("TimeoutError")]
+    return {(case.way, name): f"beyond the limit at {case.length:,} tokens already" for name in late}
 
 
 def baseline(case: Case) -> str:

@@ -45,6 +45,14 @@ def test_a_run_is_kept_with_where_it_was_measured_and_a_picture(tmp_path):
     assert (tmp_path / "op.png").stat().st_size > 10_000
 
 
+def test_what_is_too_slow_is_not_tried_with_more_tokens(tmp_path):
+    file = tmp_path / "op.jsonl"
+    run("--results", file, "op", "--length", 16, "--length", 8, "--backend", "eager", "--limit", 1e-9)
+    why = {(case["length"], case["side"]): case["failure"] for case in lines(file) if case["kind"] == "case"}
+    assert why[8, "eager, parallel"].startswith("TimeoutError: takes")
+    assert why[16, "eager, parallel"] == "RuntimeError: beyond the limit at 8 tokens already"
+
+
 def test_what_was_measured_before_a_failure_is_not_lost(tmp_path):
     file = tmp_path / "op.jsonl"
     run("--results", file, "op", "--length", 8, "--head-dims", "8", code=1)  # not 8x8
