@@ -33,11 +33,16 @@ class Refusing:
         ({}, "auto", "chunked", "chunkwise"),
         ({"length": 1}, "auto", "eager", "parallel"),
         ({"length": 64}, "auto", "eager", "parallel"),
+        ({"length": 65}, "auto", "chunked", "chunkwise"),
         ({"length": 64, "packed": True}, "auto", "chunked", "chunkwise"),
         ({"length": 64, "batch": 128}, "auto", "chunked", "chunkwise"),
         ({"length": 1, "has_state": True}, "auto", "eager", "recurrent"),
         ({"length": 1, "return_state": True}, "auto", "eager", "recurrent"),
         ({"length": 1, "causal": False}, "auto", "eager", "parallel"),
+        ({"length": 197, "causal": False}, "auto", "eager", "parallel"),
+        ({"length": 201, "causal": False}, "auto", "chunked", "chunkwise"),
+        ({"length": 197, "causal": False, "batch": 64}, "auto", "chunked", "chunkwise"),
+        ({"length": 65, "causal": False, "masked": True}, "auto", "chunked", "chunkwise"),
         ({"device": "cuda", "dtype": torch.bfloat16}, "auto", "chunked", "chunkwise"),
         ({"form": "parallel"}, "auto", "eager", "parallel"),
         ({"form": "recurrent"}, "auto", "eager", "recurrent"),
@@ -105,7 +110,7 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
 
 
 def test_explain_prints_every_answer():
-    text = explain(*torch.zeros(3, 1, 2, 99, 4), torch.zeros(2), causal=False, decay_norm=True)
+    text = explain(*torch.zeros(3, 1, 2, 999, 4), torch.zeros(2), causal=False, decay_norm=True)
     assert re.search("chunkwise +chunked +can, and is chosen", text)
     assert re.search("chunkwise +eager +cannot: has the forms parallel and recurrent, not chunkwise", text)
     assert re.search("parallel +eager +can\n", text)

@@ -37,6 +37,7 @@ _PREFERRED = {
 }
 SMALL_GRID = 24 * 24
 SHORT, FEW_SCORES = 64, 2**19  # tokens; query-key pairs of all heads and rows
+SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality: the chunkwise form then walks twice
 
 
 class Call(NamedTuple):  # made in a microsecond, which a frozen dataclass is not
@@ -226,8 +227,9 @@ def _kind(call: Call) -> str:
         return "small grid" if call.length <= SMALL_GRID else "sequence"
     if call.packed or torch.compiler.is_exporting():  # an exported program is for all lengths
         return "sequence"
-    scores = call.batch * call.heads * call.length**2
-    return "short" if call.length <= SHORT and scores <= FEW_SCORES else "sequence"
+    both_ways = not call.causal and not call.masked  # with padding the parallel form needs a decay matrix for each row
+    short, few = (SHORT_BOTH_WAYS, FEW_BOTH_WAYS) if both_ways else (SHORT, FEW_SCORES)
+    return "short" if call.length <= short and call.batch * call.heads * call.length**2 <= few else "sequence"
 
 
 def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
