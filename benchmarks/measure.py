@@ -25,6 +25,7 @@ Seconds = dict[str, list[float]]
 
 TURN = 0.02  # seconds that a turn takes at least, of as many runs as that needs
 LONG = 2.0  # seconds of a run that is not warmed up
+NEW_MEMORY = 2000  # page faults that a round may have: 8 MB, some milliseconds
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -75,19 +76,32 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
         else:
             runs[name] = run
     numbers = {name: _runs_a_turn(run, device) for name, run in runs.items()}
-    start = clock()
-    for name, run in runs.items():
-        _turn(run, numbers[name], device)
-    once = clock() - start
+    once = _settle(runs, numbers, device)
     for name, seconds in _rounds(runs, numbers, min(31, max(3, int(limit / max(once, 1e-9)))), device).items():
         found[name].seconds = seconds
     return found
 
 
 def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
-    """Seconds of a run of each side in each round, after one to warm up."""
+    """Seconds of a run of each side in each round, once they have settled."""
     _give_back_memory()
-    return _rounds(sides, {name: _runs_a_turn(run, device) for name, run in sides.items()}, rounds, device)
+    numbers = {name: _runs_a_turn(run, device) for name, run in sides.items()}
+    _settle(sides, numbers, device)
+    return _rounds(sides, numbers, rounds, device)
+
+
+def _settle(sides: Mapping[str, Run], numbers: Mapping[str, int], device: str) -> float:
+    """Rounds until one touches hardly any new memory, four at most; seconds of the last."""
+    for _ in range(4):
+        start, before = clock(), _page_faults()
+        _rounds(sides, numbers, 1, device)
+        if _page_faults() - before < NEW_MEMORY:
+            break
+    return clock() - start
+
+
+def _page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _rounds(sides: Mapping[str, Run], numbers: Mapping[str, int], rounds: int, device: str) -> Seconds:
