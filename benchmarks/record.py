@@ -25,6 +25,7 @@ from benchmarks.measure import Measured
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 _files: list[TextIO] = []  # of the command that runs, if it is recorded
+_RESULTS = "benchmarks/results"  # what a run before this one has written there is no change of the code
 _LIBRARIES = ("transformers", "timm", "xformers", "triton", "torchscale", "yet-another-retnet")
 
 Quick = Annotated[bool, typer.Option("--quick", help="A minute's look: fewer and smaller cases.")]
@@ -87,7 +88,7 @@ def surroundings() -> dict[str, Any]:
         "busy": os.getloadavg()[0],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, **_versions()},
         "commit": _git("rev-parse", "HEAD"),
-        "changed": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "changed": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){_RESULTS}")),
     }
 
 

@@ -72,7 +72,7 @@ def decay_factors(log_decay: Tensor) -> Tensor:
     return log_decay.exp()[:, None, None]
 
 
-@kept(16, longest=200)
+@kept(16, longest=200)  # as long as form="auto" takes the parallel form for
 def decay_matrix(log_decay: Tensor, length: int, causal: bool) -> Tensor:
     """D_nm = gamma^|n - m| of each head, (H, length, length); 0 for m > n if causal.
 
