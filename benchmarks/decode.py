@@ -17,6 +17,7 @@ from benchmarks.plot import Panel, draw
 from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
 from retention import MultiScaleRetention
 from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM
+from retention.integrations.transformers.compat import CACHE
 
 VOCAB = 256
 LAYERS = ("retention layer", "attention layer")
@@ -99,7 +100,7 @@ def _models(batch: int, context: int, device: str) -> tuple[dict[str, Side], dic
         cache = DynamicCache(config=model.config)
         prompt = torch.randint(VOCAB, (batch, 64), device=device)
         with torch.inference_mode():
-            model(prompt, past_key_values=cache)
+            model(prompt, **{CACHE: cache})
         for layer in cache.layers:
             assert isinstance(layer, RetentionCacheLayer)
             assert layer.state.kv.nbytes * 9 == state
@@ -112,7 +113,7 @@ def _models(batch: int, context: int, device: str) -> tuple[dict[str, Side], dic
 
 def _step(model: Any, cache: DynamicCache, batch: int, device: str) -> Run:
     token = torch.zeros(batch, 1, dtype=torch.long, device=device)
-    return torch.inference_mode()(lambda: model(token, past_key_values=cache).logits)
+    return torch.inference_mode()(lambda: model(token, **{CACHE: cache}).logits)
 
 
 def _show(found: Found) -> None:

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from benchmarks.measure import process_growth
 from benchmarks.record import show
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM
+from retention.integrations.transformers.compat import CACHE
 
 VOCAB = 256
 
@@ -53,7 +54,7 @@ def _logits(text: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, int
     model = _model()
     cache, wanted, found = DynamicCache(config=model.config), set(places.tolist()), []
     for n in trange(text.shape[1], mininterval=5, desc="decoding"):
-        logits = model(text[:, n, None], past_key_values=cache).logits
+        logits = model(text[:, n, None], **{CACHE: cache}).logits
         if n in wanted:
             found.append(logits[0, 0])
     return torch.stack(found), sum(layer.state.kv.nbytes for layer in cache.layers)

@@ -31,6 +31,7 @@ from benchmarks.measure import ratio, take_turns
 from benchmarks.record import show
 from retention.integrations.swap import Swapped, replace_attention
 from retention.integrations.transformers import RetentionCacheLayer
+from retention.integrations.transformers.compat import CACHE
 from retention.integrations.transformers.distill import TRANSFER, Recovery, recover
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
@@ -330,7 +331,7 @@ def show_decoding(host: str, window: int, context: int = 8192, batch: int = 8, r
     token = torch.zeros(batch, 1, dtype=torch.long)
     with torch.inference_mode():
         seconds = take_turns(
-            {name: partial(model, token, past_key_values=caches[name]) for name, model in models.items()}, rounds
+            {name: partial(model, token, **{CACHE: caches[name]}) for name, model in models.items()}, rounds
         )
     memory = {name: cache_size(cache) for name, cache in caches.items()}
     rows = []
@@ -348,7 +349,7 @@ def show_decoding(host: str, window: int, context: int = 8192, batch: int = 8, r
 def filled(model: Any, context: int, batch: int) -> DynamicCache:
     """What a prompt would leave behind, without waiting for all of it."""
     cache = DynamicCache(config=model.config)
-    model(torch.randint(256, (batch, 300)), past_key_values=cache)
+    model(torch.randint(256, (batch, 300)), **{CACHE: cache})
     for layer in cache.layers:
         if not isinstance(layer, RetentionCacheLayer):
             shape = (*layer.keys.shape[:2], context - 300, layer.keys.shape[3])

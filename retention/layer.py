@@ -176,7 +176,6 @@ class MultiScaleRetention(HasBackend):
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
         return_state: bool = False,
-        in_place: bool = False,
         grid: tuple[int, int] | None = None,
         rotation: Tensor | None = None,
         form: str | None = None,
@@ -186,7 +185,6 @@ class MultiScaleRetention(HasBackend):
 
         Shapes: x (B, T, dim); key, value (B, T, dim), what to retain instead of x (value defaults to key, key to x);
             mask (B, T) bool, True = real token; cu_seqlens (N + 1,) int32 with B = 1.
-        in_place: one token without gradient; the state after it overwrites `state`.
         grid: (rows, columns) of the image whose cells are the tokens, row by row, as in `retain`; needs causal=False.
             Rotary positions go on counting the tokens one by one.
         rotation: what `self.rotation` returns, to compute it once for many layers.
@@ -199,22 +197,15 @@ class MultiScaleRetention(HasBackend):
         if rotation is None:
             rotation = self.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
         q, k, v = self._project(x, key, value, rotation)
-        options: dict[str, Any] = dict(
-            scale=self.scale, mask=mask, decay_norm=self.decay_norm, score_norm=self.score_norm
-        )
-        log_decay = self.decay(q.device, state_dtype(q.dtype))
-        if in_place:
-            if state is None or grid is not None:
-                raise ValueError(
-                    "in_place needs a state to overwrite, and no grid; `initial_state` makes an empty state"
-                )
-            y = self._output(step(q, k, v, log_decay, state, **options), x)
-            return (y, state) if return_state else y
         retained = retain(
             q,
             k,
             v,
-            log_decay,
+            self.decay(q.device, state_dtype(q.dtype)),
+            scale=self.scale,
+            mask=mask,
+            decay_norm=self.decay_norm,
+            score_norm=self.score_norm,
             state=state,
             cu_seqlens=cu_seqlens,
             causal=self.causal,
@@ -223,20 +214,38 @@ class MultiScaleRetention(HasBackend):
             backend=backend or self.backend,
             form=form or self.form,
             return_state=return_state,
-            **options,
         )
         if isinstance(retained, Tensor):
             return self._output(retained, x)
         out, new = retained
         return self._output(out, x), new
 
-    def step(self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None) -> Tensor:
+    def step(
+        self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
         """Decode one token, x (B, 1, dim) -> y (B, 1, dim); `state` is updated in place, at a cost that never grows.
 
-        No gradients.
+        mask (B, 1) bool, True = real token. rotation: as in `forward`. No gradients.
+        Raises: ValueError if the layer is not causal; ShapeError or TypeError for inputs that do not fit.
         """
+        self._check_causal()
+        self._check_inputs(x, x, x)
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes 3 % of a step
-            return self(x, state=state, mask=mask, in_place=True)
+            if rotation is None:
+                rotation = self.rotation(x, mask=mask, state=state)
+            q, k, v = self._project(x, x, x, rotation)
+            out = step(
+                q,
+                k,
+                v,
+                self.decay(q.device, state_dtype(q.dtype)),
+                state,
+                scale=self.scale,
+                mask=mask,
+                decay_norm=self.decay_norm,
+                score_norm=self.score_norm,
+            )
+            return self._output(out, x)
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """The retention scores R that `forward` weighs the values with in its parallel form, (B, num_heads, T, T).
@@ -251,7 +260,8 @@ class MultiScaleRetention(HasBackend):
         return found if self.pairs == 1 else reduce(found, "b (h p) n m -> b h n m", "sum", h=self.num_heads)
 
     def initial_state(self, batch: int) -> RetentionState:
-        """The state before the first token, for `step`."""
+        """The state before the first token, for `step`. Raises: ValueError if the layer is not causal."""
+        self._check_causal()
         weight = self.q_proj.weight
         sizes = (batch, self.num_heads * self.pairs, self.head_key_dim // self.pairs, self.head_value_dim)
         return initial_state(*sizes, score_norm=bool(self.score_norm), device=weight.device, dtype=weight.dtype)
@@ -311,6 +321,10 @@ class MultiScaleRetention(HasBackend):
         for out_i, gate_i in zip(out.split(tokens, dim=1), gate.split(tokens, dim=1), strict=True):
             torch.mul(self.gate(gate_i), self.norm(out_i), out=out_i)
         return out
+
+    def _check_causal(self) -> None:
+        if not self.causal:
+            raise ValueError("a state needs causal retention; this layer has causal=False; use forward without a state")
 
     def _check_inputs(self, x: Tensor, key: Tensor, value: Tensor) -> None:
         given = (("x", x), ("key", key), ("value", value)) if not x is key is value else (("x", x),)

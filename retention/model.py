@@ -117,11 +117,17 @@ class RetNetBlock(nn.Module):
         """x (B, T, dim) -> x, the state if asked for, the experts' loss; options as `MultiScaleRetention.forward`."""
         y = self.retention(self.retention_norm(x) if self.norm_before else x, **options)
         y, state = y if options.get("return_state") else (y, None)
+        return self._after_retention(x, y, state, options.get("mask"))
+
+    def step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
+        """One token, x (B, 1, dim); `state` is updated in place. Options as `MultiScaleRetention.step`."""
+        y = self.retention.step(self.retention_norm(x) if self.norm_before else x, state, **options)
+        return self._after_retention(x, y, state, options.get("mask"))
+
+    def _after_retention(self, x: Tensor, y: Tensor, state: RetentionState | None, mask: Tensor | None) -> BlockOutput:
         x = self._add(x, y, self.retention_norm)
         y = self.ffn_norm(x) if self.norm_before else x
-        y, aux_loss = (
-            self.ffn(y, options.get("mask")) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(y), None)
-        )
+        y, aux_loss = self.ffn(y, mask) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(y), None)
         return BlockOutput(self._add(x, y, self.ffn_norm), state, aux_loss)
 
     def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
@@ -238,25 +244,22 @@ class RetNetBackbone(nn.Module):
         return_state: bool = False,
         return_layers: bool = False,
         return_scores: bool = False,
-        in_place: bool = False,
         form: str | None = None,
         backend: str | None = None,
     ) -> BackboneOutput:
         """x (B, T, dim), the embeddings. Options as `MultiScaleRetention.forward`, and what `BackboneOutput` names."""
-        if state is not None and len(state) != len(self.blocks):
-            raise ValueError(f"state must hold one RetentionState per block, {len(self.blocks)}; got {len(state)}")
+        self._check_state(state)
         if return_scores and (state is not None or cu_seqlens is not None or form not in (None, "auto", "parallel")):
             raise ValueError(
                 "scores exist only in the parallel form, without state and cu_seqlens; "
                 f"got form {form!r}, state {state and 'given'}, cu_seqlens {cu_seqlens is not None and 'given'}"
             )
-        x = self.dropout(self.embedding_norm(x if self.embedding_scale == 1 else x * self.embedding_scale))
+        x = self._embedded(x)
         first = cast(RetNetBlock, self.blocks[0]).retention  # all rotate alike
         options: dict[str, Any] = dict(
             mask=mask,
             cu_seqlens=cu_seqlens,
             return_state=return_state,
-            in_place=in_place,
             rotation=first.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=None if state is None else state[0]),
             form="parallel" if return_scores else form,
             backend=backend,
@@ -276,6 +279,30 @@ class RetNetBackbone(nn.Module):
             scores if return_scores else None,
             losses,
         )
+
+    @torch.no_grad()
+    def step(self, x: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> BackboneOutput:
+        """One token for each row, x (B, 1, dim), the embeddings; every state is updated in place. No gradients.
+
+        mask (B, 1) bool, True = real token. The output has the layers too, which cost nothing.
+        """
+        self._check_state(state)
+        x = self._embedded(x)
+        blocks = [cast(RetNetBlock, block) for block in self.blocks]
+        rotation = blocks[0].retention.rotation(x, mask=mask, state=state[0])
+        layers, losses = [x], []
+        for block, before in zip(blocks, state, strict=True):
+            x, _, loss = block.step(x, before, mask=mask, rotation=rotation)
+            layers.append(x)
+            losses.append(loss)
+        return BackboneOutput(self.norm(x), state, layers, None, losses)
+
+    def _embedded(self, x: Tensor) -> Tensor:
+        return self.dropout(self.embedding_norm(x if self.embedding_scale == 1 else x * self.embedding_scale))
+
+    def _check_state(self, state: list[RetentionState] | None) -> None:
+        if state is not None and len(state) != len(self.blocks):
+            raise ValueError(f"state must hold one RetentionState per block, {len(self.blocks)}; got {len(state)}")
 
     def _run(self, block: nn.Module, x: Tensor, **options: Any) -> BlockOutput:
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -346,7 +373,7 @@ class RetNet(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> Tensor:
         """Logits (B, 1, vocab_size) of one token for each row, tokens (B, 1); every state is updated in place."""
-        return self.head(self.backbone(self.embedding(tokens), state=state, mask=mask, in_place=True).hidden)
+        return self.head(self.backbone.step(self.embedding(tokens), state, mask=mask).hidden)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """tokens (B, T) and what follows, (B, T + max_new_tokens). Options as `stream`."""

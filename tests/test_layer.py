@@ -114,8 +114,14 @@ def test_on_a_grid_the_decay_is_that_of_rows_times_that_of_columns():
     torch.testing.assert_close(layer.scores(x, grid=(3, 4)), scores)
     want = layer.out_proj((scores @ v).transpose(1, 2).flatten(2))
     torch.testing.assert_close(layer(x, grid=(3, 4)), want)
-    with pytest.raises(ValueError, match="in_place needs a state to overwrite, and no grid"):
-        layer(x[:, :1], state=layer.initial_state(2), in_place=True, grid=(1, 1))
+
+
+def test_a_layer_that_looks_both_ways_has_no_state_and_no_step():
+    layer, x = MultiScaleRetention(16, 2, causal=False), torch.randn(2, 1, 16)
+    with pytest.raises(ValueError, match="a state needs causal retention; this layer has causal=False"):
+        layer.initial_state(2)
+    with pytest.raises(ValueError, match="a state needs causal retention; this layer has causal=False"):
+        layer.step(x, MultiScaleRetention(16, 2).initial_state(2))
 
 
 def test_xpos_stays_finite_where_its_factors_leave_every_bound():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from retention import MultiScaleRetention, RetNet, ShapeError
+from retention import RetNet, ShapeError
 from retention.model import PRESETS, RetNetBackbone
 
 FORMS = ("parallel", "chunkwise", "recurrent")
@@ -170,5 +170,3 @@ def test_bad_options_of_the_blocks_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             RetNetBackbone(**{"dim": 16, "num_layers": 2, "num_heads": 2, **options})
-    with pytest.raises(ValueError, match="in_place needs a state"):
-        MultiScaleRetention(16, 2)(torch.randn(1, 1, 16), in_place=True)

@@ -26,8 +26,7 @@ from torch.overrides import TorchFunctionMode
 from retention.errors import ShapeError
 from retention.state import RetentionState
 
-from ..hosted import Heads, HostedRetention
-from ..swap import Adapter, Swapped, register_adapter, replaced_by
+from ..swap import Adapter, Heads, HostedRetention, Swapped, register_adapter, replaced_by
 
 # Their tokens are `num_prefix_tokens`, then the patches that `patch_embed` or `embeds` makes, row by row.
 HOSTS = (VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder, DeepseekVitEncoder)
@@ -163,13 +162,16 @@ def _swapped(host: nn.Module) -> Iterator[Any]:
     return iter(replaced_by(_adapter, host).values())
 
 
+_adapter = TimmAttention()
+
+
 class RetentionAttention(Swapped, Attention):
     """timm's `Attention` with retention, for `attn_layer` of its models. Arguments as timm's.
 
     The same parameters under the same names, and those of `retention`. `retention_layer` gives it options.
     """
 
-    host = Attention
+    host, adapter = Attention, _adapter
     options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, dim: int, num_heads: int = 8, *, device: Any = None, dtype: Any = None, **kwargs: Any):
@@ -202,7 +204,6 @@ class _Refused(Adapter):
         return [self.reason]
 
 
-_adapter = TimmAttention()
 for _name in ("timm.layers.attention.Attention", "timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention"):
     register_adapter(_name, _adapter)
 for _name in ("swin_transformer", "swin_transformer_v2"):

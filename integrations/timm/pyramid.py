@@ -41,7 +41,7 @@ from retention.decay import HeadDecay
 from retention.rotary import frequencies, rotate, rotation_table
 from retention.state import state_dtype
 
-from ..hosted import Heads, HostedRetention
+from ..swap import Heads, HostedRetention
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), num_heads=(4, 4, 8, 16), mlp_ratios=(3, 3, 3, 3)),

@@ -9,6 +9,7 @@ except ImportError as error:
 
 from .adapters import TransformersAttention, load_swapped
 from .cache import RetentionCacheLayer
+from .compat import warn_if_untested
 from .interface import attention_ran, register_attn_implementation, register_xformers_attention
 from .modeling import (
     RetNetConfig,
@@ -17,6 +18,8 @@ from .modeling import (
     RetNetForTokenClassification,
     RetNetModel,
 )
+
+warn_if_untested()
 
 __all__ = [
     "RetNetConfig",

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, Cache, EncoderDecoderCache, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, Cache, PreTrainedModel
 
 from retention.errors import ShapeError
 
 from ..swap import Adapter, Heads, register_adapter, replace_attention, replaced_by
 from .cache import retention_layer
+from .compat import swap_cache, versions
 
 IMPLEMENTATION = "hosted_retention"
 MARK = "retention_in_attention"  # of the config of a model with replaced layers
@@ -58,10 +59,7 @@ class TransformersAttention(Adapter):
             owner._init_weights(module)
 
     def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = "layer_past" if "layer_past" in kwargs else "past_key_values"
-        cache = kwargs.get(name)
-        if cache is not None:
-            kwargs[name] = _PassThrough()
+        args, kwargs, cache = swap_cache(args, kwargs, _PassThrough())
         x = args[0] if args else kwargs["hidden_states"]
         return host_forward(*args, **kwargs, hosted=(x, cache))
 
@@ -98,8 +96,11 @@ def hosted_retention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in the place of the softmax. hosted: the layer's input and the cache. -> (B, T, H, V)."""
     x, cache = hosted
-    if isinstance(cache, EncoderDecoderCache):
-        cache = cache.self_attention_cache
+    if k.shape[2] != x.shape[1]:
+        raise ShapeError(
+            f"{type(attention).__name__} must hand on the keys of its {x.shape[1]} tokens; got {k.shape[2]}, "
+            f"so it keeps them in a cache that was not found among its arguments ({versions()})"
+        )
     layer = None if cache is None else retention_layer(cache, attention.layer_idx)
     state = None if layer is None else layer.state
     columns = None if layer is None else layer.columns

@@ -1,4 +1,4 @@
-"""Where transformers' moving parts are touched: its cache, its attention masks and its packed batches."""
+"""What transformers' cache, attention masks and packed batches are to retention."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import (
-    STATIC_LAYER_TYPE_MAPPING,
-    Cache,
-    CacheLayerMixin,
-    LinearAttentionCacheLayerMixin,
-)
-from transformers.masking_utils import LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING, create_recurrent_attention_mask
+from transformers import Cache
 
 from retention.errors import ShapeError
 from retention.state import RetentionState
+
+from .compat import (
+    LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
+    STATIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    LinearAttentionCacheLayerMixin,
+    create_recurrent_attention_mask,
+)
 
 LAYER_TYPE = "retention"
 
@@ -130,7 +132,7 @@ def retention_layer(cache: Cache, index: int) -> RetentionCacheLayer:
     if isinstance(layer, RetentionCacheLayer):
         return layer
     if getattr(layer, "is_initialized", False):
-        raise TypeError(f"past_key_values holds keys and values in layer {index}, where a retention state is needed")
+        raise TypeError(f"the cache holds keys and values in layer {index}, where a retention state is needed")
     cache.layers[index] = new = RetentionCacheLayer()
     return new
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
 
 from ..swap import Swapped, plan_replacement, replace_attention, restore_attention
+from .compat import ProgressCallback
 from .training.train import last_checkpoint
 
 TRANSFER, TUNING = "transfer", "tuning"  # the stages, and their folders

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from retention.backends.xformers import attention as xformers_attention
 from retention.decay import log_decays
 
-from ..hosted import Heads, HostedRetention
+from ..swap import Heads, HostedRetention
 from .adapters import as_one_row, borders_of, real_tokens
+from .compat import AttentionMaskInterface, sdpa_mask
 
 
 def register_attn_implementation(name: str = "retention", *, decay: Any = "short") -> None:

@@ -22,9 +22,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from retention.arguments import check_choice
 from retention.backends import FORMS
@@ -33,6 +30,17 @@ from retention.layer import MultiScaleRetention
 from retention.model import RetNetBackbone
 
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
+from .compat import (
+    CACHE,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    as_output,
+    cache_by_any_name,
+    cache_of,
+    can_return_tuple,
+)
 
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
 
@@ -52,7 +60,7 @@ class RetNetConfig(PreTrainedConfig):
     """
 
     model_type = "retention"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "dim",
         "num_hidden_layers": "num_layers",
@@ -179,13 +187,14 @@ class RetNetModel(RetNetPreTrainedModel):
         self.backbone = RetNetBackbone(**{name: getattr(config, name) for name in _BACKBONE})
         self.post_init()
 
+    @cache_by_any_name
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -201,10 +210,11 @@ class RetNetModel(RetNetPreTrainedModel):
         """Hidden states of input_ids (B, T) or inputs_embeds (B, T, dim).
 
         attention_mask: (B, T) or with a cache (B, tokens so far + T); 0 = padding, left or right.
-        past_key_values: what an earlier call returned; this call continues its sequences, and updates it.
+        cache: what an earlier call returned, under the name that the installed transformers has for it ("cache" from
+            5.24 on, "past_key_values" before; both are taken). This call continues its sequences, and updates it.
         position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions do not matter
             otherwise: time is counted over real tokens. The lengths and cu_seq_lens_k are not needed.
-        use_cache: give past_key_values; default: config.use_cache, but not in training.
+        use_cache: return the cache; default: config.use_cache, but not in training.
         output_retentions: give the retention scores, which only the parallel form has.
         forward_mode: as in the config, for this call.
         Raises: ShapeError or ValueError that says what does not fit.
@@ -215,23 +225,21 @@ class RetNetModel(RetNetPreTrainedModel):
             raise ValueError("retention has no attention weights; pass output_retentions=True for its scores")
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        mask = token_mask(attention_mask, x, past_key_values is not None)
+        mask = token_mask(attention_mask, x, cache is not None)
         borders = None
-        if attention_mask is None and past_key_values is None:
+        if attention_mask is None and cache is None:
             borders = packed_borders(x, cu_seq_lens_q, position_ids, seq_idx)
         elif cu_seq_lens_q is not None:
-            raise ValueError(
-                "packed sequences go without attention_mask and past_key_values; got cu_seq_lens_q with them"
-            )
+            raise ValueError("packed sequences go without attention_mask and cache; got cu_seq_lens_q with them")
         if borders is not None:
             use_cache = False  # its rows would not be those of the batch
-        elif use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        elif use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         return self._run(
             x,
             mask,
             borders,
-            past_key_values,
+            cache,
             forward_mode or self.config.forward_mode,
             bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
             self.config.output_retentions if output_retentions is None else output_retentions,
@@ -255,25 +263,28 @@ class RetNetModel(RetNetPreTrainedModel):
         layers = [] if cache is None else [retention_layer(cache, i) for i in range(self.config.num_layers)]
         state: Any = [layer.state for layer in layers] if layers and layers[0].is_initialized else None
         one_token = x.shape[1] == 1 and form in ("auto", "recurrent") and not torch.is_grad_enabled()
-        out = self.backbone(
-            x if borders is None else x.view(1, -1, x.shape[-1]),
-            mask=mask,
-            cu_seqlens=borders,
-            state=state,
-            return_state=cache is not None,
-            in_place=state is not None and one_token,
-            return_layers=hidden_states,
-            return_scores=retentions,
-            form=None if form == "auto" else form,  # the layers' own
-        )
+        if state is not None and one_token and not retentions:
+            out = self.backbone.step(x, state, mask=mask)
+        else:
+            out = self.backbone(
+                x if borders is None else x.view(1, -1, x.shape[-1]),
+                mask=mask,
+                cu_seqlens=borders,
+                state=state,
+                return_state=cache is not None,
+                return_layers=hidden_states,
+                return_scores=retentions,
+                form=None if form == "auto" else form,  # the layers' own
+            )
         for layer, after in zip(layers, out.state or [], strict=True):
             layer.store(after, x.shape[1])
+        inner = (out.layers or [])[:-1]
         return RetNetModelOutput(
             last_hidden_state=out.hidden.view_as(x),
-            past_key_values=cache,
-            hidden_states=tuple(y.view_as(x) for y in (*out.layers[:-1], out.hidden)) if hidden_states else None,
-            retentions=tuple(out.scores) if retentions else None,
+            hidden_states=tuple(y.view_as(x) for y in (*inner, out.hidden)) if hidden_states else None,
+            retentions=tuple(out.scores or ()) if retentions else None,
             aux_loss=out.aux_loss,
+            **as_output(cache),
         )
 
 
@@ -289,13 +300,14 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
+    @cache_by_any_name
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -321,7 +333,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            cache,
             inputs_embeds,
             use_cache,
             output_hidden_states,
@@ -337,10 +349,10 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         return RetNetCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
             retentions=out.retentions,
             aux_loss=out.aux_loss,
+            **as_output(cache_of(out)),
         )
 
     def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:

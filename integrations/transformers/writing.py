@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
 
 from retention import decoding
 
 from .adapters import MARK, load_swapped
+from .compat import cache_of, call_with_cache
 
 
 def load_language_model(folder: str | Path, **kwargs: Any) -> Any:
@@ -26,13 +27,12 @@ def stream(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **opt
 
     options: temperature, top_k and generator, as `retention.decoding.stream`. For all else there is `generate`.
     """
-    call: Any = model
 
-    def prompt(tokens: Tensor, _: Tensor | None) -> tuple[Tensor, Cache]:
-        out = call(tokens, past_key_values=DynamicCache(config=model.config), use_cache=True, logits_to_keep=1)
-        return out.logits, out.past_key_values
+    def prompt(tokens: Tensor, _: Tensor | None) -> tuple[Tensor, Any]:
+        out = call_with_cache(model, tokens, logits_to_keep=1)
+        return out.logits, cache_of(out)
 
     def step(token: Tensor, cache: Cache) -> Tensor:
-        return call(token, past_key_values=cache, use_cache=True).logits
+        return call_with_cache(model, token, cache).logits
 
     return decoding.stream(prompt, step, input_ids, max_new_tokens, **options)

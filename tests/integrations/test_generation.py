@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 from retention.backends.chunked import walk
 from retention.decay import HeadDecay
 from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM, modeling
+from retention.integrations.transformers.compat import CACHE
 
 MODES = ("auto", "parallel", "chunkwise", "recurrent")
 LENGTHS = (200, 150, 131, 7, 180)
@@ -149,8 +150,8 @@ def test_a_conversation_goes_on_from_the_cache_with_many_new_tokens_at_once(mode
     mask = torch.cat([first["attention_mask"], torch.ones(5, 95, dtype=torch.long)], dim=1)
     kwargs = dict(attention_mask=mask, max_new_tokens=NEW, do_sample=False)
     want = model.generate(ids, **kwargs)
-    assert begun.past_key_values.get_seq_length() == begun.sequences.shape[1] - 1
-    assert torch.equal(model.generate(ids, past_key_values=begun.past_key_values, **kwargs), want)
+    assert begun[CACHE].get_seq_length() == begun.sequences.shape[1] - 1
+    assert torch.equal(model.generate(ids, **{CACHE: begun[CACHE]}, **kwargs), want)
 
 
 def test_inputs_embeds_continue_like_input_ids(model):
@@ -163,7 +164,7 @@ def test_inputs_embeds_continue_like_input_ids(model):
 def test_what_rolls_back_is_refused(model):
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(**padded(prompts()[:1]), max_new_tokens=3, assistant_model=make())
-    cache = model(prompts()[0][None]).past_key_values
+    cache = model(prompts()[0][None])[CACHE]
     assert not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match=r"cannot forget its last tokens; .* assisted decoding.*crop\(-1\)"):
         cache.crop(-1)
@@ -179,8 +180,8 @@ def test_any_cut_of_a_padded_batch_gives_the_logits_of_each_row_alone(model, mod
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache, logits, start = None, [], 0
     for end in (3, 4, 70, 199, 200):
-        out = model(ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, forward_mode=mode)
-        cache, start = out.past_key_values, end
+        out = model(ids[:, start:end], attention_mask=mask[:, :end], **{CACHE: cache}, forward_mode=mode)
+        cache, start = out[CACHE], end
         logits.append(out.logits)
     logits = torch.cat(logits, dim=1)
     for row, prompt in enumerate(prompts()):
@@ -191,12 +192,12 @@ def test_any_cut_of_a_padded_batch_gives_the_logits_of_each_row_alone(model, mod
 @torch.no_grad()
 def test_the_cache_holds_the_same_tensors_from_the_first_token_to_the_last(model):
     cache = DynamicCache(config=model.config)
-    model(prompts()[0][None], past_key_values=cache)
+    model(prompts()[0][None], **{CACHE: cache})
     tensors = [layer.state.kv.data_ptr() for layer in cache.layers]
     size = sum(layer.state.kv.numel() for layer in cache.layers)
     for token in prompts()[1]:
-        model(token.view(1, 1), past_key_values=cache)
-    model(prompts()[2][None], past_key_values=cache)
+        model(token.view(1, 1), **{CACHE: cache})
+    model(prompts()[2][None], **{CACHE: cache})
     cache.reorder_cache(torch.tensor([0]))
     assert [layer.state.kv.data_ptr() for layer in cache.layers] == tensors
     assert size == model.config.num_layers * 32 * 64 // 4  # heads (key_dim / heads) (value_dim / heads)
@@ -208,9 +209,9 @@ def test_the_cache_holds_the_same_tensors_from_the_first_token_to_the_last(model
 def test_a_cache_made_by_the_user_is_filled(model, make_cache):
     prompt = prompts()[0][None]
     cache = make_cache(model.config)
-    model(prompt[:, :150], past_key_values=cache)
+    model(prompt[:, :150], **{CACHE: cache})
     assert all(isinstance(layer, RetentionCacheLayer) for layer in cache.layers)
-    logits = model(prompt[:, 150:], past_key_values=cache).logits
+    logits = model(prompt[:, 150:], **{CACHE: cache}).logits
     torch.testing.assert_close(logits, model(prompt).logits[:, 150:], rtol=1e-4, atol=1e-4)
 
 
@@ -220,7 +221,7 @@ def test_cache_operations_on_the_batch(model):
     rows = {"reorder_cache": [1, 1], "batch_select_indices": [1], "batch_repeat_interleave": [0, 0, 0, 1, 1, 1]}
     arguments = {"reorder_cache": torch.tensor([1, 1]), "batch_select_indices": torch.tensor([1])}
     for name, expected in rows.items():
-        cache = model(tokens).past_key_values
+        cache = model(tokens)[CACHE]
         before = cache.layers[1].state.clone()
         getattr(cache, name)(arguments.get(name, 3))
         assert torch.equal(cache.layers[1].state.kv, before.kv[expected])
@@ -234,9 +235,9 @@ def test_cache_operations_on_the_batch(model):
 def test_a_cache_from_inference_mode_can_be_used_outside_of_it(model):
     prompt = prompts()[0][None]
     with torch.inference_mode():
-        cache = model(prompt[:, :100]).past_key_values
+        cache = model(prompt[:, :100])[CACHE]
     with torch.no_grad():
-        logits = torch.cat([model(prompt[:, n, None], past_key_values=cache).logits for n in range(100, 110)], dim=1)
+        logits = torch.cat([model(prompt[:, n, None], **{CACHE: cache}).logits for n in range(100, 110)], dim=1)
         torch.testing.assert_close(logits, model(prompt[:, :110]).logits[:, 100:], rtol=1e-4, atol=1e-4)
 
 
@@ -244,7 +245,7 @@ def test_gradients_flow_through_the_cache(model):
     """Truncated backpropagation over segments of a long text."""
     prompt = prompts()[0][None]
     first = model(prompt[:, :100])
-    model(prompt[:, 100:], past_key_values=first.past_key_values).logits.sum().backward()
+    model(prompt[:, 100:], **{CACHE: first[CACHE]}).logits.sum().backward()
     weight = model.model.backbone.blocks[0].retention.k_proj.weight
     grad = weight.grad.clone()
     model.zero_grad()
@@ -256,8 +257,8 @@ def test_a_cache_of_keys_and_values_is_refused(model):
     cache = DynamicCache()
     cache.update(torch.zeros(1, 4, 3, 8), torch.zeros(1, 4, 3, 8), 0)
     assert isinstance(cache.layers[0], DynamicLayer)
-    with pytest.raises(TypeError, match="past_key_values holds keys and values in layer 0"):
-        model(prompts()[0][None], past_key_values=cache)
+    with pytest.raises(TypeError, match="the cache holds keys and values in layer 0"):
+        model(prompts()[0][None], **{CACHE: cache})
 
 
 # --- these tests can fail ---------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The retention that takes the place of a softmax, against its formula: all pairs of tokens at once, in float64."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -8,9 +9,15 @@ import transformers
 from cases import deviation
 from hosts import SIZES, build, padded
 
-from retention.integrations.hosted import Heads, HostedRetention
-from retention.integrations.swap import Swapped, replace_attention, restore_attention
-from retention.integrations.window import WindowState
+from retention.integrations.swap import (
+    Heads,
+    HostedRetention,
+    Swapped,
+    calibration,
+    replace_attention,
+    restore_attention,
+)
+from retention.integrations.swap.window import WindowState
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,7 +67,7 @@ def test_each_head_has_its_scales_whatever_it_shares(features):
     retention.decay.reset_parameters()
     q, k, v = (torch.randn(1, heads, 9, 8).double() for heads in (4, 2, 2))
     n = torch.arange(9.0).double()
-    found, _ = retention(q.flatten(2), q, k, v, scale=0.25)
+    found, _ = retention(q.transpose(1, 2).flatten(2), q, k, v, scale=0.25)
     for h in range(4):
         scores = 0
         for s in range(2):
@@ -312,31 +319,37 @@ def test_what_a_window_cannot_do_is_an_error():
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def in_calibration(layers):
+    """The layers as the calibration pass has them."""
+    probes = {name: calibration._Probe(layer.retention) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        layer.retention = probes[name]
+    yield probes
+    for name, layer in layers.items():
+        layer.retention = probes[name].measured
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
 def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
     model, (rows, _) = build(family), padded()
     ids = rows[0][None]
-    want, last = model(ids).logits, {}
-    keep = lambda name: lambda module, args, out: last.__setitem__(name, out[0])  # noqa: E731
-    replace_attention(model, gate="silu")
+    want, seen, heads = model(ids).logits, {}, {}
+    replace_attention(model, gate=None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
-    for name, layer in layers.items():
-        layer.retention.register_forward_hook(keep(name))
-    for layer in layers.values():
-        layer.retention.calibrating = True
-    torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
-    wanted = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
-    for layer in layers.values():
-        layer.retention.calibrating = False
+    with in_calibration(layers) as probes:
+        for name, probe in probes.items():
+            probe.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out[0]))
+        torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
     restore_attention(model)
-    replace_attention(model, gate="silu", calibrate_on={"input_ids": ids})
-    for name, layer in layers.items():
-        assert not (layer.retention.gain == 1).any()
-        layer.retention.register_forward_hook(keep(name))
+    replace_attention(model, gate=None, calibrate_on={"input_ids": ids})
+    first = next(iter(layers))  # whose input is that of the model with attention
+    layers[first].retention.register_forward_hook(lambda module, args, out: heads.__setitem__(first, out[0]))
     model(ids)
-    sizes = last[next(iter(layers))].square().mean(dim=(0, 1, 3))
-    torch.testing.assert_close(sizes, wanted, rtol=1e-3, atol=1e-3)
+    assert all(not (layer.retention.gain == 1).any() for layer in layers.values())
+    sizes, wanted = (z[first].square().mean(dim=(0, 1, 3)) for z in (heads, seen))
+    torch.testing.assert_close(sizes, wanted, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
@@ -360,8 +373,6 @@ def test_calibration_keeps_packed_sequences_apart():
     positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
     want = model(rows[0][None], position_ids=positions, use_cache=False).logits
     replace_attention(model)
-    for module in model.modules():
-        if isinstance(module, HostedRetention):
-            module.calibrating = True
-    got = model(rows[0][None], position_ids=positions, use_cache=False).logits
+    with in_calibration({name: m for name, m in model.named_modules() if isinstance(m, Swapped)}):
+        got = model(rows[0][None], position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,10 @@ from hosts import FAMILIES, GROUPED, SIZES, build, padded
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from retention.integrations.hosted import Heads, HostedRetention
 from retention.integrations.swap import (
     Adapter,
+    Heads,
+    HostedRetention,
     Swapped,
     plan_replacement,
     register_adapter,
@@ -21,6 +22,7 @@ from retention.integrations.swap import (
     restore_attention,
 )
 from retention.integrations.transformers import TransformersAttention, load_swapped, register_attn_implementation
+from retention.integrations.transformers.compat import CACHE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,7 +69,7 @@ def test_padding_cuts_and_steps_leave_the_logits_alone(family, options):
         torch.testing.assert_close(logits[-len(prompt) :], model(prompt[None]).logits[0], **close, msg=f"row {row}")
     cache, parts = DynamicCache(config=model.config), []
     for start, end in ((0, 60), (60, 90), *((n, n + 1) for n in range(90, 100))):
-        parts.append(model(rows[0][None, start:end], past_key_values=cache).logits)
+        parts.append(model(rows[0][None, start:end], **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(parts, 1), model(rows[0][None]).logits, **close)
     assert cache.layers[1].state.kv.shape[0] == 1
 
@@ -124,10 +126,10 @@ def test_packed_sequences_do_not_see_each_other(attention, window):
 def test_cache_of_a_layer_with_a_window_holds_the_same_tensors_from_the_first_token_to_the_last():
     model, (rows, _) = build("Llama"), padded()
     replace_attention(model, window=9)
-    cache = model(rows[0][None, :1]).past_key_values
+    cache = model(rows[0][None, :1])[CACHE]
     before = {name: z.data_ptr() for name, z in vars(cache.layers[1].state).items() if z is not None}
     for start, end in ((1, 2), (2, 40), (40, 41)):
-        model(rows[0][None, start:end], past_key_values=cache)
+        model(rows[0][None, start:end], **{CACHE: cache})
     cache.reorder_cache(torch.tensor([0]))
     state = cache.layers[1].state
     assert {name: z.data_ptr() for name, z in vars(state).items() if z is not None} == before
@@ -138,7 +140,7 @@ def test_cache_of_a_layer_with_a_window_holds_the_same_tensors_from_the_first_to
 def test_cache_of_a_hybrid_holds_a_state_where_retention_is_and_keys_elsewhere():
     model, (rows, _) = build("Llama"), padded()
     replace_attention(model, layers=[1])
-    cache = model(rows[0][None]).past_key_values
+    cache = model(rows[0][None])[CACHE]
     assert cache.layers[0].keys.shape == (1, 2, 100, 8)
     assert cache.layers[1].state.kv.shape == (1, 2 * 4, 16, 9)  # two scales
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):

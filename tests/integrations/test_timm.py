@@ -10,8 +10,7 @@ from timm.models import create_feature_extractor, load_checkpoint
 from torch.nn import functional as F
 
 from retention import ShapeError
-from retention.integrations.hosted import Heads, HostedRetention
-from retention.integrations.swap import plan_replacement, replace_attention, restore_attention
+from retention.integrations.swap import Heads, HostedRetention, plan_replacement, replace_attention, restore_attention
 from retention.integrations.timm import RetentionAttention, classify_strips, retention_layer
 
 SIZES = dict(img_size=(48, 80), depth=2, num_classes=7)  # a grid of 3 x 5

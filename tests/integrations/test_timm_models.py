@@ -7,8 +7,7 @@ import torch
 from timm.models import create_feature_extractor
 from torch import nn
 
-from retention.integrations.hosted import HostedRetention
-from retention.integrations.swap import Swapped
+from retention.integrations.swap import HostedRetention, Swapped
 from retention.integrations.timm.pyramid import ManhattanAttention, Mixer
 
 VITS = [f"vit_retention_{size}_patch16_224" for size in ("tiny", "small", "base")]

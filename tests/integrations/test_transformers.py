@@ -23,6 +23,7 @@ from retention.integrations.transformers import (
     RetNetForTokenClassification,
     RetNetModel,
 )
+from retention.integrations.transformers.compat import CACHE
 from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
 
@@ -251,7 +252,7 @@ def test_packed_batches_of_the_flattening_collator_are_each_sequence_alone(optio
         for a, row in zip(alone, rows, strict=True)
     ]
     torch.testing.assert_close(out.loss, sum(nll) / sum(len(row) - 1 for row in rows))
-    assert out.past_key_values is None
+    assert CACHE not in out
 
 
 def test_the_trainer_takes_packed_batches_and_accumulates_them_exactly(tmp_path):
@@ -303,7 +304,7 @@ def test_outputs_that_are_asked_for():
     torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])
     torch.testing.assert_close(model(tokens, logits_to_keep=torch.tensor([1, 5])).logits, out.logits[:, [1, 5]])
     assert len(model(tokens, return_dict=False)) == 2  # logits and cache
-    for options in ({"forward_mode": "chunkwise"}, {"past_key_values": out.past_key_values}):
+    for options in ({"forward_mode": "chunkwise"}, {CACHE: out[CACHE]}):
         with pytest.raises(ValueError, match="scores exist only in the parallel form"):
             model(tokens, output_retentions=True, **options)
     with pytest.raises(ValueError, match="no attention weights; pass output_retentions=True"):

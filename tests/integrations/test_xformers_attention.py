@@ -10,6 +10,7 @@ import transformers
 from retention import BackendError
 from retention.integrations.swap import replace_attention, restore_attention
 from retention.integrations.transformers import attention_ran, register_xformers_attention
+from retention.integrations.transformers.compat import CACHE
 
 THREE = hosts.SIZES | {"num_hidden_layers": 3}
 FAMILIES = {
@@ -111,7 +112,7 @@ def test_more_tokens_on_a_cache_a_static_cache_and_packed_rows(kernel, request):
     packed = model(ids, position_ids=positions, use_cache=False).logits
     model.set_attn_implementation("xformers")
     first = model(ids[:, :11])
-    rest = model(ids[:, 11:], past_key_values=first.past_key_values)
+    rest = model(ids[:, 11:], **{CACHE: first[CACHE]})
     torch.testing.assert_close(torch.cat([first.logits, rest.logits], 1), want, rtol=1e-3, atol=1e-3)
     assert torch.equal(model.generate(ids, max_new_tokens=8, do_sample=False, cache_implementation="static"), text)
     found = model(ids, position_ids=positions, use_cache=False).logits

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
+from ..compat import ProgressCallback
 from .corpus import Corpus
 from .plot import draw
 

@@ -11,11 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 
 from ...swap import SwapReport, plan_replacement
 from ..adapters import MARK
+from ..compat import TRAINER_STATE_NAME, TrainerState
 from ..distill import TRANSFER, TUNING, Recovery, replace_in_parts
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus

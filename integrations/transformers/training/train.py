@@ -9,12 +9,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.utils import logging as transformers_logging
 
 from retention.layer import set_backend
 
+from ..compat import TRAINER_STATE_NAME, ProgressCallback, TrainerState, logging
 from ..modeling import RetNetForCausalLM
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
@@ -36,8 +34,8 @@ class Run:
 
 def quiet() -> None:
     """No bars and notices of transformers' own between what a command prints."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def train(settings: Settings, out: Path, *, resume: bool = False) -> Run:

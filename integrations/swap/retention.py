@@ -1,0 +1,329 @@
+"""The retention that stands where the softmax of an attention layer was."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from einops import rearrange, reduce, repeat
+from torch import Tensor, nn
+
+from retention.arguments import check_choice, check_number
+from retention.backends import check_name
+from retention.decay import HeadDecay, log_decays
+from retention.errors import ShapeError
+from retention.functional import retain, step
+from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
+from retention.state import RetentionState, state_dtype
+
+from .adapter import Heads
+from .features import FeatureMap
+from .window import WindowState, attend, in_order, join, real_last, span
+
+# The bias at which a gate is 1, or as near as it comes.
+_OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
+
+
+class HostedRetention(HasBackend):
+    """Retention of the q, k and v of an attention layer, at the scale of that layer's output.
+
+    scales: how many retentions, each with decays of its own, make one head; their scores add up. Default: 2 with
+        features, else 1.
+    decay: as `MultiScaleRetention`, for scales * num_heads: the first scale of all heads, then the next.
+    learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
+    features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
+        takes them as they are and divides by the root mean square of each head.
+    window: each token attends to the last so many tokens, itself among them, with the layer's own exp(scale q k), and
+        retention gathers those before; what both give is divided by the sum of all scores. Those of retention count
+        exp(W x + b) times; at the start, a pair of q and k that say nothing counts as much here as there. A sequence no
+        longer than the window is attended to as it was. Causal, with features. None: retention gathers all.
+    gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
+    causal: True: each token sees those before it only, an image along its rows; no token may then be without a place.
+        None: as each call says.
+    grid: where the tokens are an image, decay by the distance in rows plus that in columns; False: along its rows, one
+        after another.
+    The output of each channel is multiplied by `gain`, 1 at the start.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        *,
+        scales: int | None = None,
+        decay: Any = "short",
+        learnable_decay: bool = True,
+        features: bool = True,
+        window: int | None = None,
+        gate: str | None = "silu",
+        causal: bool | None = None,
+        grid: bool = True,
+        backend: str = "auto",
+        form: str = "auto",
+        chunk_size: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ):
+        super().__init__()
+        check_choice("features", features, (True, False))
+        scales = (2 if features else 1) if scales is None else scales
+        check_number("scales", scales, isinstance(scales, int) and scales >= 1, "whole and at least 1")
+        if window is not None:
+            check_number("window", window, isinstance(window, int) and window >= 1, "whole and at least 1")
+            if not features:
+                raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
+        check_choice("causal", causal, (True, None))
+        check_choice("grid", grid, (True, False))
+        check_choice("gate", gate, (*_OPEN, None))
+        check_name(backend)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.heads, self.scales, self.features = heads, scales, features
+        self.window, self.causal, self.grid = window, causal, grid
+        self.backend, self.form, self.chunk_size = backend, form, chunk_size
+        values = log_decays(decay, scales * heads.num_heads)
+        schedule = decay if isinstance(decay, str) else list(values)
+        self.options = dict(
+            scales=scales,
+            decay=schedule,
+            learnable_decay=learnable_decay,
+            features=features,
+            window=window,
+            gate=gate,
+            causal=causal,
+            grid=grid,
+        )
+        order = rearrange(np.arange(len(values)), "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)
+        self.decay = HeadDecay([values[i] for i in order], len(values), learnable=learnable_decay, **dd)
+        if features:
+            self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
+            self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
+        self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window else None
+        self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
+        self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
+        self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
+        self.activation = gate
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """As at the start."""
+        self.decay.reset_parameters()
+        if self.features:
+            self.q_map.reset_parameters()
+            self.k_map.reset_parameters()
+        if self.rest is not None:
+            nn.init.zeros_(self.rest.weight)
+            nn.init.constant_(self.rest.bias, math.log(self.scales * 2 * self.k_map.weight.shape[-1]))
+        nn.init.ones_(self.gain)
+        if self.gate is not None and self.activation is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.constant_(self.gate.bias, _OPEN[self.activation])
+
+    def forward(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RetentionState | None = None,
+        return_state: bool = False,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
+    ) -> tuple[Tensor, RetentionState | None]:
+        """What the heads gather, (B, T, H, V), and with return_state the state after the last token.
+
+        Shapes: x (B, T, dim), the layer's input; q (B, H, T, K); k, v (B, Hkv, T, K or V); mask (B, T), True = real.
+        grid: (rows, columns) of the image that the tokens are, but for the first `prefix`: these stand at no place,
+            they see all tokens and are seen by all without decay. For calls that are not causal.
+        For one token without gradients, `state` is overwritten.
+        """
+        y, after = self.gather(
+            x,
+            q,
+            k,
+            v,
+            scale=scale,
+            causal=causal,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
+            grid=grid,
+            prefix=prefix,
+        )
+        y = y * self.gain
+        if self.gate is not None and self.activation is not None:
+            y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
+        return y, after
+
+    def gather(
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool = True,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RetentionState | None = None,
+        return_state: bool = False,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
+    ) -> tuple[Tensor, RetentionState | None]:
+        """As `forward`, without gain and gate."""
+        self._check_shapes(x, q, k, v, mask)
+        causal = causal or self.causal is True
+        if prefix and causal:
+            raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
+        if self.window is not None:
+            _check_window(causal, cu_seqlens is not None and (return_state or state is not None), state)
+        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+        if self.window is None or self.rest is None:
+            y, after = self._gather(q, k, v, scale, causal=causal, grid=grid, prefix=prefix, **options)
+            y = _divided(y) if self.features else y
+        else:
+            y, after = self._with_window(self.window, self.rest(x), q, k, v, scale, **options)
+        return self.norm(y.transpose(1, 2)), after
+
+    def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+        batch, length = x.shape[:2]
+        queries, keys = (batch, self.heads.num_heads, length), (batch, self.heads.num_kv_heads, length)
+        shapes = (
+            ("q", q, (*queries, self.heads.key_dim)),
+            ("k", k, (*keys, self.heads.key_dim)),
+            ("v", v, (*keys, self.heads.value_dim)),
+            ("mask", mask, (batch, length)),
+        )
+        for name, given, wanted in shapes:
+            if given is not None and given.shape != wanted:
+                raise ShapeError(
+                    f"{name} must be {wanted}, for x {tuple(x.shape)} and {self.heads}; "
+                    f"got {name} {tuple(given.shape)}; pass what belongs to the tokens of x, earlier ones are in state"
+                )
+
+    def _gather(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: RetentionState | None,
+        return_state: bool,
+        there: Tensor | None = None,
+        causal: bool = True,
+        grid: tuple[int, int] | None = None,
+        prefix: int = 0,
+    ) -> tuple[Tensor, RetentionState | None]:
+        """The sums of retention, (B, H, T, V), with features one wider: the last is that of the scores.
+
+        there (B or 1, T): which keys and values there are; default: all.
+        """
+        kv_heads = k.shape[1]
+        q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
+        if there is not None:
+            v = v * there[:, None, :, None]
+        log_decay = self.decay(q.device, state_dtype(q.dtype))
+        after: RetentionState | None = state
+        if state is not None and q.shape[2] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
+            out = step(q, k, v, log_decay, state, scale=1.0, mask=mask)
+        else:
+            found = retain(
+                q[:, :, prefix:],
+                k[:, :, prefix:],
+                v[:, :, prefix:],
+                log_decay,
+                scale=1.0,
+                mask=mask,
+                cu_seqlens=cu_seqlens,
+                state=state,
+                causal=causal,
+                grid=grid if self.grid and not causal else None,
+                backend=self.backend,
+                form=self.form,
+                chunk_size=self.chunk_size,
+                return_state=return_state,
+            )
+            out, after = (found, None) if isinstance(found, Tensor) else found
+            out = _with_prefix(q, k, v, prefix, out) if prefix else out
+        return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.scales), after
+
+    def _with_window(
+        self,
+        window: int,
+        weight: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        *,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        state: WindowState | None,
+        return_state: bool,
+    ) -> tuple[Tensor, WindowState | None]:
+        """Attention to what is in the window and retention of what has left it, (B, H, T, V).
+
+        weight (B, T, H): the logarithm of what the scores of retention are multiplied by.
+        """
+        weight = rearrange(weight, "b t h -> b h t 1")
+        order = None if mask is None else real_last(mask)
+        if mask is not None and order is not None:  # the tokens of a window stand side by side
+            q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
+            mask = mask.gather(1, order)
+        seen = span(k, v, window, mask, cu_seqlens, state)
+        k, v, there = seen.leaving()
+        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
+        rest, after = self._gather(q, k, v, scale, there=there, **options)
+        y = join(*attend(q, seen, scale), _divided(rest), rest[..., -1:], weight).to(v.dtype)
+        if mask is not None and order is not None:
+            y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
+        return y, None if after is None else seen.state(after)
+
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of attention as those of retention: each key head's scales, each with the query heads that share it."""
+        if self.features:
+            q, k = self.q_map(q), self.k_map(k)
+            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # which gather the sum of the scores
+        else:
+            q, k = (z[:, :, None].expand(-1, -1, self.scales, -1, -1) for z in (q, k))
+        q = rearrange(q, "b (n g) s t k -> b (n s g) t k", n=k.shape[1])
+        return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.scales)
+
+
+def _check_window(causal: bool, packed_states: bool, state: RetentionState | None) -> None:
+    if not causal:
+        raise ValueError("a window needs causal retention; got causal False; leave window out, or pass causal=True")
+    if packed_states:
+        raise ValueError("with a window, packed sequences have no states; got cu_seqlens; pass the sequences as rows")
+    if state is not None and not isinstance(state, WindowState):
+        raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
+
+
+def _zero_at_padding(x: Tensor, mask: Tensor) -> Tensor:
+    """x (B, H, T, D), whatever stands at padding, NaN too; mask (B, T), True = real token."""
+    return x.masked_fill(~mask[:, None, :, None], 0)
+
+
+def _divided(sums: Tensor) -> Tensor:
+    """By the sum of the scores, which is the last."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6)
+
+
+def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:
+    """placed (B, H, T - prefix, V): what the tokens behind the first `prefix` gather from each other. (B, H, T, V)."""
+    wide, groups = state_dtype(q.dtype), q.shape[1] // k.shape[1]
+    with torch.autocast(q.device.type, enabled=False):  # sums over the image
+        parts = (x.to(wide).tensor_split((prefix,), dim=2) for x in (k, v))
+        first, rest = ((k_i.mT @ v_i).repeat_interleave(groups, dim=1) for k_i, v_i in zip(*parts, strict=True))
+        q_first, q_rest = q.to(wide).tensor_split((prefix,), dim=2)
+        return torch.cat([q_first @ (first + rest), placed + q_rest @ first], dim=2).to(placed.dtype)
