@@ -7,6 +7,7 @@ except ImportError as error:
         'retention.integrations.transformers needs transformers; pip install "multiscale-retention[transformers]"'
     ) from error
 
+from . import families  # noqa: F401
 from .adapters import TransformersAttention, load_swapped
 from .cache import RetentionCacheLayer
 from .compat import warn_if_untested

@@ -227,7 +227,7 @@ def test_the_attention_implementation_is_what_replacement_begins_with(family):
 
 
 @torch.no_grad()
-def test_the_attention_implementation_serves_encoders_and_packed_sequences_and_models_without_an_adapter():
+def test_the_attention_implementation_serves_encoders_and_packed_sequences():
     register_attn_implementation()
     rows, _ = padded()
     bert = transformers.BertModel(transformers.BertConfig(**SIZES)).eval()
@@ -395,9 +395,11 @@ def test_cross_attention_is_refused_and_self_attention_beside_it_replaced():
 
 
 def test_errors_name_what_is_there():
-    t5 = transformers.T5EncoderModel(transformers.T5Config(vocab_size=9, d_model=8, d_kv=4, num_layers=1, num_heads=2))
-    with pytest.raises(ValueError, match=r"no attention of T5EncoderModel has .*T5Attention \(as .*register_adapter"):
-        replace_attention(t5)
+    big = transformers.BigBirdModel(transformers.BigBirdConfig(**SIZES, attention_type="original_full"))
+    with pytest.raises(
+        ValueError, match=r"no attention of BigBirdModel has .*BigBirdAttention \(as .*register_adapter"
+    ):
+        replace_attention(big)
     model = build("Llama")
     with pytest.raises(ValueError, match="layers must be from -2 to 1; got 2"):
         replace_attention(model, layers=[2])
