@@ -173,9 +173,9 @@ def generate(
 ) -> None:
     """Let a trained model continue a text, token by token, from a state of constant size."""
     with _told():
+        from .integrations.transformers.modeling import AutoModelForCausalLM
         from .integrations.transformers.training.settings import check_device, check_dtype, codec_of
         from .integrations.transformers.training.train import quiet
-        from .integrations.transformers.writing import load_language_model
 
         quiet()
         if not (model / "config.json").is_file():
@@ -186,7 +186,7 @@ def generate(
         prompt = codec.opening if prompt is None else prompt
         if not codec.prompt(prompt):
             raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
-        loaded = load_language_model(model, dtype=getattr(torch, dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         if loaded.config.vocab_size < codec.size:
             raise ValueError(
                 f"the model must know the {codec.size} tokens of its tokenizer (bytes, if it has none); "

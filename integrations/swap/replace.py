@@ -7,6 +7,7 @@ An attention module stays the object it is, with its projections under their own
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +19,10 @@ from retention.arguments import check_choice
 
 from .adapter import Adapter
 from .calibration import calibrate
-from .holders import holders
 from .retention import HostedRetention
-from .swapped import Swapped, adapter_of, swapped_class
+from .swapped import Swapped, adapter_of, replaced_by, swapped_class
 from .transaction import all_or_nothing, kept_random_state
+from .whole import whole_models
 
 
 @dataclass
@@ -94,15 +95,14 @@ def replace_attention(
         return report
     overwritten = [x for attention in new.values() for x in attention.state_dict(keep_vars=True).values()]
     fresh = init == "fresh"
-    with all_or_nothing(_around(model, new.values()), overwritten if fresh else ()):
+    models = whole_models(new.values())
+    with all_or_nothing(models, overwritten if fresh else ()), kept_random_state(model, always=not fresh):
         if fresh:
-            with kept_random_state(model, always=False):
-                for attention, weights in [(attention, _fresh_weights(attention, model)) for attention in new.values()]:
-                    attention.load_state_dict(weights)
-        with kept_random_state(model):
-            _put_in(model, new.values(), options)
-            if calibrate_on is not None:
-                calibrate(model, new, calibrate_on)
+            for attention, weights in [(attention, _fresh_weights(attention, model)) for attention in new.values()]:
+                attention.load_state_dict(weights)
+        _put_in(models, new.values(), options)
+        if calibrate_on is not None:
+            calibrate(model, new, calibrate_on)
     return report
 
 
@@ -128,32 +128,27 @@ def restore_attention(model: nn.Module) -> list[str]:
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention that was replaced by retention")
     replaced: list[Any] = [place.attention for place in found]
-    with all_or_nothing(_around(model, replaced)):
-        for adapter in {attention.adapter for attention in replaced}:
-            adapter.detach(model)
+    models = whole_models(replaced)
+    adapters = {attention.adapter for attention in replaced}
+    with all_or_nothing(models):
+        for adapter, whole in itertools.product(adapters, models):
+            adapter.detach(whole)
         for attention in replaced:
             attention._modules.pop("retention", None)
             attention.__class__ = attention.host
+        for adapter, whole in itertools.product(adapters, models):
+            if replaced_by(adapter, whole):
+                adapter.attach(whole)
     return [place.names[0] for place in found]
 
 
-def _put_in(model: nn.Module, new: Iterable[nn.Module], options: dict[str, Any]) -> None:
+def _put_in(models: Iterable[nn.Module], new: Iterable[nn.Module], options: dict[str, Any]) -> None:
     for attention in new:
         attention.retention = _build(attention, options)
         host: Any = type(attention)
         attention.__class__ = swapped_class(host)
-    for adapter in {adapter_of(attention) for attention in new}:
-        if adapter is not None:
-            adapter.attach(model)
-
-
-def _around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """`model`, what is in it, and every module that holds one of `layers`: all that a replacement may change."""
-    found: dict[int, nn.Module] = {}
-    for top in [model, *holders(layers)]:
-        if id(top) not in found:
-            found |= {id(module): module for module in top.modules()}
-    return list(found.values())
+    for adapter, whole in itertools.product({_adapter(attention) for attention in new}, models):
+        adapter.attach(whole)
 
 
 def _refuse_what_needs_new_layers(init: str, calibrate_on: Any, report: SwapReport) -> None:

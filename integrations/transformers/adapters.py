@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface, AutoConfig, Cache, PreTrainedModel
+from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from retention.errors import ShapeError
 
-from ..swap import Adapter, Heads, register_adapter, replace_attention, replaced_by
+from ..swap import Adapter, Heads, register_adapter, replaced_by
 from .cache import retention_layer
 from .compat import swap_cache, versions
+from .marks import update_marks
 
 IMPLEMENTATION = "hosted_retention"
-MARK = "retention_in_attention"  # of the config of a model with replaced layers
 
 
 class TransformersAttention(Adapter):
@@ -63,24 +61,19 @@ class TransformersAttention(Adapter):
         x = args[0] if args else kwargs["hidden_states"]
         return host_forward(*args, **kwargs, hosted=(x, cache))
 
-    def attach(self, model: Any) -> None:
-        replaced = replaced_by(self, model)
-        for module in replaced.values():
-            if not hasattr(module, "host_config"):
-                module.host_config, module.config = module.config, copy.copy(module.config)
-                module.config._attn_implementation_internal = IMPLEMENTATION
-        if isinstance(model, PreTrainedModel):
-            model._is_stateful = True  # `generate` then refuses what rolls back
-            options = next(iter(replaced.values())).retention.options
-            setattr(model.config, MARK, {"layers": list(replaced), "options": options})
+    def attach(self, model: nn.Module) -> None:
+        replaced = replaced_by(self, model).values()
+        for attention in replaced:
+            if not hasattr(attention, "host_config"):
+                attention.host_config, attention.config = attention.config, copy.copy(attention.config)
+                attention.config._attn_implementation_internal = IMPLEMENTATION
+        update_marks(model)
 
-    def detach(self, model: Any) -> None:
-        for module in replaced_by(self, model).values():
-            module.config = module.host_config
-            del module.host_config
-        if isinstance(model, PreTrainedModel):
-            del model._is_stateful
-            delattr(model.config, MARK)
+    def detach(self, model: nn.Module) -> None:
+        for attention in replaced_by(self, model).values():
+            attention.config = attention.host_config
+            del attention.host_config
+        update_marks(model)
 
 
 def hosted_retention(
@@ -170,34 +163,6 @@ def as_one_row(borders: Tensor | None, x: Tensor, *heads: Tensor) -> tuple[Tenso
     if borders is None:
         return x, *heads
     return x.flatten(0, 1)[None], *(z.transpose(0, 1).flatten(1, 2)[None] for z in heads)
-
-
-def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
-    """A model with replaced layers, as `save_pretrained` wrote it. kwargs: as `from_pretrained`.
-
-    `from_pretrained` of the model's own class would build it with its softmax, and say that it has no place for the
-    weights of the retention.
-    Raises: ValueError if the model in `folder` has no replaced layers.
-    """
-    config: Any = AutoConfig.from_pretrained(folder)
-    mark: Any = getattr(config, MARK, None)
-    if mark is None:
-        raise ValueError(
-            f"the model in {folder} has no layers that were replaced; use from_pretrained of its own class"
-        )
-    host = getattr(transformers, config.architectures[0])
-
-    class Swapping(host):  # type: ignore[misc, valid-type]
-        """Replaced before the weights are loaded."""
-
-        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, *args, **kwargs)
-            replace_attention(self, where=lambda name, _: name in mark["layers"], allow_lost=True, **mark["options"])
-
-    Swapping.__name__ = host.__name__  # transformers goes by names
-    found = Swapping.from_pretrained(folder, **kwargs)
-    (found[0] if isinstance(found, tuple) else found).__class__ = host
-    return found
 
 
 class _PassThrough:

@@ -16,7 +16,7 @@ from retention.integrations.swap import Swapped
 from retention.integrations.transformers import load_swapped
 from retention.integrations.transformers.training import swapping
 from retention.integrations.transformers.training.swapping import SwapSettings
-from retention.integrations.transformers.writing import load_language_model, stream
+from retention.integrations.transformers.writing import stream
 
 SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
 QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
@@ -49,7 +49,7 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "A sample" in result.output
 
-    model = load_language_model(out).eval()
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert all(isinstance(block.attn, Swapped) for block in model.transformer.h)
     start = torch.tensor([list(b"def ")])
     new = torch.cat(list(stream(model, start, 9, temperature=0)), 1)
