@@ -217,9 +217,10 @@ def _places(model: nn.Module) -> list[Place]:
 
 
 def _indices(layers: Iterable[int], count: int) -> set[int]:
-    given = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    listed = isinstance(layers, Iterable) and not isinstance(layers, str)
+    given: list[Any] = list(layers) if listed else [layers]
     for i in given:
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
+        if not listed or isinstance(i, bool) or not hasattr(i, "__index__"):
             raise TypeError(f"layers must be whole numbers, such as [0, 2, -1]; got {i!r}")
         if not -count <= operator.index(i) < count:
             raise ValueError(f"layers must be from {-count} to {count - 1}; got {i}")

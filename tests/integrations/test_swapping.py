@@ -153,3 +153,19 @@ def test_a_model_that_has_retention_or_knows_too_few_tokens_is_refused(host, tex
     assert "must know all 256 tokens of the corpus; it knows 100" in " ".join(
         run(tmp_path / "few", text, "--out", tmp_path / "3", *QUIET).output.split()
     )
+
+
+def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_before_it(
+    host, text, tmp_path, monkeypatch
+):
+    def broken(*args, **kwargs):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr("retention.integrations.transformers.writing.stream", broken)
+    out = tmp_path / "out"
+    result = run(host, text, "--out", out, *QUIET)
+    assert result.exit_code == 0
+    assert "no sample: TypeError: no such argument" in result.output
+    assert result.output.index(f"the model is in {out}") < result.output.index("no sample")
+    assert "Traceback" not in result.output
+    assert isinstance(load_swapped(out).transformer.h[0].attn, Swapped)
