@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import safetensors.torch
@@ -317,3 +318,33 @@ def test_a_change_of_the_config_while_layers_are_replaced_stays():
     assert model.config.use_cache is False
     assert model.config._attn_implementation == "eager"
     assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
+
+
+def test_a_wrapper_of_several_processes_is_refused():
+    """It would not average the gradients of new parameters, without a word."""
+    model = build("Llama")
+    try:
+        outside = wrapped(model, "ddp")
+        alone, several = outside.process_group, types.SimpleNamespace(size=lambda: 2)
+        for work in (replace_attention, restore_attention):
+            outside.process_group = several
+            with pytest.raises(
+                ValueError, match="in a DistributedDataParallel of several processes, .*; replace or rest"
+            ):
+                work(model)
+            outside.process_group = alone
+            work(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def test_a_compiled_model_runs_what_is_in_it():
+    model, ids = build("Llama"), padded()[0][2][None]
+    compiled = torch.compile(model, backend="eager")
+    attention = compiled(ids, use_cache=False).logits
+    replace_attention(compiled)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert not torch.allclose(compiled(ids, use_cache=False).logits, attention, atol=0.1)
+    restore_attention(model)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, attention)
