@@ -1,7 +1,6 @@
 """Put retention where the attention of an existing model is, and take it out again."""
 
 from .adapter import Adapter, Heads, find_adapter, full_name, register_adapter, register_recogniser
-from .holders import holders
 from .replace import SwapReport, plan_replacement, replace_attention, restore_attention
 from .retention import HostedRetention
 from .swapped import Swapped, replaced_by
@@ -14,7 +13,6 @@ __all__ = [
     "Swapped",
     "find_adapter",
     "full_name",
-    "holders",
     "plan_replacement",
     "register_adapter",
     "register_recogniser",

@@ -8,10 +8,11 @@ except ImportError as error:
     ) from error
 
 from . import families  # noqa: F401
-from .adapters import TransformersAttention, load_swapped
+from .adapters import TransformersAttention
 from .cache import RetentionCacheLayer
 from .compat import warn_if_untested
 from .interface import attention_ran, register_attn_implementation, register_xformers_attention
+from .loading import load_swapped
 from .modeling import (
     RetNetConfig,
     RetNetForCausalLM,

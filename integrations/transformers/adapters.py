@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import nn
-from transformers import AttentionInterface, AutoConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
-from ..swap import Adapter, Heads, register_recogniser, replace_attention, replaced_by
+from ..swap import Adapter, Heads, register_recogniser, replaced_by
 from .hosting import hosted_call, hosted_retention
+from .marks import update_marks
 from .recognise import (
     UnreadableError,
     added_to_scores,
@@ -32,7 +31,6 @@ from .recognise import (
 )
 
 IMPLEMENTATION = "hosted_retention"
-MARK = "retention_in_attention"  # of the config of a model with replaced layers
 
 
 class TransformersAttention(Adapter):
@@ -80,52 +78,19 @@ class TransformersAttention(Adapter):
         args, kwargs, call = hosted_call(args, kwargs)
         return host_forward(*args, **kwargs, hosted=call)
 
-    def attach(self, model: Any) -> None:
-        replaced = replaced_by(self, model)
-        for module in replaced.values():
-            if not hasattr(module, "host_config"):
-                module.host_config, module.config = module.config, copy.copy(module.config)
-                module.config._attn_implementation_internal = IMPLEMENTATION
-        if isinstance(model, PreTrainedModel):
-            model._is_stateful = True  # `generate` then refuses what rolls back
-            options = next(iter(replaced.values())).retention.options
-            setattr(model.config, MARK, {"layers": list(replaced), "options": options})
+    def attach(self, model: nn.Module) -> None:
+        replaced = replaced_by(self, model).values()
+        for attention in replaced:
+            if not hasattr(attention, "host_config"):
+                attention.host_config, attention.config = attention.config, copy.copy(attention.config)
+                attention.config._attn_implementation_internal = IMPLEMENTATION
+        update_marks(model)
 
-    def detach(self, model: Any) -> None:
-        for module in replaced_by(self, model).values():
-            module.config = module.host_config
-            del module.host_config
-        if isinstance(model, PreTrainedModel):
-            del model._is_stateful
-            delattr(model.config, MARK)
-
-
-def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
-    """A model with replaced layers, as `save_pretrained` wrote it. kwargs: as `from_pretrained`.
-
-    `from_pretrained` of the model's own class would build it with its softmax, and say that it has no place for the
-    weights of the retention.
-    Raises: ValueError if the model in `folder` has no replaced layers.
-    """
-    config: Any = AutoConfig.from_pretrained(folder)
-    mark: Any = getattr(config, MARK, None)
-    if mark is None:
-        raise ValueError(
-            f"the model in {folder} has no layers that were replaced; use from_pretrained of its own class"
-        )
-    host = getattr(transformers, config.architectures[0])
-
-    class Swapping(host):  # type: ignore[misc, valid-type]
-        """Replaced before the weights are loaded."""
-
-        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            super().__init__(config, *args, **kwargs)
-            replace_attention(self, where=lambda name, _: name in mark["layers"], allow_lost=True, **mark["options"])
-
-    Swapping.__name__ = host.__name__  # transformers goes by names
-    found = Swapping.from_pretrained(folder, **kwargs)
-    (found[0] if isinstance(found, tuple) else found).__class__ = host
-    return found
+    def detach(self, model: nn.Module) -> None:
+        for attention in replaced_by(self, model).values():
+            attention.config = attention.host_config
+            del attention.host_config
+        update_marks(model)
 
 
 class RecognisedAttention(TransformersAttention):

@@ -41,12 +41,13 @@ from .compat import (
     cache_of,
     can_return_tuple,
 )
+from .sharing import SaysHowToLoad
 
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
 
 
 @strict
-class RetNetConfig(PreTrainedConfig):
+class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     """The options of `retention.model.RetNetBackbone` under the same names, and those of the heads.
 
     forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
