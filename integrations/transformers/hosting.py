@@ -72,7 +72,7 @@ def hosted_retention(
         no counterpart; the rest must be known to change nothing.
     Raises: ValueError for what retention cannot do, ShapeError for what is not the keys of the layer's own tokens.
     """
-    call = _checked(attention, hosted, q, k, others)
+    call = _checked(attention, hosted, k, others)
     causal = bool(getattr(attention, "is_causal", True) if is_causal is None else is_causal)
     layer = None if call.cache is None or call.index is None else retention_layer(call.cache, call.index)
     state = None if layer is None else layer.state
@@ -99,7 +99,7 @@ def _borders(given: Tensor | None, attention_mask: Tensor | None, mask: Tensor |
     return borders_of(attention_mask, mask, x) if given is None else given.int().flatten()
 
 
-def _checked(attention: Any, call: HostedCall | None, q: Tensor, k: Tensor, others: dict[str, Any]) -> HostedCall:
+def _checked(attention: Any, call: HostedCall | None, k: Tensor, others: dict[str, Any]) -> HostedCall:
     """The call, if it is one that retention can do."""
     name = attention.host.__name__
     if call is None:
@@ -107,9 +107,11 @@ def _checked(attention: Any, call: HostedCall | None, q: Tensor, k: Tensor, othe
     if call.done:
         raise ValueError(f"{name} calls the attention function twice in one forward, and retention stands for one")
     call.done = True
-    if call.x.dim() != 3 or k.shape[2] != call.x.shape[1]:
+    if call.x.dim() != 3:
+        raise ShapeError(f"{name} must take tokens in rows, (batch, length, channels); got {tuple(call.x.shape)}")
+    if k.shape[2] != call.x.shape[1]:
         raise ShapeError(
-            f"{name} must hand on the keys of its tokens, {tuple(call.x.shape)[:-1]}; got {k.shape[2]} in a row, "
+            f"{name} must hand on the keys of its {call.x.shape[1]} tokens; got {k.shape[2]}, "
             f"so it keeps them in a cache that was not found among its arguments, or rearranges them ({versions()})"
         )
     if call.cache is not None and call.index is None:

@@ -21,8 +21,8 @@ from .masks import as_one_row, borders_of, real_tokens
 def register_attn_implementation(name: str = "retention", *, decay: Any = "short") -> None:
     """Let `model.set_attn_implementation(name)` put retention into all layers of a model of transformers.
 
-    For a quick look, and for models without an adapter that go by `AttentionInterface`. It is what
-    `replace_attention` gives before training, and has no parameters: features, gain and decays stay as they are.
+    For a quick look. It is what `replace_attention` gives before training, and has no parameters: features, gain and
+    decays stay as they are.
     The model keeps all its keys and values and goes through them again for each new token; a sliding window, a static
     cache and assisted generation are no good with it. `replace_attention` has none of these limits but the last.
 

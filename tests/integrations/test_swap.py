@@ -9,6 +9,7 @@ import torch
 import transformers
 from hosts import FAMILIES, GROUPED, SIZES, build, padded
 from transformers import DynamicCache
+from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from retention import ShapeError
@@ -414,8 +415,8 @@ def test_errors_name_what_is_there():
         replace_attention(model, scales=0)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no attention that was replaced"):
         restore_attention(model)
-    with pytest.raises(ValueError, match="LlamaAttention has an adapter already"):
-        register_adapter(LlamaAttention, TransformersAttention())
+    with pytest.raises(ValueError, match="FalconAttention has an adapter already"):
+        register_adapter(FalconAttention, TransformersAttention())
     assert not any(isinstance(module, Swapped) for module in model.modules())
 
 
