@@ -247,8 +247,8 @@ class RetNetModel(RetNetPreTrainedModel):
         """Hidden states of input_ids (B, T) or inputs_embeds (B, T, dim).
 
         attention_mask: (B, T) or with a cache (B, tokens so far + T); 0 = padding, left or right.
-        cache: what an earlier call returned, under the name that the installed transformers has for it ("cache" from
-            5.24 on, "past_key_values" before; both are taken). This call continues its sequences, and updates it.
+        cache: what an earlier call returned, under any name that a transformers has for it (that of the installed one is
+            `compat.CACHE`). This call continues its sequences, and updates it.
         position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions do not matter
             otherwise: time is counted over real tokens. The lengths and cu_seq_lens_k are not needed.
         use_cache: return the cache; default: config.use_cache, but not in training.
@@ -450,9 +450,13 @@ def _shifted(labels: Tensor | None) -> Tensor | None:
 class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPreTrainedModel):
     """RetNet with a linear head on the last real token of each sequence."""
 
+    accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the number of accumulated batches
+
 
 class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):
     """RetNet with a linear head on every token."""
+
+    accepts_loss_kwargs = False
 
 
 AutoConfig.register(LAYER_TYPE, RetNetConfig)
