@@ -247,8 +247,8 @@ class RetNetModel(RetNetPreTrainedModel):
         """Hidden states of input_ids (B, T) or inputs_embeds (B, T, dim).
 
         attention_mask: (B, T) or with a cache (B, tokens so far + T); 0 = padding, left or right.
-        cache: what an earlier call returned, under any name that a transformers has for it (that of the installed one is
-            `compat.CACHE`). This call continues its sequences, and updates it.
+        cache: what an earlier call returned, under any name that a release of transformers has for it; the installed
+            one's is `compat.CACHE`. This call continues its sequences, and updates it.
         position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions do not matter
             otherwise: time is counted over real tokens. The lengths and cu_seq_lens_k are not needed.
         use_cache: return the cache; default: config.use_cache, but not in training.

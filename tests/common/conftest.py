@@ -4,6 +4,10 @@ import os
 import sys
 import types
 
+import pytest
+import transformers
+from packaging.version import Version
+
 FOLDER = os.environ.get("TRANSFORMERS_TESTS")  # holds the package `transformers_tests`, the sdist's tests/
 collect_ignore = [] if FOLDER else ["test_common.py"]
 
@@ -31,3 +35,15 @@ if FOLDER:
     stand_in("exporters.test_export", ExportTesterMixin=type("ExportTesterMixin", (), {}))
     stand_in("generation.test_utils", GenerationTesterMixin=type("GenerationTesterMixin", (), {}))
     stand_in("utils.test_configuration_utils", config_common_kwargs=common)
+
+
+def pytest_collection_modifyitems(items):
+    """Expect what the table of failures says, and nothing that is not there."""
+    found = {item.nodeid.partition("::")[2]: item for item in items}
+    installed = Version(transformers.__version__)
+    for entry in next((item.module.FAILURES for item in items), []):
+        if "until" in entry and installed >= Version(entry["until"]):
+            continue
+        if entry["test"] not in found:
+            raise pytest.UsageError(f"FAILURES has a test that is not there: {entry['test']}")
+        found[entry["test"]].add_marker(pytest.mark.xfail(reason=entry["reason"], strict=True))

@@ -29,6 +29,14 @@ auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["retention"] = "RetNetForSe
 auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["retention"] = "RetNetForTokenClassification"
 SIZES = {name: size for name, size in LARGE.items() if name != "initializer_range"}
 
+# What fails, and why; with "until" in transformers before that version only. An entry that passes fails the run.
+FAILURES = [
+    {
+        "test": "RetNetExportTest::test_hybrid_cache_module_forward",
+        "reason": "it makes the layers attention with a window, and RetNet's are of one kind",
+    },
+]
+
 
 def replaced(host):
     """The class `host` with retention in its attention from the first, also when it is loaded."""

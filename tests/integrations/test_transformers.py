@@ -1,5 +1,6 @@
 """RetNet in transformers' interface."""
 
+import inspect
 import math
 
 import peft
@@ -545,6 +546,7 @@ def grown(model, tokens, mask, new):
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # peft 0.21 has no other name
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
 @pytest.mark.parametrize("family", ["RetNet", "replaced Llama", "Llama"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_prompt_tuning_trains_and_generates(family, padded):
@@ -559,13 +561,12 @@ def test_prompt_tuning_trains_and_generates(family, padded):
     (prompt,) = (p for p in model.parameters() if p.requires_grad)
     assert prompt.grad.any()
     torch.nn.init.normal_(prompt)
+    if f'"{CACHE}"' not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
+        pytest.skip("this peft looks for the cache under another name, and puts the prompt before every token")
     with torch.no_grad():
         want = grown(model, tokens, mask, 4)
     options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
-    found = model.generate(input_ids=tokens, attention_mask=mask, **options)
-    if CACHE == "cache" and not torch.equal(found, want):
-        pytest.xfail("peft 0.21 asks for the cache under its old name and puts the prompt before every token")
-    assert torch.equal(found, want)
+    assert torch.equal(model.generate(input_ids=tokens, attention_mask=mask, **options), want)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
