@@ -3,6 +3,7 @@
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import transformers
@@ -39,9 +40,10 @@ if FOLDER:
 
 def pytest_collection_modifyitems(items):
     """Expect what the table of failures says, and nothing that is not there."""
-    found = {item.nodeid.partition("::")[2]: item for item in items}
+    ours = [item for item in items if item.path.parent == Path(__file__).parent]
+    found = {item.nodeid.partition("::")[2]: item for item in ours}
     installed = Version(transformers.__version__)
-    for entry in next((item.module.FAILURES for item in items), []):
+    for entry in ours[0].module.FAILURES if ours else ():
         if "until" in entry and installed >= Version(entry["until"]):
             continue
         if entry["test"] not in found:
