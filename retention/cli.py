@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .integrations.transformers.training.train import Run
 
 K = TypeVar("K", bound="Kept")
+TRACEBACK = "RETENTION_TRACEBACK"  # an environment variable: show tracebacks
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 
@@ -173,9 +174,9 @@ def generate(
 ) -> None:
     """Let a trained model continue a text, token by token, from a state of constant size."""
     with _told():
+        from .integrations.transformers.modeling import AutoModelForCausalLM
         from .integrations.transformers.training.settings import check_device, check_dtype, codec_of
         from .integrations.transformers.training.train import quiet
-        from .integrations.transformers.writing import load_language_model
 
         quiet()
         if not (model / "config.json").is_file():
@@ -186,7 +187,7 @@ def generate(
         prompt = codec.opening if prompt is None else prompt
         if not codec.prompt(prompt):
             raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
-        loaded = load_language_model(model, dtype=getattr(torch, dtype))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
         if loaded.config.vocab_size < codec.size:
             raise ValueError(
                 f"the model must know the {codec.size} tokens of its tokenizer (bytes, if it has none); "
@@ -285,7 +286,12 @@ def _sample(run: Run | Swap, out: Path, tokens: int, seed: int) -> None:
     model, codec = run.model, run.codec
     typer.echo(f"\nA sample (for more: retention generate --model {out} --prompt TEXT):\n")
     tokens = int(min(tokens, _room(model, codec, codec.opening)))
-    _write(model, codec, codec.opening, tokens, temperature=0.8, seed=seed)
+    try:
+        _write(model, codec, codec.opening, tokens, temperature=0.8, seed=seed)
+    except Exception as error:  # the model is saved, which was the work of the command
+        if TRACEBACK in os.environ:
+            raise
+        typer.secho(f"no sample: {type(error).__name__}: {error}", fg="red", err=True)
 
 
 def _room(model: Any, codec: Codec, prompt: str) -> float:
@@ -330,7 +336,17 @@ def _told() -> Iterator[None]:
 
 
 def main() -> None:
-    app()
+    """The command. An error that nobody foresaw is one line too; with RETENTION_TRACEBACK set, it has its traceback."""
+    try:
+        app()
+    except Exception as error:
+        if TRACEBACK in os.environ:
+            raise
+        if _process("LOCAL_RANK") == 0:
+            typer.secho(
+                f"error: {type(error).__name__}: {error}\n{TRACEBACK}=1 shows where it comes from", fg="red", err=True
+            )
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -36,15 +36,78 @@ FAMILIES = {
     "OPT-post": {**OPT, "do_layer_norm_before": False},
     "Phi": {},
 }
+MORE = {
+    "Phi3": {**GROUPED, "sliding_window": None},
+    "Olmo2": GROUPED,
+    "Cohere": GROUPED,
+    "Starcoder2": GROUPED,
+    "Starcoder2-window": {**GROUPED, "sliding_window": 8},
+    "Granite": GROUPED,
+    "SmolLM3": {**GROUPED, "no_rope_layers": [1, 0]},  # a layer without rotation
+    "Qwen3Moe": {**WIDE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+    "Glm": WIDE,
+    "DeepseekV3": {  # keys and values of different sizes, from latent vectors
+        "first_k_dense_replace": 2,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 12,
+    },
+    "Falcon": {},
+    "Falcon-grouped": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "Falcon-plain": {"multi_query": False},
+    "GPTNeo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
+    "GPTJ": {"rotary_dim": 4},
+}
+VISION = dict(image_size=12, patch_size=3, num_channels=1)
+ENCODERS = {
+    "Bert": SIZES,
+    "XLMRoberta": SIZES,
+    "ViT": SIZES | VISION,
+    "DeiT": SIZES | VISION,
+    "Whisper": dict(
+        d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64, num_mel_bins=5,
+        decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64,
+        max_source_positions=15, vocab_size=99, pad_token_id=0, bos_token_id=1, eos_token_id=2, init_std=0.5,
+        decoder_start_token_id=1,
+    ),
+}  # fmt: skip
+NAMES = {  # in the README, where it is not that of the class
+    "GPT2": "GPT-2",
+    "GPTNeoX": "GPT-NeoX",
+    "Gemma2": "Gemma 2",
+    "Gemma3": "Gemma 3",
+    "Phi3": "Phi-3",
+    "Olmo2": "OLMo 2",
+    "Starcoder2": "StarCoder2",
+    "Qwen3Moe": "Qwen3-MoE",
+    "Glm": "GLM",
+    "DeepseekV3": "DeepSeek-V3",
+    "GPTNeo": "GPT-Neo",
+    "GPTJ": "GPT-J",
+    "Bert": "BERT",
+    "XLMRoberta": "XLM-R",
+    "Whisper": "Whisper's encoder",
+}
 LENGTHS = (100, 70, 7)
 
 
 def build(family):
+    """A model of one of FAMILIES, MORE or ENCODERS, with weights from seed 0."""
     torch.manual_seed(0)
     name = family.partition("-")[0]
     config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")
+    if name in ENCODERS:
+        return getattr(transformers, f"{name}Model")(config(**ENCODERS[name])).eval()
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    return getattr(transformers, name + head)(config(**SIZES | FAMILIES[family])).eval()
+    return getattr(transformers, name + head)(config(**SIZES | (FAMILIES | MORE)[family])).eval()
+
+
+def readme_names():
+    """The families as the README calls them, in the order of the tables."""
+    families = (family.partition("-")[0] for family in (*FAMILIES, *MORE, *ENCODERS))
+    return list(dict.fromkeys(NAMES.get(family, family) for family in families))
 
 
 def padded():

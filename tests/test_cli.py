@@ -1,5 +1,6 @@
 """`python -m retention` and what the command needs."""
 
+import os
 import subprocess
 import sys
 
@@ -38,3 +39,18 @@ def test_the_command_says_what_to_install_without_typer():
     code = "import sys; sys.modules['typer'] = None; from retention.cli import main"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert 'pip install "multiscale-retention[cli]"' in result.stderr
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_unless_its_traceback_is_asked_for():
+    code = "from retention import cli; cli.app.command('fail')(lambda: {}['key']); cli.main()"
+    for extra, shown in (({}, False), ({"RETENTION_TRACEBACK": "1"}, True)):
+        result = subprocess.run(
+            [sys.executable, "-c", code, "fail"],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **extra},
+        )
+        assert result.returncode == 1
+        assert ("Traceback" in result.stderr) == shown
+        assert ("error: KeyError: 'key'\nRETENTION_TRACEBACK=1 shows" in result.stderr) != shown

@@ -1,7 +1,6 @@
 """Put retention where the attention of an existing model is, and take it out again."""
 
-from .adapter import Adapter, Heads, find_adapter, register_adapter, register_recogniser
-from .holders import holders
+from .adapter import Adapter, Heads, find_adapter, full_name, register_adapter, register_recogniser
 from .replace import SwapReport, plan_replacement, replace_attention, restore_attention
 from .retention import HostedRetention
 from .swapped import Swapped, replaced_by
@@ -13,7 +12,7 @@ __all__ = [
     "SwapReport",
     "Swapped",
     "find_adapter",
-    "holders",
+    "full_name",
     "plan_replacement",
     "register_adapter",
     "register_recogniser",

@@ -63,10 +63,13 @@ class Adapter:
                 raise ValueError(f'init="fresh" needs a reset_parameters of {where}, or a reset of the adapter')
 
     def attach(self, model: Any) -> None:
-        """Let the model around the layers know, once they are replaced."""
+        """Let the model around the layers know, once they are replaced: the whole model, wrappers and all.
+
+        It is called again when more layers of the model are replaced.
+        """
 
     def detach(self, model: Any) -> None:
-        """Undo `attach`."""
+        """Undo `attach`. If some layers stay replaced, `attach` is called after it."""
 
 
 Recogniser = Callable[[type[nn.Module]], Adapter | None]

@@ -43,7 +43,7 @@ class _Probe(nn.Module):
 
     def __init__(self, retention: HostedRetention):
         super().__init__()
-        self.measured = retention
+        self.measured, self.causal = retention, retention.causal
         self.squares: list[Tensor] = []  # of each call, (2, H): retention's, attention's
 
     def forward(

@@ -7,21 +7,23 @@ An attention module stays the object it is, with its projections under their own
 from __future__ import annotations
 
 import copy
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from retention.arguments import check_choice
 
 from .adapter import Adapter
 from .calibration import calibrate
-from .holders import holders
 from .retention import HostedRetention
-from .swapped import Swapped, adapter_of, swapped_class
+from .swapped import Swapped, adapter_of, replaced_by, swapped_class
 from .transaction import all_or_nothing, kept_random_state
+from .whole import whole_models
 
 
 @dataclass
@@ -65,19 +67,23 @@ def replace_attention(
 ) -> SwapReport:
     """Put retention into the attention layers of `model`, in place.
 
-    layers: which, counted from 0 over all that have an adapter, negative from the end. where: name and module to
-        whether. Both given: both must hold; none: all.
-    init: "copy" keeps the weights of the layers, the projections above all; "fresh" gives them new ones, and what
-        they were is gone.
-    calibrate_on: a batch, keyword arguments of `model`: one pass of it brings the output of each new head to the size
-        of its attention's. In this pass every layer sees what it would see in the model as it was. Not for "fresh".
-    allow_lost: replace layers too that do what retention will not do, such as looking at a window only.
-    options: of `HostedRetention`, the same for all layers.
-    Twice the same is once. Nothing is touched unless everything can be done.
-    Raises: ValueError if nothing matches, or if a layer that is asked for cannot be replaced, or has been with other
-        options; the text says why, and what attention there is.
-
     The projections, norms and biases carry over exactly. The softmax does not: train the model afterwards.
+
+    Args:
+        model: a model, a part of one, or a wrapper around one (DistributedDataParallel, PEFT, torch.compile).
+        layers: which layers, counted from 0 over all that have an adapter, negative from the end; default: all.
+        where: a function of a layer's name and module that says whether to replace it. With `layers`, both must hold.
+        init: "copy" keeps the weights of the layers; "fresh" draws new ones, and the old ones are gone.
+        calibrate_on: a batch, as keyword arguments of `model`. One pass of it, in evaluation mode and with attention
+            still in effect, gives each new head the root mean square of its attention's output. Not for "fresh".
+        allow_lost: also replace layers that do what retention will not do, such as looking at a sliding window.
+        options: of `HostedRetention`, the same for all layers.
+    Returns: what was replaced. A layer that has retention with the same options already is left as it is.
+    Raises: TypeError or ValueError if an argument does not fit, if nothing matches, or if a layer that is asked for
+        cannot be replaced or has been with other options. The text says why, and what attention there is.
+
+    If anything fails, even by Ctrl-C, the model is what it was. Torch's random numbers stay where they stood, but for
+    those that "fresh" draws.
     """
     check_choice("init", init, ("copy", "fresh"))
     if init == "fresh" and calibrate_on is not None:
@@ -92,17 +98,16 @@ def replace_attention(
     if not new:
         _refuse_what_needs_new_layers(init, calibrate_on, report)
         return report
-    overwritten = [x for attention in new.values() for x in attention.state_dict(keep_vars=True).values()]
+    models = whole_models(new.values())
+    _refuse_several_processes(models)
     fresh = init == "fresh"
-    with all_or_nothing(_around(model, new.values()), overwritten if fresh else ()):
+    overwritten = [x for attention in new.values() for x in attention.state_dict(keep_vars=True).values() if fresh]
+    with all_or_nothing(models, overwritten), kept_random_state(model, always=not fresh):
         if fresh:
-            with kept_random_state(model, always=False):
-                for attention, weights in [(attention, _fresh_weights(attention, model)) for attention in new.values()]:
-                    attention.load_state_dict(weights)
-        with kept_random_state(model):
-            _put_in(model, new.values(), options)
-            if calibrate_on is not None:
-                calibrate(model, new, calibrate_on)
+            _draw_anew(model, new.values())
+        _put_in(models, new.values(), options)
+        if calibrate_on is not None:
+            calibrate(model, new, calibrate_on)
     return report
 
 
@@ -128,32 +133,45 @@ def restore_attention(model: nn.Module) -> list[str]:
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention that was replaced by retention")
     replaced: list[Any] = [place.attention for place in found]
-    with all_or_nothing(_around(model, replaced)):
-        for adapter in {attention.adapter for attention in replaced}:
-            adapter.detach(model)
+    models = whole_models(replaced)
+    _refuse_several_processes(models)
+    adapters = {attention.adapter for attention in replaced}
+    with all_or_nothing(models):
+        for adapter, whole in itertools.product(adapters, models):
+            adapter.detach(whole)
         for attention in replaced:
             attention._modules.pop("retention", None)
             attention.__class__ = attention.host
+        for adapter, whole in itertools.product(adapters, models):
+            if replaced_by(adapter, whole):
+                adapter.attach(whole)
     return [place.names[0] for place in found]
 
 
-def _put_in(model: nn.Module, new: Iterable[nn.Module], options: dict[str, Any]) -> None:
+def _put_in(models: Iterable[nn.Module], new: Iterable[nn.Module], options: dict[str, Any]) -> None:
     for attention in new:
         attention.retention = _build(attention, options)
         host: Any = type(attention)
         attention.__class__ = swapped_class(host)
-    for adapter in {adapter_of(attention) for attention in new}:
-        if adapter is not None:
-            adapter.attach(model)
+    for adapter, whole in itertools.product({_adapter(attention) for attention in new}, models):
+        adapter.attach(whole)
 
 
-def _around(model: nn.Module, layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """`model`, what is in it, and every module that holds one of `layers`: all that a replacement may change."""
-    found: dict[int, nn.Module] = {}
-    for top in [model, *holders(layers)]:
-        if id(top) not in found:
-            found |= {id(module): module for module in top.modules()}
-    return list(found.values())
+def _draw_anew(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    weights = [(attention, _fresh_weights(attention, model)) for attention in layers]
+    for attention, drawn in weights:
+        attention.load_state_dict(drawn)
+
+
+def _refuse_several_processes(models: Iterable[nn.Module]) -> None:
+    """DistributedDataParallel averages the gradients of the parameters that it saw when it was made, and no others."""
+    for whole in models:
+        for module in whole.modules():
+            if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
+                raise ValueError(
+                    "the model is in a DistributedDataParallel of several processes, which does not learn of "
+                    "parameters that come or go; replace or restore attention first, then wrap the model"
+                )
 
 
 def _refuse_what_needs_new_layers(init: str, calibrate_on: Any, report: SwapReport) -> None:
@@ -222,9 +240,10 @@ def _places(model: nn.Module) -> list[Place]:
 
 
 def _indices(layers: Iterable[int], count: int) -> set[int]:
-    given = [layers] if isinstance(layers, str) or not isinstance(layers, Iterable) else list(layers)
+    listed = isinstance(layers, Iterable) and not isinstance(layers, str)
+    given: list[Any] = list(layers) if listed else [layers]
     for i in given:
-        if isinstance(i, bool) or not hasattr(i, "__index__"):
+        if not listed or isinstance(i, bool) or not hasattr(i, "__index__"):
             raise TypeError(f"layers must be whole numbers, such as [0, 2, -1]; got {i!r}")
         if not -count <= operator.index(i) < count:
             raise ValueError(f"layers must be from {-count} to {count - 1}; got {i}")

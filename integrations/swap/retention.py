@@ -11,7 +11,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
 from retention.arguments import check_choice, check_number
-from retention.backends import check_name
+from retention.backends import FORMS, check_name
 from retention.decay import HeadDecay, log_decays
 from retention.errors import ShapeError
 from retention.functional import retain, step
@@ -68,11 +68,13 @@ class HostedRetention(HasBackend):
         super().__init__()
         check_choice("features", features, (True, False))
         scales = (2 if features else 1) if scales is None else scales
-        check_number("scales", scales, isinstance(scales, int) and scales >= 1, "whole and at least 1")
-        if window is not None:
-            check_number("window", window, isinstance(window, int) and window >= 1, "whole and at least 1")
-            if not features:
-                raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
+        for name, size in (("scales", scales), ("window", window), ("chunk_size", chunk_size)):
+            whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+            check_number(name, size, whole or (size is None and name != "scales"), "whole and at least 1")
+        if window is not None and not features:
+            raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
+        check_choice("learnable_decay", learnable_decay, (True, False))
+        check_choice("form", form, (*FORMS, "auto"))
         check_choice("causal", causal, (True, None))
         check_choice("grid", grid, (True, False))
         check_choice("gate", gate, (*_OPEN, None))

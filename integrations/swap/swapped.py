@@ -27,6 +27,8 @@ class Swapped:
         return (_blank, (host,), self.__dict__) if own is swapped_class(host) else super().__reduce_ex__(protocol)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if "retention" not in self.__dict__["_modules"]:
+            raise RuntimeError("this layer was replaced, and its child `retention` is gone; call restore_attention")
         host_forward = self.host.forward.__get__(self)
         return self.adapter.forward(self, host_forward, *args, **kwargs)
 

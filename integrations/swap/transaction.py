@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def all_or_nothing(modules: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
-    """If the block raises anything, give `modules` and `tensors` back what they had before it.
+def all_or_nothing(models: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
+    """If the block raises anything, give all modules of `models`, and `tensors`, back what they had before it.
 
-    Of a module: its class, attributes, parameters, buffers, children and hooks, and what its `config` holds. Of a
-    tensor: its values.
+    Of a module: its class, attributes, parameters, buffers, children and hooks. Of a tensor: its values.
     """
-    snapshots = [_Snapshot(thing) for thing in _with_configs(modules)]
+    snapshots = [_Snapshot(module) for model in models for module in model.modules()]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
     try:
         yield
@@ -60,13 +59,3 @@ class _Snapshot:
         for place, before in [(vars(self.thing), self.attributes), *self.contents]:
             place.clear()
             place.update(before)
-
-
-def _with_configs(modules: Iterable[nn.Module]) -> list[Any]:
-    found: dict[int, Any] = {}
-    for module in modules:
-        found[id(module)] = module
-        config = vars(module).get("config")
-        if hasattr(config, "__dict__"):
-            found[id(config)] = config
-    return list(found.values())

@@ -7,10 +7,12 @@ except ImportError as error:
         'retention.integrations.transformers needs transformers; pip install "multiscale-retention[transformers]"'
     ) from error
 
-from .adapters import TransformersAttention, load_swapped
+from . import families  # noqa: F401
+from .adapters import TransformersAttention
 from .cache import RetentionCacheLayer
 from .compat import warn_if_untested
 from .interface import attention_ran, register_attn_implementation, register_xformers_attention
+from .loading import load_swapped
 from .modeling import (
     RetNetConfig,
     RetNetForCausalLM,

@@ -33,15 +33,20 @@ from transformers.modeling_layers import (
     GradientCheckpointingLayer,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback, TrainerState
-from transformers.utils import TransformersKwargs, logging
-from transformers.utils.generic import can_return_tuple
+from transformers.utils import logging
+from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 __all__ = [
     "CACHE",
     "CACHE_NAMES",
+    "HARMLESS",
+    "INPUT",
+    "LAYER_ARGUMENTS",
     "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING",
+    "OTHER_TOKENS",
     "STATIC_LAYER_TYPE_MAPPING",
     "TESTED",
     "TRAINER_STATE_NAME",
@@ -55,6 +60,7 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "ProgressCallback",
     "TrainerState",
+    "apply_rotary_pos_emb",
     "as_output",
     "cache_by_any_name",
     "cache_of",
@@ -82,6 +88,31 @@ _KEYWORDS = {
     *TransformersKwargs.__optional_keys__,
     *("tokenizer", "assistant_tokenizer", "shift_labels", "cache_position", "token_type_ids"),
 }
+
+INPUT = "hidden_states"  # the first argument of a layer's forward: its tokens
+OTHER_TOKENS = (  # arguments of a layer's forward that bring other tokens, to which its own attend
+    "key_value_states",
+    "encoder_hidden_states",
+    "cross_attention_states",
+    "encoder_attention_mask",
+)
+# Keywords that reach every attention function and change nothing of what retention computes from q, k, v and the mask.
+HARMLESS = frozenset(
+    {
+        *TransformersKwargs.__annotations__,
+        "cache_position",
+        "deterministic",  # how flash attention sums
+        "dropout",
+        "return_dict",
+        "shift_labels",
+        "token_type_ids",
+        "use_cache",
+    }
+)
+# Arguments of a layer's forward that are known: with what they do to q, k and v, to the mask or to the cache.
+LAYER_ARGUMENTS = frozenset(
+    {INPUT, "attention_mask", "position_embeddings", "position_ids", *OTHER_TOKENS, *CACHE_NAMES, *HARMLESS}
+)
 
 F = TypeVar("F", bound=Callable[..., Any])
 

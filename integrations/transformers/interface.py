@@ -14,8 +14,8 @@ from retention.backends.xformers import attention as xformers_attention
 from retention.decay import log_decays
 
 from ..swap import Heads, HostedRetention
-from .adapters import as_one_row, borders_of, real_tokens
 from .compat import AttentionMaskInterface, sdpa_mask
+from .masks import as_one_row, borders_of, real_tokens
 
 
 def register_attn_implementation(name: str = "retention", *, decay: Any = "short") -> None:

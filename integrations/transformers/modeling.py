@@ -43,12 +43,13 @@ from .compat import (
     can_return_tuple,
     check_keywords,
 )
+from .sharing import SaysHowToLoad
 
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
 
 
 @strict
-class RetNetConfig(PreTrainedConfig):
+class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     """The options of `retention.model.RetNetBackbone` under the same names, and those of the heads.
 
     forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.

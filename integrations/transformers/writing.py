@@ -1,25 +1,16 @@
-"""Any language model of transformers, loaded from a folder, writes token by token."""
+"""Any language model of transformers writes token by token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from retention import decoding
 
-from .adapters import MARK, load_swapped
 from .compat import cache_of, call_with_cache
-
-
-def load_language_model(folder: str | Path, **kwargs: Any) -> Any:
-    """A RetNet, or a model with or without replaced layers. kwargs: as `from_pretrained`."""
-    if hasattr(AutoConfig.from_pretrained(folder), MARK):
-        return load_swapped(folder, **kwargs)
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs)
 
 
 def stream(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ import transformers
 from cases import deviation
 from hosts import SIZES, build, padded
 
+from retention import ShapeError
 from retention.integrations.swap import (
     Heads,
     HostedRetention,
@@ -200,6 +201,46 @@ def test_padding_anywhere_is_as_if_it_were_not_there():
     torch.testing.assert_close(found, rows_alone(retention, mask, *given), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+def test_whatever_stands_at_padding_reaches_no_real_token(window, value):
+    """Neither in what the layer gives nor in the gradients, from a state or without."""
+    retention = windowed(window)
+    mask = torch.rand(4, 33) < 0.6
+    mask[0], mask[1] = torch.arange(33) >= 11, torch.arange(33) < 11
+    found = []
+    for filled in (0.0, value):
+        torch.manual_seed(1)
+        given = [z.requires_grad_() for z in inputs(33, batch=4)]
+        x = given[0].masked_fill(~mask[..., None], filled)
+        q, k, v = (z.masked_fill(~mask[:, None, :, None], filled) for z in given[1:])
+        x = given[0] if window is None else x
+        first, state = retention(*at(slice(0, 20), x, q, k, v), scale=SCALE, mask=mask[:, :20], return_state=True)
+        second, _ = retention(*at(slice(20, 33), x, q, k, v), scale=SCALE, mask=mask[:, 20:], state=state)
+        y = torch.cat([first, second], dim=1)[mask]
+        found += [[y, *torch.autograd.grad(y.square().sum(), given[1:])]]
+    for got, want in zip(*found, strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_shapes_are_checked_before_any_computation(window):
+    retention, (x, q, k, v) = windowed(window), inputs(9)
+    one = torch.ones(2, 1).bool()
+    wrong = (
+        (
+            (x[:, :1], q[:, :, :1], k, v, one),
+            r"k must be \(2, 2, 1, 8\), for x \(2, 1, 32\) and Heads.*got k \(2, 2, 9, 8\)",
+        ),
+        ((x, q[:, :2], k, v, None), r"q must be \(2, 4, 9, 8\)"),
+        ((x, q, k, v[..., :3], None), r"v must be \(2, 2, 9, 6\)"),
+        ((x, q, k, v, one), r"mask must be \(2, 9\)"),
+    )
+    for (*given, mask), message in wrong:
+        with pytest.raises(ShapeError, match=message):
+            retention(*given, scale=SCALE, mask=mask)
+
+
 def test_nothing_crosses_the_border_of_packed_sequences():
     retention, given = windowed(5), inputs(33, batch=1)
     found = retention(*given, scale=SCALE, cu_seqlens=torch.tensor([0, 3, 3, 19, 33], dtype=torch.int32))[0]
@@ -362,7 +403,7 @@ def test_a_failed_calibration_leaves_the_model_as_it_was():
         replace_attention(model, calibrate_on={"nonsense": rows[0][None]})
     assert not isinstance(model.model.layers[1].self_attn, Swapped)
     assert torch.equal(model(rows[0][None]).logits, want)
-    assert model.config.retention_in_attention["layers"] == ["model.layers.0.self_attn"]
+    assert list(model.config.retention_in_attention) == ["layers.0.self_attn"]
     replace_attention(model, calibrate_on={"input_ids": rows[0][None]})
     assert torch.equal(model.model.layers[0].self_attn.retention.gain, gain)  # only what is new is calibrated
 

@@ -16,7 +16,7 @@ from retention.integrations.swap import Swapped
 from retention.integrations.transformers import load_swapped
 from retention.integrations.transformers.training import swapping
 from retention.integrations.transformers.training.swapping import SwapSettings
-from retention.integrations.transformers.writing import load_language_model, stream
+from retention.integrations.transformers.writing import stream
 
 SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
 QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
@@ -49,7 +49,7 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "A sample" in result.output
 
-    model = load_language_model(out).eval()
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
     assert all(isinstance(block.attn, Swapped) for block in model.transformer.h)
     start = torch.tensor([list(b"def ")])
     new = torch.cat(list(stream(model, start, 9, temperature=0)), 1)
@@ -153,3 +153,19 @@ def test_a_model_that_has_retention_or_knows_too_few_tokens_is_refused(host, tex
     assert "must know all 256 tokens of the corpus; it knows 100" in " ".join(
         run(tmp_path / "few", text, "--out", tmp_path / "3", *QUIET).output.split()
     )
+
+
+def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_before_it(
+    host, text, tmp_path, monkeypatch
+):
+    def broken(*args, **kwargs):
+        raise TypeError("no such argument")
+
+    monkeypatch.setattr("retention.integrations.transformers.writing.stream", broken)
+    out = tmp_path / "out"
+    result = run(host, text, "--out", out, *QUIET)
+    assert result.exit_code == 0
+    assert "no sample: TypeError: no such argument" in result.output
+    assert result.output.index(f"the model is in {out}") < result.output.index("no sample")
+    assert "Traceback" not in result.output
+    assert isinstance(load_swapped(out).transformer.h[0].attn, Swapped)

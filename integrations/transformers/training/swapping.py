@@ -13,9 +13,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
 
 from ...swap import SwapReport, plan_replacement
-from ..adapters import MARK
 from ..compat import TRAINER_STATE_NAME, TrainerState
 from ..distill import TRANSFER, TUNING, Recovery, replace_in_parts
+from ..replaced_config import marked_layers
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
 from .plot import draw_recovery
@@ -128,7 +128,7 @@ def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
 
 def _host(settings: SwapSettings) -> Any:
     config: Any = AutoConfig.from_pretrained(settings.model)
-    if hasattr(config, MARK):
+    if marked_layers(config):
         raise ValueError(f"{settings.model} has retention already; name the model as it was before")
     return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
 

@@ -1,0 +1,146 @@
+"""Open folders of models with replaced layers, by `load_swapped` or by transformers' own Auto classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ..swap import replace_attention
+from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
+
+_CHILD = ".retention."  # in the names of what replaced layers have beside their host's
+
+
+class Rebuilt:
+    """Mixed into a model class: it builds the model with retention in the layers that its config names.
+
+    What it builds is of the class `host_model`, as a model is whose layers were replaced.
+    """
+
+    host_model: type[PreTrainedModel]
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        model: Any = self
+        model.__class__ = self.host_model
+        _replace_again(model, marked_layers(config))
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of the host's class. Raises: ValueError if tensors of the replaced layers are missing or left over."""
+        found = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
+        model, info = found
+        _check_tensors(folder, info)
+        return (model, info) if output_loading_info else model
+
+
+class RetentionInAttentionConfig(PreTrainedConfig):
+    """What config.json of a model with replaced layers is read by. It gives the config of the model, with its mark."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Raises: ValueError if config_dict is not what `MarkedConfig` writes."""
+        try:
+            kind, host, layers = (
+                config_dict[name] for name in ("attention_model_type", "attention_config", "retention_layers")
+            )
+        except KeyError as error:
+            raise ValueError(f"the config of a model with replaced layers must have {error}") from None
+        kept = {name: config_dict[name] for name in ("architectures", "dtype") if name in config_dict}
+        host_class = _config_class(kind)
+        found = host_class.from_dict({**kept, **host}, **kwargs)
+        config = found[0] if isinstance(found, tuple) else found
+        setattr(config, MARK, layers)
+        config.__class__ = marked_class(host_class)
+        register_auto_classes(host_class)
+        return found
+
+
+def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
+    """A model with replaced layers, as `save_pretrained` wrote it. kwargs: as `from_pretrained`.
+
+    `AutoModelForCausalLM.from_pretrained` and its kin do the same; this takes the class from the config.
+    Raises: ValueError if the model in `folder` has no replaced layers, if its class is none of transformers, or if
+        tensors of the replaced layers are missing or left over.
+    """
+    config: Any = AutoConfig.from_pretrained(folder)
+    if not marked_layers(config):
+        raise ValueError(
+            f"the model in {folder} has no layers that were replaced; use from_pretrained of its own class"
+        )
+    name = (config.architectures or [""])[0]
+    if not hasattr(transformers, name):
+        raise ValueError(
+            f"the model in {folder} is a {name!r}, which transformers does not have; build it, call replace_attention "
+            f"with the options in its config.json, and load its state dict"
+        )
+    return rebuilt_class(getattr(transformers, name)).from_pretrained(folder, **{"config": config, **kwargs})
+
+
+@cache
+def rebuilt_class(host_model: Any) -> Any:
+    """The class that builds models of `host_model` with replaced layers."""
+    own = {"host_model": host_model, "__module__": __name__, "config_class": marked_class(host_model.config_class)}
+    return type(host_model.__name__, (Rebuilt, host_model), own)  # transformers goes by names
+
+
+@cache
+def register_auto_classes(host_class: Any) -> None:
+    """Let every Auto class that builds models of a config class build them with replaced layers too."""
+    marked = marked_class(host_class)
+    for name in dir(transformers):
+        auto = getattr(transformers, name) if name.startswith("AutoModel") else None
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is not None and host_class in mapping and marked not in mapping:
+            found = mapping[host_class]
+            rebuilt = tuple(map(rebuilt_class, found)) if isinstance(found, tuple) else rebuilt_class(found)
+            mapping.register(marked, rebuilt)
+
+
+def _config_class(model_type: str) -> Any:
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(f"attention_model_type must be one that the installed transformers has; got {model_type!r}")
+    return CONFIG_MAPPING[model_type]
+
+
+def _replace_again(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> None:
+    there = {id(module): name_in_base_model(name, model) for name, module in model.named_modules()}
+    missing = sorted(set(layers) - set(there.values()))
+    if missing:
+        raise ValueError(
+            f"{type(model).__name__} has no layers {', '.join(missing)}, which its config says are replaced"
+        )
+    alike: dict[str, list[str]] = {}
+    for name, options in layers.items():
+        alike.setdefault(repr(sorted(options.items())), []).append(name)
+    for names in alike.values():
+        chosen = {i for i, name in there.items() if name in names}
+        replace_attention(model, where=_one_of(chosen), allow_lost=True, **layers[names[0]])
+
+
+def _one_of(chosen: set[int]) -> Callable[[str, nn.Module], bool]:
+    return lambda _, module: id(module) in chosen
+
+
+def _check_tensors(folder: Any, info: dict[str, Any]) -> None:
+    lines = [
+        f"{kind}: {', '.join(sorted(keys))}"
+        for kind in ("missing_keys", "unexpected_keys")
+        if (keys := [key for key in info[kind] if _CHILD in key])
+    ]
+    lines += [f"of another shape: {key}" for key, *_ in info["mismatched_keys"] if _CHILD in key]
+    if lines:
+        raise ValueError(
+            f"the weights in {folder} do not fit the replaced layers that its config names\n" + "\n".join(lines)
+        )
+
+
+AutoConfig.register(MODEL_TYPE, RetentionInAttentionConfig)

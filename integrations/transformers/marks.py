@@ -1,0 +1,66 @@
+"""Keep the configs of models true to which of their layers have retention."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..swap import Swapped
+from .loading import register_auto_classes
+from .replaced_config import MARK, MarkedConfig, marked_class, name_in_base_model
+
+
+def update_marks(whole: nn.Module) -> None:
+    """Let the config of every model in `whole` say which of its layers have retention.
+
+    Configs are not changed but exchanged for new ones: another model may have the same.
+    """
+    models = [module for module in whole.modules() if isinstance(module, PreTrainedModel)]
+    copies: dict[int, Any] = {}
+    for config in {id(model.config): model.config for model in models}.values():
+        sharing = [model for model in models if model.config is config]
+        layers: dict[str, dict[str, Any]] = {}
+        for model in _outermost(sharing):
+            named = ((name_in_base_model(name, model), module) for name, module in model.named_modules())
+            layers |= {name: cast(Any, module).retention.options for name, module in named if _is_replaced(module)}
+        if layers or isinstance(config, MarkedConfig):
+            _mark(copy.deepcopy(config, copies), layers)
+            for model in sharing:
+                _set_stateful(model, bool(layers))
+    for module in whole.modules():
+        for name in ("config", "host_config"):
+            new = copies.get(id(vars(module).get(name)))
+            if isinstance(new, PreTrainedConfig):
+                setattr(module, name, new)
+
+
+def _is_replaced(module: nn.Module) -> bool:
+    """Whether it is a replaced layer of a model of transformers."""
+    return isinstance(module, Swapped) and "retention" in module._modules and hasattr(module, "host_config")
+
+
+def _outermost(models: list[PreTrainedModel]) -> list[PreTrainedModel]:
+    inner = {id(module) for model in models for module in model.modules() if module is not model}
+    return [model for model in models if id(model) not in inner]
+
+
+def _mark(config: Any, layers: dict[str, dict[str, Any]]) -> None:
+    host_class: Any = config.host_class if isinstance(config, MarkedConfig) else type(config)
+    if layers:
+        setattr(config, MARK, layers)
+        config.__class__ = marked_class(host_class)
+        register_auto_classes(host_class)
+    elif isinstance(config, MarkedConfig):
+        delattr(config, MARK)
+        cast(Any, config).__class__ = host_class
+
+
+def _set_stateful(model: PreTrainedModel, stateful: bool) -> None:
+    """`generate` refuses what rolls back, such as assisted decoding, for stateful models."""
+    if stateful and not model._is_stateful:
+        model._is_stateful = True
+    elif not stateful:
+        vars(model).pop("_is_stateful", None)

@@ -1,0 +1,350 @@
+"""A model with replaced layers is saved, opened and refused as what it is, by whatever opens it."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from hosts import GROUPED, SIZES, build, padded
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+from retention.integrations.swap import Swapped, replace_attention, restore_attention
+from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, load_swapped
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    transformers.logging.set_verbosity_error()
+
+
+def train_a_little(model):
+    """So that no weight is what it was at the start."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".retention." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+# --- saved and opened -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "GPTNeoX"])
+@pytest.mark.parametrize(
+    "second", [{"gate": "sigmoid"}, {"decay": "paper"}, {"window": 9}, {"scales": 3, "features": False}], ids=str
+)
+def test_options_belong_to_each_layer(family, second, tmp_path):
+    model, (_, batch) = build(family), padded()
+    replace_attention(model, layers=[0], allow_lost=True)
+    replace_attention(model, layers=[1], allow_lost=True, **second)
+    train_a_little(model)
+    want = model(**batch).logits
+    model.save_pretrained(tmp_path)
+    for load in (load_swapped, AutoModelForCausalLM.from_pretrained):
+        loaded = load(tmp_path).eval()
+        assert type(loaded) is type(model)
+        assert torch.equal(loaded(**batch).logits, want)
+    options = [module.retention.options for module in loaded.modules() if isinstance(module, Swapped)]
+    assert options == [module.retention.options for module in model.modules() if isinstance(module, Swapped)]
+
+
+@torch.no_grad()
+def test_every_auto_class_opens_it_with_its_retention(tmp_path):
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(model, layers=[0])
+    train_a_little(model)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path).eval()
+    assert type(base) is transformers.LlamaModel
+    assert torch.equal(base(**batch).last_hidden_state, model.model(**batch).last_hidden_state)
+    classifier = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=3)
+    assert type(classifier) is transformers.LlamaForSequenceClassification
+    assert [isinstance(layer.self_attn, Swapped) for layer in classifier.model.layers] == [True, False]
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.model_type == "llama"
+    built = AutoModelForCausalLM.from_config(config)
+    assert [isinstance(layer.self_attn, Swapped) for layer in built.model.layers] == [True, False]
+    pipeline = transformers.pipeline("text-generation", model=str(tmp_path), tokenizer=tokenizer_like(tmp_path))
+    assert isinstance(pipeline.model.model.layers[0].self_attn, Swapped)
+
+
+def tokenizer_like(folder):
+    from tokenizers import Tokenizer, models
+
+    made = Tokenizer(models.WordLevel({str(n): n for n in range(99)}, unk_token="0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="0", pad_token="0")
+    tokenizer.save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_what_is_loaded_can_be_restored_changed_and_saved_again(tmp_path):
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(model)
+    model.save_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first").eval()
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second").eval()
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    restore_attention(again)
+    again.save_pretrained(tmp_path / "third")
+    assert json.loads((tmp_path / "third" / "config.json").read_text())["model_type"] == "llama"
+    _, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "third", output_loading_info=True)
+    assert not any(info.values())
+    with pytest.raises(ValueError, match="has no layers that were replaced"):
+        load_swapped(tmp_path / "third")
+
+
+@torch.no_grad()
+def test_half_precision_and_sharded_weights_load(tmp_path):
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(model)
+    model.save_pretrained(tmp_path, max_shard_size="20kB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    weights = model.to(torch.bfloat16).state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in half.state_dict().items())
+
+
+# --- refused ----------------------------------------------------------------------------------------------------------
+
+
+def test_weights_without_those_of_retention_are_refused_and_so_are_left_over_ones(tmp_path):
+    model = build("Llama")
+    replace_attention(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = safetensors.torch.load_file(file)
+    gain = "model.layers.1.self_attn.retention.gain"
+    without = {name: x for name, x in whole.items() if ".retention." not in name}
+    cases = (
+        (without, rf"do not fit the replaced layers .*\nmissing_keys: .*{gain}"),
+        ({name: x for name, x in whole.items() if name != gain}, rf"missing_keys: {gain}$"),
+        (whole | {gain.replace("gain", "more"): torch.ones(3)}, "unexpected_keys: .*retention.more$"),
+    )
+    for tensors, message in cases:
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+        for load in (load_swapped, AutoModelForCausalLM.from_pretrained, AutoModel.from_pretrained):
+            with pytest.raises(ValueError, match=message.replace("model.", r"(model\.)?", 1)):
+                load(tmp_path)
+    safetensors.torch.save_file(whole | {gain: torch.ones(3, 3)}, file, metadata={"format": "pt"})
+    with pytest.raises((ValueError, RuntimeError), match="mismatched"):
+        load_swapped(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Llama", "GPT2"])
+def test_the_class_of_the_model_with_attention_does_not_open_it(family, tmp_path):
+    model = build(family)
+    replace_attention(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="hidden_size|got str"):
+        type(model).from_pretrained(tmp_path)
+
+
+def test_a_config_that_names_layers_which_are_not_there_is_refused(tmp_path):
+    model = build("Llama")
+    replace_attention(model)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    whole = json.loads(file.read_text())
+    layers = whole["retention_layers"]
+    file.write_text(json.dumps(whole | {"retention_layers": {"layers.7.self_attn": layers["layers.0.self_attn"]}}))
+    with pytest.raises(ValueError, match=r"has no layers layers\.7\.self_attn, which its config says are replaced"):
+        load_swapped(tmp_path)
+    file.write_text(json.dumps({name: x for name, x in whole.items() if name != "retention_layers"}))
+    with pytest.raises(ValueError, match="must have 'retention_layers'"):
+        load_swapped(tmp_path)
+    file.write_text(json.dumps(whole | {"architectures": ["OwnLlama"]}))
+    with pytest.raises(ValueError, match="is a 'OwnLlama', which transformers does not have; build it, call"):
+        load_swapped(tmp_path)
+
+
+def in_a_new_process(code, folder):
+    """What a process prints that has not imported the library, with its files in the folder."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        check=False,
+    )
+    return done.stdout + done.stderr
+
+
+OPEN = """
+import sys, transformers
+{first}
+try:
+    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], {arguments})
+    print("opened", [name for name, _ in model.named_parameters() if "retention" in name][:1])
+except Exception as error:
+    print("refused", type(error).__name__, error)
+"""
+MISSING = """
+import importlib.abc
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name.split('.')[0] == 'retention':
+            raise ImportError(name)
+sys.meta_path.insert(0, Missing())
+"""
+
+
+@pytest.mark.parametrize("kind", ["replaced", "RetNet"])
+def test_a_process_without_the_library_refuses_and_says_what_to_do(kind, tmp_path):
+    if kind == "RetNet":
+        model = RetNetForCausalLM(RetNetConfig(dim=16, num_layers=1, num_heads=2))
+    else:
+        model = build("Llama")
+        replace_attention(model)
+    model.save_pretrained(tmp_path)
+    plain = in_a_new_process(OPEN.format(first="", arguments=""), tmp_path)
+    assert "refused ValueError" in plain
+    assert "trust_remote_code=True" in plain
+    trusting = in_a_new_process(OPEN.format(first="", arguments="trust_remote_code=True"), tmp_path)
+    assert "opened ['model." in trusting
+    imported = in_a_new_process(OPEN.format(first="import retention.integrations.transformers", arguments=""), tmp_path)
+    assert "opened ['model." in imported
+    missing = in_a_new_process(OPEN.format(first=MISSING, arguments="trust_remote_code=True"), tmp_path)
+    assert 'this model needs the library multiscale-retention: pip install "multiscale-retention' in missing
+    card = (tmp_path / "README.md").read_text()
+    assert "import retention.integrations.transformers" in card
+    assert "AutoModelForCausalLM.from_pretrained" in card
+
+
+def test_a_model_card_of_ones_own_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model = build("Llama")
+    replace_attention(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+# --- who is marked ----------------------------------------------------------------------------------------------------
+
+
+def wrapped(model, kind):
+    if kind == "compile":
+        return torch.compile(model, backend="eager")
+    if kind == "sequential":
+        return torch.nn.Sequential(model)
+    if kind == "peft":
+        import peft
+
+        return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return DistributedDataParallel(model)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
+@pytest.mark.parametrize("kind", ["compile", "sequential", "peft", "ddp"])
+@pytest.mark.parametrize("inside", ["replace", "restore", "neither"])
+def test_wrappers_are_looked_through(kind, inside):
+    model = build("Llama")
+    config, untouched = model.config, copy.deepcopy(model.config)
+    try:
+        outside = wrapped(model, kind)
+        replace_attention(model if inside == "replace" else outside)
+        assert set(model.config.retention_in_attention) == {"layers.0.self_attn", "layers.1.self_attn"}
+        assert model._is_stateful
+        assert model.config is model.model.config
+        assert type(config) is transformers.LlamaConfig  # whoever holds the old one is not concerned
+        assert not hasattr(config, "retention_in_attention")
+        restore_attention(model if inside == "restore" else outside)
+        assert not hasattr(model.config, "retention_in_attention")
+        assert type(model.config) is transformers.LlamaConfig
+        assert model.config == untouched
+        assert "_is_stateful" not in vars(model)
+        assert all(layer.self_attn.config is model.config for layer in model.model.layers)
+        with pytest.raises(ValueError, match="has no attention that was replaced"):
+            restore_attention(outside)
+        replace_attention(outside)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("part", [lambda m: m.model, lambda m: m.model.layers, lambda m: m.model.layers[1]], ids=str)
+def test_a_part_that_is_replaced_marks_the_model_that_it_is_of(part, tmp_path):
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(part(model))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
+    restore_attention(part(model))
+    assert not hasattr(model.config, "retention_in_attention")
+
+
+def test_some_layers_restored_leaves_the_others_marked(tmp_path):
+    model = build("Llama")
+    replace_attention(model)
+    restore_attention(model.model.layers[0])
+    assert set(model.config.retention_in_attention) == {"layers.1.self_attn"}
+    assert model._is_stateful
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [isinstance(layer.self_attn, Swapped) for layer in loaded.model.layers] == [False, True]
+
+
+def test_models_that_share_a_config_do_not_mark_each_other(tmp_path):
+    config = transformers.LlamaConfig(**SIZES, **GROUPED)
+    one, other = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    replace_attention(one)
+    assert not hasattr(other.config, "retention_in_attention")
+    assert not other._is_stateful
+    other.save_pretrained(tmp_path)
+    assert type(AutoConfig.from_pretrained(tmp_path)) is transformers.LlamaConfig
+    third = AutoModelForCausalLM.from_config(one.config)
+    restore_attention(one)
+    assert set(third.config.retention_in_attention) == {"layers.0.self_attn", "layers.1.self_attn"}
+
+
+def test_a_change_of_the_config_while_layers_are_replaced_stays():
+    model = build("Llama")
+    replace_attention(model, layers=[0])
+    model.config.use_cache = False
+    model.set_attn_implementation("eager")
+    restore_attention(model)
+    assert model.config.use_cache is False
+    assert model.config._attn_implementation == "eager"
+    assert model.model.layers[0].self_attn.config._attn_implementation == "eager"
+
+
+def test_a_wrapper_of_several_processes_is_refused():
+    """It would not average the gradients of new parameters, without a word."""
+    model = build("Llama")
+    try:
+        outside = wrapped(model, "ddp")
+        alone, several = outside.process_group, types.SimpleNamespace(size=lambda: 2)
+        for work in (replace_attention, restore_attention):
+            outside.process_group = several
+            with pytest.raises(
+                ValueError, match="in a DistributedDataParallel of several processes, .*; replace or rest"
+            ):
+                work(model)
+            outside.process_group = alone
+            work(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def test_a_compiled_model_runs_what_is_in_it():
+    model, ids = build("Llama"), padded()[0][2][None]
+    compiled = torch.compile(model, backend="eager")
+    attention = compiled(ids, use_cache=False).logits
+    replace_attention(compiled)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+    assert not torch.allclose(compiled(ids, use_cache=False).logits, attention, atol=0.1)
+    restore_attention(model)
+    torch.testing.assert_close(compiled(ids, use_cache=False).logits, attention)
