@@ -3,13 +3,16 @@
 import ast
 import re
 import sys
-from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from retention.backends.xformers import probe
+from retention.integrations.transformers import compat
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRA = PROJECT["optional-dependencies"]
 PINS = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-HOMES = packages_distributions()
+HOMES = {"sklearn": "scikit-learn"}  # distributions that go by another name than what is imported
 # What a file may count on, by the longest of these that its path begins with: the dependencies and these extras.
 EXTRAS = {
     "retention": (),
@@ -63,7 +66,7 @@ def outside(source):
 
     visit(ast.parse(source))
     names -= {*sys.stdlib_module_names, "retention", "benchmarks", "integrations", "tests"}
-    return {canonicalize_name(HOMES.get(name, [name])[0]) for name in names}
+    return {canonicalize_name(HOMES.get(name, name)) for name in names}
 
 
 def undeclared(path, source):
@@ -110,6 +113,18 @@ def test_the_documents_install_what_was_tested(document, at_least):
     commands = re.findall(r"^.*pip install .*\"\.\[.*$", "".join(blocks), re.MULTILINE)
     assert len(commands) >= at_least
     assert [command for command in commands if not uses_constraints(command)] == []
+
+
+def test_code_and_ci_name_the_versions_that_were_tested():
+    bounds, pinned = declared("transformers"), {pin.name: str(pin.specifier)[2:] for pin in PINS}
+    oldest, newest = compat.TESTED[0], compat.TESTED[-1]
+    major, minor = map(int, newest.split("."))
+    assert bounds["transformers"].specifier == SpecifierSet(f">={oldest},<{major}.{minor + 1}")
+    assert pinned["transformers"].startswith(f"{newest}.")
+    assert pinned["xformers"] == probe.TESTED
+    torch = next(bound.version for bound in bounds["torch"].specifier if bound.operator == ">=")
+    assert f"transformers=={oldest}.*" in (ROOT / ".ci/run").read_text()
+    assert f'"torch=={torch}.*" "transformers=={oldest}.*"' in (ROOT / ".ci/matrix").read_text()
 
 
 def test_this_test_can_fail():
