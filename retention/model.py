@@ -159,6 +159,8 @@ class RetNetBackbone(nn.Module):
     Raises: ValueError or ShapeError that names the option.
     """
 
+    block_class: type[RetNetBlock] = RetNetBlock
+
     def __init__(
         self,
         dim: int,
@@ -211,7 +213,7 @@ class RetNetBackbone(nn.Module):
         def block(depth: int) -> RetNetBlock:
             mixed = moe_freq and (depth + 1) % moe_freq == 0
             ffn: Any = MixtureOfExperts if mixed else FeedForward
-            return RetNetBlock(
+            return self.block_class(
                 dim,
                 num_heads,
                 ffn=ffn(dim, ffn_dim, **(experts if mixed else dense), **inside),
@@ -230,7 +232,7 @@ class RetNetBackbone(nn.Module):
         self.embedding_norm = NORMS[norm](dim, eps=norm_eps, **dd) if layernorm_embedding else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.norm = NORMS[norm](dim, eps=norm_eps, **dd) if final_norm and norm_before else nn.Identity()
-        # Training that computes each block anew in the backward pass; transformers sets both.
+        # Training that computes each block anew in the backward pass.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 

@@ -78,6 +78,34 @@ def test_imports_point_down_and_outside_libraries_have_one_door(path):
     assert not through_the_wall(inside, source)
 
 
+COMPAT = "integrations/transformers/compat.py"
+OF_A_RELEASE = ("past_key_values", "layer_past", "cache_params")  # names of the cache in this or that transformers
+
+
+def names_of_a_release(path, source):
+    """What only compat.py may have: imports from deep inside transformers, and names that move between its releases."""
+    deep = [".".join(t) for t in imports(path, source) if t[0] == "transformers" and len(t) > 1]
+    return [*deep, *(name for name in OF_A_RELEASE if name in source)]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in FILES if p.relative_to(ROOT).parts[0] == "integrations" and p != ROOT / COMPAT],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_what_moves_in_transformers_is_in_one_file(path):
+    assert not names_of_a_release(path.relative_to(ROOT), path.read_text())
+
+
+def test_names_of_a_release_are_found():
+    path = Path("integrations/transformers/modeling.py")
+    assert names_of_a_release(path, "from transformers.utils.generic import can_return_tuple")
+    assert names_of_a_release(path, "import transformers.masking_utils")
+    assert names_of_a_release(path, "model(past_key_values=cache)") == ["past_key_values"]
+    assert names_of_a_release(path, "from transformers import Cache\nimport transformers") == []
+    assert names_of_a_release(path, (ROOT / COMPAT).read_text())
+
+
 def test_this_test_can_fail():
     assert pointing_up(Path("retention/decay.py"), "from .layer import MultiScaleRetention") == ["retention.layer"]
     assert pointing_up(Path("retention/backends/eager.py"), "from ..functional import retain") == [

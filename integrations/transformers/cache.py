@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
+from transformers import Cache, StaticCache
 
 from retention.errors import ShapeError
-from retention.state import RetentionState
+from retention.state import RetentionState, state_dtype
 
 from .compat import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
@@ -25,18 +25,18 @@ LAYER_TYPE = "retention"
 class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """What one retention layer remembers, as a layer of transformers' `Cache`: a state of constant size.
 
-    The tensors of `state` stay where they are from the first token to the last, for compiled code to use them again.
+    The tensors of `state` stay where they are from the first token to the last.
     """
 
-    _layer_type = LAYER_TYPE  # enters the class in `DynamicCache`
-    is_compileable = True
+    _layer_type: str | None = LAYER_TYPE  # enters the class in `DynamicCache`
+    keys = values = None
+    is_compileable = False  # `generate` would make masks for compiled steps, and others take them for keys' masks
     is_croppable = False
     is_sliding = False
     supports_early_init = False
     record_past = False
 
     def __init__(self, **_: Any) -> None:  # a static cache says how many tokens to hold, which is nothing to a state
-        self.keys = self.values = None
         self._state: RetentionState | None = None
         self.columns = torch.zeros((), dtype=torch.long)  # of the batch, padding included; a number would recompile
 
@@ -47,18 +47,25 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self._state, self.columns = self._state.clone(), self.columns.clone()
         return self._state
 
+    def state_for(self, retention: Any) -> RetentionState | None:
+        """The state in the shape that `retention`, a `MultiScaleRetention`, has for it."""
+        return self.state
+
     def store(self, after: RetentionState, columns: int) -> None:
         """Keep the state after `columns` more tokens."""
         before = self.state
         if before is None or before.kv.shape != after.kv.shape or after.kv.requires_grad or before.kv.requires_grad:
             self._state = after
             self.columns = self.columns.to(after.kv.device)
-            if not torch.compiler.is_compiling():
-                after.map(torch._dynamo.mark_static_address)
-                torch._dynamo.mark_static_address(self.columns)
+            self._mark_static()
         elif before is not after:
             before.copy_(after)
         self.columns.add_(columns)
+
+    def _mark_static(self) -> None:
+        if self._state is not None and not torch.compiler.is_compiling():
+            self._state.map(torch._dynamo.mark_static_address)
+            torch._dynamo.mark_static_address(self.columns)
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -111,13 +118,70 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
                 f"does not work with it; got crop({tokens_to_remove})"
             )
 
-    def lazy_initialization(self, *_: Any, **__: Any) -> None:
+    def update(self, *_: Any, **__: Any) -> Any:
         raise TypeError("a RetentionCacheLayer holds a state, not keys and values; it takes one by `store`")
 
-    update = update_conv_state = update_recurrent_state = lazy_initialization  # type: ignore[assignment]
+    lazy_initialization = update_conv_state = update_recurrent_state = update
 
 
-STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = RetentionCacheLayer
+class StaticRetentionCacheLayer(RetentionCacheLayer):
+    """The same in a `StaticCache`: compiled code finds the tensors of `state` where they were.
+
+    `early_initialization`, as for an export, makes the memory before any model has said what shape a state has. It is
+    flat then, and an export's count of tokens set to 0 begins anew. No gradients flow through such a memory.
+    """
+
+    _layer_type = None  # the entry above stays
+    is_compileable = True
+    supports_early_init = True
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._flat = False
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        return self._state.kv if self._flat and self._state is not None else None
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        return self._state.time if self._flat and self._state is not None else None
+
+    @property
+    def cumulative_length(self) -> Tensor:  # type: ignore[override]
+        """An export's name for the number of tokens."""
+        return self.columns
+
+    def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:  # type: ignore[override]
+        """keys (B, num_heads, 0, head_dim): of the sizes that the config names."""
+        batch, heads, _, numbers = keys.shape
+        kv = keys.new_zeros(batch, heads, numbers, dtype=state_dtype(keys.dtype))
+        self._state = RetentionState(kv, torch.zeros(batch, dtype=torch.long, device=keys.device))
+        self.columns, self._flat = self.columns.to(keys.device), True
+        self._mark_static()
+
+    def state_for(self, retention: Any) -> RetentionState | None:
+        if not self._flat:
+            return self.state
+        begun = self.columns != 0
+        return self._shaped(retention.initial_state(1)).map(lambda x: x * begun)
+
+    def store(self, after: RetentionState, columns: int) -> None:
+        if not self._flat:
+            return super().store(after, columns)
+        self._shaped(after).copy_(after.detach())
+        self.columns.add_(columns)
+
+    def _shaped(self, like: RetentionState) -> RetentionState:
+        """Views of the flat memory in the shapes of `like`, whatever its batch."""
+        assert self.state is not None
+        flat, (heads, key_dim, value_dim) = self.state.kv, like.kv.shape[1:]
+        size = heads * key_dim * value_dim // flat.shape[1]
+        kv = flat[..., :size].unflatten(-1, (-1, key_dim, value_dim)).flatten(1, 2)
+        return RetentionState(kv, self.state.time, None if like.k_sum is None else flat[..., size:])
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticRetentionCacheLayer
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = create_recurrent_attention_mask
 
 
@@ -126,14 +190,16 @@ def retention_layer(cache: Cache, index: int) -> RetentionCacheLayer:
 
     Raises: TypeError if it holds keys and values already.
     """
+    kind = StaticRetentionCacheLayer if isinstance(cache, StaticCache) else RetentionCacheLayer
     while len(cache.layers) <= index:  # a cache made without a config grows as it is used
-        cache.layers.append(RetentionCacheLayer())
-    layer = cache.layers[index]
+        cache.layers.append(kind())
+    layer: Any = cache.layers[index]
     if isinstance(layer, RetentionCacheLayer):
         return layer
-    if getattr(layer, "is_initialized", False):
+    # What was initialised early is still empty; compiled code cannot look.
+    if getattr(layer, "is_initialized", False) and (torch.compiler.is_compiling() or int(layer.get_seq_length())):
         raise TypeError(f"the cache holds keys and values in layer {index}, where a retention state is needed")
-    cache.layers[index] = new = RetentionCacheLayer()
+    cache.layers[index] = new = kind()
     return new
 
 

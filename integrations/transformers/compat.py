@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import fields
 from typing import Any, TypeVar
 
+import torch
 import transformers
 from packaging.version import Version
 from transformers import Cache, DynamicCache, EncoderDecoderCache
@@ -26,7 +27,11 @@ from transformers.masking_utils import (
     create_recurrent_attention_mask,
     sdpa_mask,
 )
-from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
+from transformers.modeling_layers import (
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+    GradientCheckpointingLayer,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 from transformers.trainer import TRAINER_STATE_NAME
@@ -51,6 +56,7 @@ __all__ = [
     "CausalLMOutputWithPast",
     "GenericForSequenceClassification",
     "GenericForTokenClassification",
+    "GradientCheckpointingLayer",
     "LinearAttentionCacheLayerMixin",
     "ProgressCallback",
     "TrainerState",
@@ -60,6 +66,7 @@ __all__ = [
     "cache_of",
     "call_with_cache",
     "can_return_tuple",
+    "check_keywords",
     "create_recurrent_attention_mask",
     "logging",
     "sdpa_mask",
@@ -73,6 +80,14 @@ TESTED = ("5.16", "5.23", "5.24")  # minor releases; pyproject.toml ends below t
 # The installed release's name of the cache, as an argument and as an output: "cache" from 5.24 on.
 CACHE = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
 CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # all names that some release or model has for it
+_OLD_NAME = None if CACHE == "past_key_values" else "past_key_values"  # deprecated in the installed release
+
+# What may come to the `forward` of any model: what transformers has for attention and losses; what `generate`, the
+# Trainer, older code and other models' tokenizers add. Models that have no use for one of these ignore it.
+_KEYWORDS = {
+    *TransformersKwargs.__optional_keys__,
+    *("tokenizer", "assistant_tokenizer", "shift_labels", "cache_position", "token_type_ids"),
+}
 
 INPUT = "hidden_states"  # the first argument of a layer's forward: its tokens
 OTHER_TOKENS = (  # arguments of a layer's forward that bring other tokens, to which its own attend
@@ -146,11 +161,20 @@ def cache_by_any_name(forward: F) -> F:
         found = [kwargs.pop(name) for name in CACHE_NAMES if name in kwargs]
         if given:
             kwargs["cache"] = _checked(given[0], next(x for x in found if x is not None))
+            if given[0] == _OLD_NAME and not torch.compiler.is_compiling():
+                warnings.warn(f"`{_OLD_NAME}` is deprecated; use `{CACHE}` instead", FutureWarning, stacklevel=2)
         return forward(*args, **kwargs)
 
     shown = [p.replace(name=CACHE) if name == "cache" else p for name, p in signature.parameters.items()]
     renamed.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
     return renamed  # type: ignore[return-value]
+
+
+def check_keywords(model: Any, given: Collection[str]) -> None:
+    """Refuse keyword arguments of a `forward` that no model of transformers has. Raises: TypeError that names them."""
+    unknown = sorted(set(given) - _KEYWORDS)
+    if unknown:
+        raise TypeError(f"{type(model).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}")
 
 
 def swap_cache(

@@ -27,7 +27,7 @@ from retention.arguments import check_choice
 from retention.backends import FORMS
 from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
-from retention.model import RetNetBackbone
+from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
 
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
 from .compat import (
@@ -36,10 +36,12 @@ from .compat import (
     CausalLMOutputWithPast,
     GenericForSequenceClassification,
     GenericForTokenClassification,
+    GradientCheckpointingLayer,
     as_output,
     cache_by_any_name,
     cache_of,
     can_return_tuple,
+    check_keywords,
 )
 from .sharing import SaysHowToLoad
 
@@ -120,6 +122,9 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
             "value_dim": kwargs.pop("decoder_value_embed_dim", None),
             "chunk_size": kwargs.pop("recurrent_chunk_size", None),
         }
+        width = kwargs.get("hidden_size", self.dim)
+        if self.dim not in (width, type(self).dim):  # the default may come from no one
+            raise ValueError(f"dim and hidden_size are one; got dim {self.dim}, hidden_size {width}; pass one of them")
         super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
         check_choice("forward_mode", self.forward_mode, (*FORMS, "auto"))
         if self.initializer_range is None:
@@ -129,10 +134,25 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
             options = copy.deepcopy({**(self.retention or {}), **given})
             self.retention = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in options.items()}
 
+    def to_dict(self) -> dict[str, Any]:
+        """All options, and the width under the name that other libraries look for."""
+        return {**super().to_dict(), "hidden_size": self.dim}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to files, with one name for the width."""
+        return {name: value for name, value in super().to_diff_dict().items() if name != "hidden_size"}
+
     @property
     def layer_types(self) -> list[str]:
         """What transformers' caches and masks ask for."""
         return [LAYER_TYPE] * self.num_layers
+
+    @property
+    def head_dim(self) -> int:
+        """How many numbers each head keeps in a cache, for those who make one before there is a state."""
+        options = self.retention or {}
+        key_dim, value_dim = options.get("key_dim") or self.dim, options.get("value_dim") or 2 * self.dim
+        return key_dim // self.num_heads * (value_dim // self.num_heads + bool(options.get("score_norm")))
 
     def validate_layer_type(self) -> None:
         """transformers' own check knows no types but its own."""
@@ -154,12 +174,28 @@ class RetNetCausalLMOutput(CausalLMOutputWithPast):
     aux_loss: Tensor | None = None
 
 
+class CheckpointedBlock(GradientCheckpointingLayer, RetNetBlock):
+    """A block that transformers' gradient checkpointing finds by its class."""
+
+
+class CheckpointedBackbone(RetNetBackbone):
+    """`RetNetBackbone` with checkpointing by transformers, block by block, and none of its own."""
+
+    block_class = CheckpointedBlock
+
+    def _run(self, block: nn.Module, x: Tensor, **options: Any) -> BlockOutput:
+        return block(x, **options)
+
+
 class RetNetPreTrainedModel(PreTrainedModel):
     config: RetNetConfig
     config_class = RetNetConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["RetNetBlock"]  # noqa: RUF012
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": CheckpointedBlock}  # noqa: RUF012
+    _no_split_modules = ["CheckpointedBlock"]  # noqa: RUF012
+    _skip_keys_device_placement = [CACHE]  # noqa: RUF012
     _is_stateful = True  # `generate` then refuses what rolls back
 
     def post_init(self) -> None:
@@ -185,7 +221,7 @@ class RetNetModel(RetNetPreTrainedModel):
         self.embed_tokens = (
             nn.Embedding(config.vocab_size, config.dim, config.pad_token_id) if config.vocab_size else None
         )
-        self.backbone = RetNetBackbone(**{name: getattr(config, name) for name in _BACKBONE})
+        self.backbone = CheckpointedBackbone(**{name: getattr(config, name) for name in _BACKBONE})
         self.post_init()
 
     @cache_by_any_name
@@ -198,7 +234,7 @@ class RetNetModel(RetNetPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_retentions: bool | None = None,
         output_attentions: bool | None = None,
         forward_mode: str | None = None,
@@ -207,23 +243,26 @@ class RetNetModel(RetNetPreTrainedModel):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: Tensor | None = None,
+        **kwargs: Any,
     ) -> RetNetModelOutput:
         """Hidden states of input_ids (B, T) or inputs_embeds (B, T, dim).
 
         attention_mask: (B, T) or with a cache (B, tokens so far + T); 0 = padding, left or right.
-        cache: what an earlier call returned, under the name that the installed transformers has for it ("cache" from
-            5.24 on, "past_key_values" before; both are taken). This call continues its sequences, and updates it.
+        cache: what an earlier call returned, under any name that a release of transformers has for it; the installed
+            one's is `compat.CACHE`. This call continues its sequences, and updates it.
         position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions do not matter
             otherwise: time is counted over real tokens. The lengths and cu_seq_lens_k are not needed.
         use_cache: return the cache; default: config.use_cache, but not in training.
+        output_hidden_states: True for those of all layers, or which, as indices; the others are None then.
         output_retentions: give the retention scores, which only the parallel form has.
         forward_mode: as in the config, for this call.
-        Raises: ShapeError or ValueError that says what does not fit.
+        kwargs: what transformers may hand to any model, such as token_type_ids; it has no meaning here.
+        Raises: ShapeError or ValueError that says what does not fit; TypeError for a keyword that no model has.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or none")
-        if output_attentions:
-            raise ValueError("retention has no attention weights; pass output_retentions=True for its scores")
+        check_keywords(self, kwargs)
+        self._refuse_what_retention_has_not(output_attentions, **kwargs)
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         mask = token_mask(attention_mask, x, cache is not None)
@@ -242,9 +281,23 @@ class RetNetModel(RetNetPreTrainedModel):
             borders,
             cache,
             forward_mode or self.config.forward_mode,
-            bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             self.config.output_retentions if output_retentions is None else output_retentions,
         )
+
+    def _refuse_what_retention_has_not(
+        self,
+        output_attentions: bool | None,
+        is_causal: bool | None = None,
+        output_router_logits: bool | None = None,
+        **_: Any,
+    ) -> None:
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("retention has no attention weights; pass output_retentions=True for its scores")
+        if is_causal is False:
+            raise ValueError("RetNet is causal, and its state knows one direction; got is_causal=False")
+        if output_router_logits and self.config.moe_freq:
+            raise ValueError("the experts' logits are not kept, only aux_loss is; got output_router_logits=True")
 
     def _embedded(self, input_ids: Tensor | None) -> Tensor:
         if self.embed_tokens is None:
@@ -258,11 +311,13 @@ class RetNetModel(RetNetPreTrainedModel):
         borders: Tensor | None,
         cache: Cache | None,
         form: str,
-        hidden_states: bool,
+        hidden_states: bool | list[int] | None,
         retentions: bool,
     ) -> RetNetModelOutput:
         layers = [] if cache is None else [retention_layer(cache, i) for i in range(self.config.num_layers)]
-        state: Any = [layer.state for layer in layers] if layers and layers[0].is_initialized else None
+        state: Any = None
+        if layers and layers[0].is_initialized:
+            state = [layer.state_for(b.retention) for layer, b in zip(layers, self.backbone.blocks, strict=True)]
         one_token = x.shape[1] == 1 and form in ("auto", "recurrent") and not torch.is_grad_enabled()
         if state is not None and one_token and not retentions:
             out = self.backbone.step(x, state, mask=mask)
@@ -273,20 +328,32 @@ class RetNetModel(RetNetPreTrainedModel):
                 cu_seqlens=borders,
                 state=state,
                 return_state=cache is not None,
-                return_layers=hidden_states,
+                return_layers=bool(hidden_states),
                 return_scores=retentions,
                 form=None if form == "auto" else form,  # the layers' own
             )
         for layer, after in zip(layers, out.state or [], strict=True):
             layer.store(after, x.shape[1])
-        inner = (out.layers or [])[:-1]
+        *inner, last = (_as_batch(y, x) for y in (*(out.layers or [])[:-1], out.hidden))
         return RetNetModelOutput(
-            last_hidden_state=out.hidden.view_as(x),
-            hidden_states=tuple(y.view_as(x) for y in (*inner, out.hidden)) if hidden_states else None,
+            last_hidden_state=last,
+            hidden_states=_chosen((*inner, last), hidden_states) if hidden_states else None,
             retentions=tuple(out.scores or ()) if retentions else None,
             aux_loss=out.aux_loss,
             **as_output(cache),
         )
+
+
+def _as_batch(y: Tensor, x: Tensor) -> Tensor:
+    """y in the shape of x. The tensor itself if that is its shape: a view beside the graph would get no gradient."""
+    return y if y.shape == x.shape else y.view_as(x)
+
+
+def _chosen(layers: tuple[Tensor, ...], which: bool | list[int]) -> tuple[Any, ...]:
+    if isinstance(which, bool):
+        return layers
+    wanted = {range(len(layers))[i] for i in which}
+    return tuple(layer if i in wanted else None for i, layer in enumerate(layers))
 
 
 class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
@@ -314,7 +381,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | list[int] | None = None,
         output_retentions: bool | None = None,
         output_attentions: bool | None = None,
         forward_mode: str | None = None,
@@ -323,13 +390,17 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         max_length_q: int | None = None,
         max_length_k: int | None = None,
         seq_idx: Tensor | None = None,
+        **kwargs: Any,
     ) -> RetNetCausalLMOutput:
         """Logits (B, T, vocab_size), and the loss if there are labels. Other arguments as `RetNetModel.forward`.
 
         labels (B, T): as input_ids, shifted here; -100 is ignored.
         logits_to_keep: how many logits from the end, 0 for all; or which, as indices.
         num_items_in_batch: what the loss is divided by, instead of the number of labels.
+        shift_labels (B, T), by keyword: labels that are shifted already, in the place of `labels`.
         """
+        # Not named above: the Trainer takes an argument for labels by its name, and would wait for both.
+        shift_labels = kwargs.pop("shift_labels", None)
         out = self.model(
             input_ids,
             attention_mask,
@@ -343,10 +414,12 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             forward_mode,
             cu_seq_lens_q=cu_seq_lens_q,
             seq_idx=seq_idx,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch, out.aux_loss)
+        targets = _shifted(labels) if shift_labels is None else shift_labels
+        loss = None if targets is None else self._loss(logits, targets, num_items_in_batch, out.aux_loss)
         return RetNetCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -356,24 +429,35 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             **as_output(cache_of(out)),
         )
 
-    def _loss(self, logits: Tensor, labels: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
-        vocab_size = self.config.vocab_size
-        loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, num_items_in_batch=items)
+    def _loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
+        """targets (B, T): what each logit is to say, -100 for nothing."""
+        options = dict(vocab_size=self.config.vocab_size, shift_labels=targets, num_items_in_batch=items)
+        loss = self.loss_function(logits=logits, labels=None, **options)
         if self.config.z_loss_coeff:
-            counted = labels[:, 1:] != -100
-            log_z = logits[:, :-1].float().logsumexp(-1)[counted]
-            loss = loss + self.config.z_loss_coeff * log_z.square().sum() / (counted.sum() if items is None else items)
+            counted = targets.to(logits.device) != -100
+            log_z = logits.float().logsumexp(-1)[counted]
+            count = counted.sum() if items is None else torch.as_tensor(items, device=loss.device)
+            loss = loss + self.config.z_loss_coeff * log_z.square().sum() / count
         if aux_loss is not None:
             loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         return loss
 
 
+def _shifted(labels: Tensor | None) -> Tensor | None:
+    """The labels of the tokens that follow; none for the last."""
+    return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+
+
 class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPreTrainedModel):
     """RetNet with a linear head on the last real token of each sequence."""
+
+    accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the number of accumulated batches
 
 
 class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):
     """RetNet with a linear head on every token."""
+
+    accepts_loss_kwargs = False
 
 
 AutoConfig.register(LAYER_TYPE, RetNetConfig)

@@ -6,8 +6,23 @@ The prompts are padded on the left and up to four chunks long.
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    CompileConfig,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    StoppingCriteriaList,
+    WatermarkingConfig,
+)
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
 from retention.backends.chunked import walk
 from retention.decay import HeadDecay
@@ -168,6 +183,171 @@ def test_what_rolls_back_is_refused(model):
     assert not cache.layers[0].is_croppable
     with pytest.raises(ValueError, match=r"cannot forget its last tokens; .* assisted decoding.*crop\(-1\)"):
         cache.crop(-1)
+
+
+# --- keywords of generate ---------------------------------------------------------------------------------------------
+
+
+class Streamer:
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, tokens):
+        self.tokens += tokens.flatten().tolist()
+
+    def end(self):
+        self.tokens.append("end")
+
+
+def tokenizer():
+    """A character for each token."""
+    characters = [*map(chr, range(33, 127)), "Ġ", "Ċ", "¡"]
+    made = Tokenizer(BPE({character: n for n, character in enumerate(characters)}, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="!", bos_token='"', eos_token="#")
+
+
+def own_sampling(model, input_ids, logits_processor, stopping_criteria, generation_config, extra, **kwargs):
+    return GenerationMixin._sample(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs)
+
+
+BEAMS = {"num_beams": 3}
+SAMPLE = {"do_sample": True}
+BOTH_DICTS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+KEYWORDS = {
+    "min_new_tokens": {"min_new_tokens": 4, "eos_token_id": list(range(2, 60))},
+    "max_length": {"max_new_tokens": None, "max_length": 30},
+    "max_time": {"max_time": 100.0},
+    "stop_strings": {"stop_strings": [*"abcdefghijklmnop"], "tokenizer": tokenizer()},
+    "token_healing": {"token_healing": False, "tokenizer": tokenizer()},
+    "temperature": {**SAMPLE, "temperature": 0.5},
+    "top_k": {**SAMPLE, "top_k": 5},
+    "top_p": {**SAMPLE, "top_p": 0.5},
+    "top_h": {**SAMPLE, "top_h": 0.5},
+    "min_p": {**SAMPLE, "min_p": 0.1},
+    "typical_p": {**SAMPLE, "typical_p": 0.5},
+    "epsilon_cutoff": {**SAMPLE, "epsilon_cutoff": 0.01},
+    "eta_cutoff": {**SAMPLE, "eta_cutoff": 0.01},
+    "renormalize_logits": {**SAMPLE, "renormalize_logits": True, "top_k": 5},
+    "remove_invalid_values": {"remove_invalid_values": True},
+    "repetition_penalty": {"repetition_penalty": 1.5},
+    "encoder_repetition_penalty": {"encoder_repetition_penalty": 1.5},
+    "no_repeat_ngram_size": {"no_repeat_ngram_size": 1},
+    "bad_words_ids": {"bad_words_ids": [[n] for n in range(3, 90)]},
+    "sequence_bias": {"sequence_bias": [[[5], 3.0], [[7], -9.0]]},
+    "suppress_tokens": {"suppress_tokens": list(range(3, 50))},
+    "begin_suppress_tokens": {"begin_suppress_tokens": list(range(3, 90))},
+    "forced_bos_token_id": {"forced_bos_token_id": 5},
+    "forced_eos_token_id": {"forced_eos_token_id": 5},
+    "exponential_decay_length_penalty": {"exponential_decay_length_penalty": (2, 1.1), "eos_token_id": 5},
+    "guidance_scale": {"guidance_scale": 1.5},
+    "negative_prompt_ids": {"guidance_scale": 1.5, "negative_prompt_ids": torch.randint(3, 97, (2, 4))},
+    "watermarking_config": {"watermarking_config": WatermarkingConfig(context_width=1)},
+    "prefix_allowed_tokens_fn": {"prefix_allowed_tokens_fn": lambda batch, ids: list(range(5, 40))},
+    "logits_processor": {"logits_processor": LogitsProcessorList([lambda ids, scores: scores.roll(1, dims=-1)])},
+    "stopping_criteria": {"stopping_criteria": StoppingCriteriaList([lambda ids, _: ids[:, -1] % 2 == 0])},
+    "generation_config": {"generation_config": GenerationConfig(max_new_tokens=3, do_sample=False)},
+    "custom_generate": {"custom_generate": own_sampling, "extra": 1},
+    "num_return_sequences": {**SAMPLE, "num_return_sequences": 3},
+    "num_beams": {**BEAMS, "num_return_sequences": 3},
+    "beams sample": {**BEAMS, **SAMPLE},
+    "length_penalty": {**BEAMS, "length_penalty": 2.0, "eos_token_id": [5, 6, 7]},
+    "early_stopping": {**BEAMS, "early_stopping": True, "eos_token_id": [5, 6, 7]},
+    "output_hidden_states": {**BOTH_DICTS, "output_hidden_states": True},
+    "beam outputs": {**BEAMS, **BOTH_DICTS, "output_hidden_states": True},
+    "output_router_logits": {"output_router_logits": True},
+    "logits_to_keep": {"logits_to_keep": 2},
+    "cache dynamic": {"cache_implementation": "dynamic"},
+    "cache static": {"cache_implementation": "static"},
+    "beams static": {**BEAMS, "cache_implementation": "static"},
+    "prefill_chunk_size": {"prefill_chunk_size": 5},
+    "prefill static": {"prefill_chunk_size": 5, "cache_implementation": "static"},
+    "prefill beams": {**BEAMS, "prefill_chunk_size": 5, "cache_implementation": "static"},
+    "position_ids": {"position_ids": torch.tensor([[0, 0, 0, *range(17)], [*range(20)]])},
+}
+
+
+def llama():
+    torch.manual_seed(1)
+    sizes = dict(vocab_size=97, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    return LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of options that do not go together
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_every_keyword_of_generate_does_with_a_cache_what_it_does_without(name):
+    """And a Llama of transformers takes it too."""
+    inputs = padded([row[:n] for row, n in zip(prompts(), (17, 20), strict=False)])
+    model, outs = make(), []
+    options = {"max_new_tokens": 6, "do_sample": False, **KEYWORDS[name]}
+    llama().generate(**inputs, **options)
+    without = {k: v for k, v in options.items() if k not in ("cache_implementation", "prefill_chunk_size")}
+    for given in (options, {**without, "use_cache": False}):
+        torch.manual_seed(3)
+        outs.append(model.generate(**inputs, **given))
+    cached, whole = (out if torch.is_tensor(out) else out.sequences for out in outs)
+    assert torch.equal(cached, whole)
+    if "output_hidden_states" in options:
+        steps = [step if "num_beams" in options else step[-1] for step in outs[0].hidden_states]
+        assert len(steps) == cached.shape[1] - 20
+
+
+def test_streamers_and_stop_strings_see_each_token(model):
+    inputs, options, streamer = padded(prompts()[:1]), dict(max_new_tokens=6, do_sample=False), Streamer()
+    (found,) = model.generate(**inputs, **options, streamer=streamer).tolist()
+    assert streamer.tokens == [*found, "end"]
+    fourth = tokenizer().decode(found[203])
+    stop = found.index(found[203], 200)
+    (stopped,) = model.generate(**inputs, **options, stop_strings=[fourth], tokenizer=tokenizer()).tolist()
+    assert stopped == found[: stop + 1]
+
+
+@pytest.mark.parametrize("keyword", ["attn_mask", "temprature"])
+def test_a_keyword_that_generate_does_not_have_is_refused(model, keyword):
+    with pytest.raises(ValueError, match=keyword):
+        model.generate(**padded(prompts()[:1]), max_new_tokens=2, **{keyword: 1.0})
+
+
+def test_attention_weights_are_refused_in_generate(model):
+    with pytest.raises(ValueError, match="no attention weights"):
+        model.generate(**padded(prompts()[:1]), max_new_tokens=2, return_dict_in_generate=True, output_attentions=True)
+
+
+# --- exported decoding ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.export's own
+@pytest.mark.parametrize("retention", [None, {"score_norm": True, "num_kv_heads": 2}, {"rotary": "xpos"}])
+def test_an_exported_program_decodes_step_by_step_and_begins_anew_at_position_0(retention):
+    model = make(retention=retention, tie_word_embeddings=False)
+    cache = {"batch_size": 1, "max_cache_len": 300, "device": "cpu"}
+    model.generation_config = GenerationConfig(use_cache=True, cache_implementation="static", cache_config=cache)
+    prompt = prompts()[3][None]
+    token, position = prompt[:, :1], torch.zeros(1, dtype=torch.long)
+    exported = TorchExportableModuleForDecoderOnlyLM(model).export(input_ids=token, cache_position=position)
+    program, want = exported.module(), argmax_of_whole_passes(model, prompt[0], 4)
+    assert want.unique().numel() > 2
+    for _ in range(2):
+        tokens = prompt[0].tolist()
+        for n in range(len(tokens) + 4 - 1):
+            position = torch.tensor([n])
+            logits = program(input_ids=torch.tensor([tokens[n : n + 1]]), cache_position=position)
+            tokens += [logits.argmax().item()] if n + 1 == len(tokens) else []
+        assert tokens[len(prompt[0]) :] == want.tolist()
+
+
+def test_a_cache_that_was_made_early_is_filled(model):
+    cache, prompt = StaticCache(model.config, 300), prompts()[0][None]
+    cache.early_initialization(1, model.config.num_heads, model.config.head_dim, torch.float32, torch.device("cpu"))
+    memory = cache.layers[0].keys
+    with torch.no_grad():
+        logits = [
+            model(part, **{CACHE: cache}).logits for part in (prompt[:, :150], prompt[:, 150:199], prompt[:, 199:])
+        ]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(prompt).logits, rtol=1e-4, atol=1e-4)
+    assert cache.layers[0].keys is memory
+    cache.reset()
+    torch.testing.assert_close(model(prompt[:, :9], **{CACHE: cache}).logits, model(prompt[:, :9]).logits)
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -1,21 +1,26 @@
 """RetNet in transformers' interface."""
 
+import inspect
 import math
 
 import peft
 import pytest
 import torch
+from hosts import build
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     DataCollatorWithFlattening,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
 from retention import RetNet, ShapeError
+from retention.integrations.swap import replace_attention
 from retention.integrations.transformers import (
     RetNetConfig,
     RetNetForCausalLM,
@@ -23,7 +28,7 @@ from retention.integrations.transformers import (
     RetNetForTokenClassification,
     RetNetModel,
 )
-from retention.integrations.transformers.compat import CACHE
+from retention.integrations.transformers.compat import CACHE, GradientCheckpointingLayer
 from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
 
@@ -168,6 +173,17 @@ def test_config_understands_the_options_of_other_retnets():
     assert RetNetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
+def test_the_width_has_the_name_that_other_libraries_look_for(tmp_path):
+    config = RetNetConfig(dim=64)
+    assert config.to_dict()["hidden_size"] == 64
+    assert RetNetConfig(**config.to_dict()).dim == 64
+    config.save_pretrained(tmp_path)
+    assert "hidden_size" not in (tmp_path / "config.json").read_text()  # one name, should one edit it
+    assert RetNetConfig.from_pretrained(tmp_path, dim=32).dim == 32
+    with pytest.raises(ValueError, match="dim and hidden_size are one; got dim 32, hidden_size 64"):
+        RetNetConfig(**config.to_dict() | {"dim": 32})
+
+
 def test_the_default_config_runs():
     assert RetNetForCausalLM(RetNetConfig())(torch.zeros(1, 3, dtype=torch.long)).logits.shape == (1, 3, 256)
 
@@ -198,6 +214,20 @@ def test_z_loss_is_the_mean_of_the_squared_log_of_the_softmax_sum():
     out = model(tokens, labels=labels)
     log_z = out.logits[:, 2:-1].exp().sum(-1).log()
     torch.testing.assert_close(out.loss, plain(tokens, labels=labels).loss + 0.1 * (log_z**2).mean())
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_labels_that_are_shifted_already_take_the_place_of_labels(given):
+    """Under context parallelism each process has a part, with the next part's first token as its last label."""
+    model, tokens = make(z_loss_coeff=0.1), torch.randint(256, (2, 9))
+    shifted = torch.cat([tokens[:, 1:], torch.tensor([[7], [-100]])], dim=1)
+    other = {"labels": torch.randint(256, (2, 9))} if given else {}
+    out = model(tokens, shift_labels=shifted, **other)
+    log_z, counted = out.logits.exp().sum(-1).log(), shifted != -100
+    entropy = torch.nn.functional.cross_entropy(out.logits[counted], shifted[counted])
+    torch.testing.assert_close(out.loss, entropy + 0.1 * (log_z[counted] ** 2).mean())
+    items = model(tokens, shift_labels=shifted, **other, num_items_in_batch=torch.tensor(34)).loss
+    torch.testing.assert_close(items, out.loss / 2)
 
 
 def test_the_experts_loss_is_added():
@@ -284,6 +314,40 @@ def test_the_trainer_takes_packed_batches_and_accumulates_them_exactly(tmp_path)
     assert logits.shape == (1, 30, 256)  # without the cache
 
 
+@pytest.mark.parametrize(
+    ("head", "label"), [(RetNetForSequenceClassification, 1), (RetNetForTokenClassification, [0, 1, 2] * 3)]
+)
+def test_the_trainer_trains_classifiers_and_accumulates_their_batches(tmp_path, head, label):
+    """The same step from one batch of four as from four of one, as the loss is a mean."""
+    rows = [{"input_ids": torch.randint(1, 256, (9,)).tolist(), "labels": label} for _ in range(4)]
+    weights = []
+    for batch, accumulated in ((4, 1), (1, 4)):
+        torch.manual_seed(0)
+        model = head(RetNetConfig(**SMALL, num_labels=3, pad_token_id=0))
+        model.train = lambda mode=True, model=model: model  # no dropout
+        before = model.score.weight.clone()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            max_steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            lr_scheduler_type="constant",
+            optim="sgd",
+            learning_rate=1.0,
+            max_grad_norm=0,
+            use_cpu=True,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model.eval(), arguments, train_dataset=rows)
+        trainer.train()
+        weights.append(model.score.weight.detach())
+        assert not torch.allclose(weights[-1], before)
+    torch.testing.assert_close(*weights)
+    assert trainer.predict(rows[:1]).predictions.shape[-1] == 3
+
+
 def test_several_packed_rows():
     model, tokens = make(), torch.randint(256, (2, 10))
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1]])
@@ -291,6 +355,30 @@ def test_several_packed_rows():
     for row, start, end in ((0, 0, 4), (0, 4, 10), (1, 0, 8), (1, 8, 10)):
         torch.testing.assert_close(logits[row, start:end], model(tokens[row : row + 1, start:end]).logits[0])
     torch.testing.assert_close(model(tokens, position_ids=torch.arange(10)[None]).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_returned_hidden_states_are_those_of_the_graph(packed):
+    model, tokens = make(), torch.randint(256, (1, 9))
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 5]]) if packed else None
+    out = model(tokens, position_ids=positions, output_hidden_states=True)
+    for x in out.hidden_states:
+        x.retain_grad()
+    out.logits[0, 4].sum().backward()
+    for x in out.hidden_states:
+        assert x.grad[0, 4].any()
+        assert not x.grad[0, 5:].any()
+
+
+def test_hidden_states_of_some_layers():
+    model, tokens = make(), torch.randint(256, (2, 9))
+    everything = model(tokens, output_hidden_states=True).hidden_states
+    first, middle, last = model(tokens, output_hidden_states=[0, -1]).hidden_states
+    assert middle is None
+    assert torch.equal(first, everything[0])
+    assert torch.equal(last, everything[-1])
+    with pytest.raises(IndexError):
+        model(tokens, output_hidden_states=[3])
 
 
 def test_outputs_that_are_asked_for():
@@ -307,8 +395,58 @@ def test_outputs_that_are_asked_for():
     for options in ({"forward_mode": "chunkwise"}, {CACHE: out[CACHE]}):
         with pytest.raises(ValueError, match="scores exist only in the parallel form"):
             model(tokens, output_retentions=True, **options)
-    with pytest.raises(ValueError, match="no attention weights; pass output_retentions=True"):
-        model(tokens, output_attentions=True)
+
+
+def test_what_retention_cannot_do_is_refused():
+    tokens = torch.randint(256, (2, 9))
+    for model, options in ((make(), {"output_attentions": True}), (make(output_attentions=True), {})):
+        with pytest.raises(ValueError, match="no attention weights; pass output_retentions=True"):
+            model(tokens, **options)
+    make(output_attentions=True)(tokens, output_attentions=False)
+    with pytest.raises(ValueError, match="got is_causal=False"):
+        make()(tokens, is_causal=False)
+    with pytest.raises(ValueError, match="only aux_loss is; got output_router_logits=True"):
+        make(moe_freq=1, moe_expert_count=2)(tokens, output_router_logits=True)
+
+
+KEYWORDS = {
+    "cache_position": torch.arange(9),
+    "token_type_ids": torch.zeros(2, 9, dtype=torch.long),
+    "tokenizer": object(),
+    "output_router_logits": True,
+    "is_causal": True,
+    "num_items_in_batch": torch.tensor(16),
+    "max_length_q": 9,
+}
+
+
+@pytest.mark.parametrize("keyword", KEYWORDS)
+@pytest.mark.parametrize(
+    "head", [RetNetModel, RetNetForCausalLM, RetNetForSequenceClassification, RetNetForTokenClassification]
+)
+def test_keywords_for_any_model_are_taken_as_llama_takes_them(head, keyword):
+    options, tokens = {keyword: KEYWORDS[keyword]}, torch.randint(256, (2, 9))
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=256, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    llama(tokens, **options)
+    model = head(RetNetConfig(**SMALL, pad_token_id=0)).eval()
+    assert torch.equal(model(tokens, **options)[0], model(tokens)[0])
+
+
+@pytest.mark.parametrize(
+    "head", [RetNetModel, RetNetForCausalLM, RetNetForSequenceClassification, RetNetForTokenClassification]
+)
+def test_a_keyword_that_no_model_has_is_an_error(head):
+    with pytest.raises(TypeError, match="unexpected keyword arguments: attn_mask, tokeniser"):
+        head(RetNetConfig(**SMALL))(torch.zeros(1, 3, dtype=torch.long), attn_mask=None, tokeniser=None)
+
+
+@pytest.mark.skipif(CACHE == "past_key_values", reason="there is no older name")
+def test_the_old_name_of_the_cache_is_taken_with_a_warning():
+    model, tokens = make(), torch.randint(256, (2, 9))
+    old = {"past_key_values": model(tokens[:, :5])[CACHE]}
+    with pytest.warns(FutureWarning, match="`past_key_values` is deprecated; use `cache` instead"):
+        logits = model(tokens[:, 5:], **old).logits
+    torch.testing.assert_close(logits, model(tokens).logits[:, 5:])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -322,13 +460,45 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
             enable({"use_reentrant": reentrant})
         model.train().zero_grad()
         runs = []
-        handle = model.model.backbone.blocks[0].register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
+        inside = model.model.backbone.blocks[0].retention  # hooks of the block itself run once from 5.24 on
+        handle = inside.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         model(tokens, labels=tokens).loss.backward()
         handle.remove()
         assert len(runs) == 1 + enabled  # once more in the backward pass
         grads.append([p.grad.clone() for p in model.parameters()])
     for plain, checkpointed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, checkpointed)
+
+
+def checkpointed(model):
+    new_name = hasattr(model, "activation_checkpointing_enable")  # not in 5.16
+    (model.activation_checkpointing_enable if new_name else model.gradient_checkpointing_enable)()
+    return model
+
+
+def test_gradient_checkpointing_is_done_by_transformers_layer_by_layer():
+    """Its own tests and options go by that class."""
+    model = make()
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    assert layers == list(model.model.backbone.blocks)
+    assert all(type(layer).__name__ in model._no_split_modules for layer in layers)
+    assert not any(layer.gradient_checkpointing for layer in layers)
+    checkpointed(model)
+    assert all(layer.gradient_checkpointing for layer in layers)
+
+
+@pytest.mark.parametrize("begun_with_gradients", [True, False])
+def test_gradient_checkpointing_goes_on_from_a_cache(begun_with_gradients):
+    tokens, grads = torch.randint(256, (2, 30)), []
+    for model in (make().train(), checkpointed(make()).train()):
+        with torch.set_grad_enabled(begun_with_gradients):
+            cache = model(tokens[:, :10], use_cache=True)[CACHE]
+        for part in (tokens[:, 10:20], tokens[:, 20:]):
+            loss = model(part, labels=part, **{CACHE: cache}, use_cache=True).loss
+        loss.backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again)
 
 
 def test_embeddings_can_be_resized():
@@ -363,6 +533,40 @@ def test_lora_trains_the_projections_only():
     assert all("lora_" in name for name in trained)
     assert not torch.allclose(model(tokens).logits, want)
     assert model.generate(input_ids=tokens, max_new_tokens=3).shape == (2, 12)
+
+
+def grown(model, tokens, mask, new):
+    """tokens and the likeliest to follow, one whole pass for each."""
+    for _ in range(new):
+        logits = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    return tokens
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # peft 0.21 has no other name
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+@pytest.mark.parametrize("family", ["RetNet", "replaced Llama", "Llama"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_prompt_tuning_trains_and_generates(family, padded):
+    model = make(tie_word_embeddings=False) if family == "RetNet" else build("Llama")
+    if family == "replaced Llama":
+        replace_attention(model)
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(model, config).eval()
+    tokens, mask = torch.randint(3, 99, (2, 6)), torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 1 - padded
+    model(input_ids=tokens, attention_mask=mask, labels=tokens).loss.backward()
+    (prompt,) = (p for p in model.parameters() if p.requires_grad)
+    assert prompt.grad.any()
+    torch.nn.init.normal_(prompt)
+    if f'"{CACHE}"' not in inspect.getsource(peft.PeftModelForCausalLM.prepare_inputs_for_generation):
+        pytest.skip("this peft looks for the cache under another name, and puts the prompt before every token")
+    with torch.no_grad():
+        want = grown(model, tokens, mask, 4)
+    options = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(input_ids=tokens, attention_mask=mask, **options), want)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
