@@ -116,6 +116,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("auto_map", None)  # of the file, not of the model; written anew with every file
         lm_decay = kwargs.pop("use_lm_decay", None)
         others = {
             "decay": None if lm_decay is None else "log_linear" if lm_decay else "paper",

@@ -46,6 +46,16 @@ def replaced(host):
             super().__init__(config)
             replace_attention(self, allow_lost=True)
 
+        @classmethod
+        def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+            """By AutoConfig, since the file of a model with replaced layers is not one of its host's config."""
+            folder = pretrained_model_name_or_path
+            if config is None and folder is not None:
+                config = transformers.AutoConfig.from_pretrained(folder)
+                for name in {"num_labels", "vocab_size"} & set(kwargs):
+                    setattr(config, name, kwargs.pop(name))
+            return super().from_pretrained(folder, *args, config=config, **kwargs)
+
     Replaced.__name__ = host.__name__  # transformers goes by names
     return Replaced
 
