@@ -195,20 +195,27 @@ class HostedRetention(HasBackend):
         return self.norm(y.transpose(1, 2)), after
 
     def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
-        batch, length = x.shape[:2]
-        queries, keys = (batch, self.heads.num_heads, length), (batch, self.heads.num_kv_heads, length)
+        if q.dim() != 4:
+            raise ShapeError(f"q must be (batch, heads, length, key_dim); got q {tuple(q.shape)}")
+        batch, _, length, _ = q.shape
+        heads = self.heads
         shapes = (
-            ("q", q, (*queries, self.heads.key_dim)),
-            ("k", k, (*keys, self.heads.key_dim)),
-            ("v", v, (*keys, self.heads.value_dim)),
+            ("q", q, (batch, heads.num_heads, length, heads.key_dim)),
+            ("k", k, (batch, heads.num_kv_heads, length, heads.key_dim)),
+            ("v", v, (batch, heads.num_kv_heads, length, heads.value_dim)),
             ("mask", mask, (batch, length)),
         )
         for name, given, wanted in shapes:
             if given is not None and given.shape != wanted:
                 raise ShapeError(
-                    f"{name} must be {wanted}, for x {tuple(x.shape)} and {self.heads}; "
-                    f"got {name} {tuple(given.shape)}; pass what belongs to the tokens of x, earlier ones are in state"
+                    f"{name} must be {wanted}, for q {tuple(q.shape)} and {heads}; got {name} {tuple(given.shape)}; "
+                    "pass what belongs to the tokens of q, earlier ones are in state"
                 )
+        reads_x = self.gate is not None or self.rest is not None
+        if reads_x and (x.shape[0], x.shape[-1], x.numel()) != (batch, heads.dim, batch * length * heads.dim):
+            raise ShapeError(
+                f"x must be ({batch}, {length}, {heads.dim}), or an image of as many cells; got x {tuple(x.shape)}"
+            )
 
     def _gather(
         self,

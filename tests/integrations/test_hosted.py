@@ -230,11 +230,15 @@ def test_shapes_are_checked_before_any_computation(window):
     wrong = (
         (
             (x[:, :1], q[:, :, :1], k, v, one),
-            r"k must be \(2, 2, 1, 8\), for x \(2, 1, 32\) and Heads.*got k \(2, 2, 9, 8\)",
+            r"k must be \(2, 2, 1, 8\), for q .*got k \(2, 2, 9, 8\)",
         ),
         ((x, q[:, :2], k, v, None), r"q must be \(2, 4, 9, 8\)"),
         ((x, q, k, v[..., :3], None), r"v must be \(2, 2, 9, 6\)"),
         ((x, q, k, v, one), r"mask must be \(2, 9\)"),
+        ((x[:, :4], q, k, v, None), r"x must be \(2, 9, 32\), or an image of as many cells; got x \(2, 4, 32\)"),
+        ((x, q[0], k, v, None), r"q must be \(batch, heads, length, key_dim\); got q \(4, 9, 8\)"),
+        ((x[:, :4], q, k, v, None), r"x must be \(2, 9, 32\)"),
+        ((x, q[0], k, v, None), r"q must be \(batch, heads, length, key_dim\); got q \(4, 9, 8\)"),
     )
     for (*given, mask), message in wrong:
         with pytest.raises(ShapeError, match=message):
