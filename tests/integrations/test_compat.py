@@ -5,7 +5,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, EncoderDecoderCache
 
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, compat
@@ -55,7 +54,8 @@ def test_what_a_model_returns_has_the_cache_under_the_name_of_the_installed_rele
 
 @pytest.mark.parametrize(("version", "warned"), [("5.16.1", False), ("5.99.0", True), ("6.0.0.dev0", True)])
 def test_a_release_newer_than_those_tested_warns_and_says_which_were(version, warned, monkeypatch):
-    monkeypatch.setattr(transformers, "__version__", version)
+    # Not `import transformers` here: while it loads, transformers may replace its own module object.
+    monkeypatch.setattr(compat.transformers, "__version__", version)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compat.warn_if_untested()
