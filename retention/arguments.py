@@ -32,6 +32,7 @@ def describe(
     causal: bool = True,
     grid: tuple[int, int] | None = None,
     score_norm: ScoreNorm = False,
+    out_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     form: str = "auto",
     return_state: bool = False,
@@ -47,6 +48,8 @@ def describe(
         raise ValueError(f"scale must be a finite number, or None; got scale {scale!r}")
     if not causal and (state is not None or return_state):
         raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
+    if out_dtype not in (None, v.dtype, state_dtype(v.dtype)):
+        raise ValueError(f"out_dtype must be {v.dtype}, as v, or {state_dtype(v.dtype)}; got out_dtype {out_dtype!r}")
     _check_mask(q, mask)
     _check_cu_seqlens(q, cu_seqlens, mask)
     if grid is not None:
@@ -74,7 +77,7 @@ def describe(
         dtype=q.dtype,
         device=q.device.type,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-        out_dtype=v.dtype,
+        out_dtype=v.dtype if out_dtype is None else out_dtype,
         form=form,
         causal=causal,
         masked=mask is not None,
