@@ -10,14 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.measure import ratio
+from benchmarks.measure import Quartiles, ratio
 from benchmarks.record import console, duration, megabytes, show
 
 MEASURED = ("kind", "seconds", "memory", "failure", "deviation", "floor", "cache", "yardstick")
 LEAST = 0.1  # a smaller change is noise, however narrow the quartiles: two runs of the same code differ that much
-
-
-Quartiles = tuple[float, float, float]  # the median first
 
 
 @dataclass(frozen=True)
