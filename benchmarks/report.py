@@ -225,11 +225,13 @@ def figures() -> str:
         ["state or cache after as many", *over_contexts(decoding, size_of), command(decoding)],
         ["loss with all attention replaced", *losses(swapped), command(swapped)],
     ]
-    return table(["", "retention", "attention (GPT-2)", "measured by `python -m benchmarks`"], rows)
+    note = "\n\\* recorded with uncommitted changes\n" if any("*" in row[-1] for row in rows) else ""
+    return table(["", "retention", "attention (GPT-2)", "measured by `python -m benchmarks`"], rows) + note
 
 
 def command(lines: Sequence[Line]) -> str:
-    return f"`{re.sub(r'--results [^ ]+ ', '', shlex.join(lines[0]['command']))}`"
+    words = re.sub(r"--results [^ ]+ ", "", shlex.join(lines[0]["command"]))
+    return f"`{words}`{' *' if lines[0]['changed'] else ''}"
 
 
 def speeds(lines: Sequence[Line], way: str) -> list[str]:
