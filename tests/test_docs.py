@@ -159,6 +159,25 @@ def test_broken_links_are_noticed():
     ]
 
 
+def missing(text):
+    """Paths in a text that are not there; a bare file name belongs to the folder of the path before it."""
+    folder, found = ROOT, []
+    for path in re.findall(r"`([\w./-]+/|[\w./-]+\.(?:py|txt|toml|cff|jsonl))`", text):
+        place = ROOT / path if "/" in path or (ROOT / path).exists() else folder / path
+        found += [] if place.exists() else [path]
+        folder = place if place.is_dir() else place.parent if "/" in path else folder
+    return found
+
+
+def test_contributing_names_files_that_are_there():
+    assert missing(text_of(ROOT / "CONTRIBUTING.md")) == []
+
+
+def test_missing_files_are_noticed():
+    assert missing("`retention/decay.py`, `norm.py`, `tests/`, `oracle.py`, `constraints.txt`") == []
+    assert missing("`retention/decay.py`, `oracle.py`, `retention/nothing.py`") == ["oracle.py", "retention/nothing.py"]
+
+
 # --- figures and tables -----------------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,8 @@
     python docs/examples/replace_attention.py --model my_model/ --text my_text.txt --layer 3
 
 Without --model, a small Llama is trained first, on the source of Python's standard library, byte by byte, so that the
-script needs no download. It draws maps.png: for each head of a layer, how much each token (row) takes from the tokens up
-to it (columns), by attention, by retention as it was put in, and by retention after training.
+script needs no download. It draws maps.png: for each head of a layer, how much each token (row) takes from the tokens
+up to it (columns), by attention, by retention as it was put in, and by retention after training.
 """
 
 from __future__ import annotations
