@@ -45,7 +45,7 @@ def clear_outside(segments: Sequence[int], *tensors: Tensor) -> None:
         x[:, :, segments[-1] :] = 0
 
 
-def empty(x: Tensor, shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+def empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """(B, H, T, D) on the device of x; in memory it is (B, T, H, D), which is how layers go on with it.
 
     Not a view of another tensor: autograd forbids to write in place to a view that a custom operator returned.
