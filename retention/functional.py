@@ -53,8 +53,10 @@ def retain(
         grid: (rows, columns) of an image whose cells are the tokens, row by row, T = rows * columns; with causal=False
             D_nm = gamma^(|row_n - row_m| + |column_n - column_m|). No mask or cu_seqlens.
         decay_norm: divide D_nm by sqrt(sum_i D_ni).
-        score_norm: divide R_nm by max(|sum_i R_ni|, 1). "absolute" takes min(max(sum_i |R_ni|, 1), 5e4) without
-            gradient, as torchscale does; it cannot be had from a state, so form "parallel" only.
+        score_norm: divide R_nm by max(|sum_i R_ni|, 1). Where the scores cancel, rounding errors grow by
+            sum_i |R_ni| / max(|sum_i R_ni|, 1): 2e-5 was seen in float32. "absolute" takes
+            min(max(sum_i |R_ni|, 1), 5e4) without gradient, as torchscale does; it cannot be had from a state, so form
+            "parallel" only.
         out_dtype: of out; default: that of v. float32 keeps sums of half precision, which may leave its range: take it
             where a norm or a division follows.
         chunk_size: tokens per chunk of the chunkwise form, on a grid cells per tile; default: the backend's.
