@@ -18,21 +18,25 @@ def read(file: Path) -> list[Line]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def command_of(lines: Sequence[Line], names: Sequence[str]) -> str:
-    """Which of the commands `names` recorded these lines."""
-    return next(word for word in lines[0]["command"] if word in names)
+def pictures(lines: Sequence[Line]) -> list[Picture]:
+    """Of a recorded run; none for commands that have no curves."""
+    header = lines[0]
+    words = [header["benchmark"]] if "benchmark" in header else header["command"]
+    make = next((PICTURES[word] for word in words if word in PICTURES), None)
+    return list(make(lines)) if make else []
 
 
 def draw_pictures(file: Path, folder: Path | None = None) -> list[Path]:
-    """Draw the pictures of a recorded run beside its lines or in `folder`; none for commands that have no curves."""
-    lines = read(file)
-    make = next((PICTURES[word] for word in lines[0]["command"] if word in PICTURES), None)
+    """Draw the pictures of a recorded run, beside its lines or in `folder`."""
     drawn = []
-    for number, picture in enumerate(make(lines) if make else ()):
-        name = f"{file.stem}{f'-{number + 1}' if number else ''}.png"
-        drawn.append((folder or file.parent) / name)
+    for number, picture in enumerate(pictures(read(file))):
+        drawn.append((folder or file.parent) / file_name(file.stem, number))
         draw(picture, drawn[-1])
     return drawn
+
+
+def file_name(stem: str, number: int) -> str:
+    return f"{stem}{f'-{number + 1}' if number else ''}.png"
 
 
 def corner(header: Line) -> str:

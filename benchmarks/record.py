@@ -60,7 +60,8 @@ def recording(command: str, file: Path | None) -> Iterator[Path]:
     with part.open("w", encoding="utf-8") as lines:
         _files.append(lines)
         try:
-            add({"kind": "run", "command": sys.argv[1:], "time": now.isoformat(timespec="seconds"), **surroundings()})
+            said = {"benchmark": command, "command": sys.argv[1:], "time": now.isoformat(timespec="seconds")}
+            add({"kind": "run", **said, **surroundings()})
             yield file
         except typer.Exit:  # a bound that is missed is a result like any other
             _keep(part, file)

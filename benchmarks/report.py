@@ -10,7 +10,7 @@ from pathlib import Path
 import typer
 
 from benchmarks.measure import Quartiles, ratio
-from benchmarks.pictures import PICTURES, Line, draw_pictures, measured, read, times
+from benchmarks.pictures import Line, draw_pictures, file_name, measured, pictures, read, times
 from benchmarks.plot import with_unit
 
 ROOT = Path(__file__).parents[1]
@@ -63,11 +63,9 @@ def source(header: Line) -> str:
 
 
 def images(name: str, lines: Sequence[Line]) -> list[str]:
-    command = next((word for word in lines[0]["command"] if word in PICTURES), None)
-    pictures = list(PICTURES[command](lines)) if command else []
-    files = [f"{name}{f'-{number + 1}' if number else ''}.png" for number in range(len(pictures))]
-    shown = list(zip(files, pictures, strict=True))[-1:] if command == "decode" else zip(files, pictures, strict=True)
-    return [f"![{picture.title}](pictures/{file})\n" for file, picture in shown]
+    """Links to the pictures of a file; of `decode` the last, which holds the first."""
+    found = [(file_name(name, number), picture.title) for number, picture in enumerate(pictures(lines))]
+    return [f"![{title}](pictures/{file})\n" for file, title in (found[-1:] if name == "decode" else found)]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
