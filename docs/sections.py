@@ -1,6 +1,6 @@
 """Lets the API reference show docstrings as they are written here, where a section may begin without an empty line.
 
-"Args:" and the like stay sections; "Shapes: ..." becomes a paragraph with its name in bold, and "name: ..." one with the
+"Args:" and the like stay sections; "Shapes: ..." becomes a paragraph with its name in bold, "name: ..." one with the
 name as code. Lines that go on, which are indented, join their paragraph.
 """
 
