@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .backends import FORMS, Call
-from .constants import is_constant
+from .constants import is_constant, traced
 from .errors import ShapeError
+from .options import DTYPES, check_flags, check_whole, is_whole, number, shown
 from .state import RetentionState, state_dtype
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ScoreNorm = bool | Literal["absolute"]
 
 
@@ -31,6 +30,7 @@ def describe(
     cu_seqlens: Tensor | None = None,
     causal: bool = True,
     grid: tuple[int, int] | None = None,
+    decay_norm: bool = False,
     score_norm: ScoreNorm = False,
     out_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
@@ -40,23 +40,26 @@ def describe(
 ) -> Call:
     """Check the arguments of `retain` and put down what a backend needs to know of them."""
     _check_tensors(q, k, v, log_decay)
-    if form != "auto" and form not in FORMS:
-        raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {form!r}")
-    if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-        raise ValueError(f"chunk_size must be an integer of at least 1, or None; got chunk_size {chunk_size!r}")
-    if scale is not None and not (isinstance(scale, int | float) and math.isfinite(scale)):
-        raise ValueError(f"scale must be a finite number, or None; got scale {scale!r}")
+    check_form(form)
+    if chunk_size is not None:
+        check_whole("chunk_size", chunk_size, optional=True)
+    if scale is not None and not abs(number(scale)) < math.inf:
+        raise ValueError(f"scale must be a finite number, or None; got scale {shown(scale)}")
+    if not (type(causal) is type(decay_norm) is type(return_state) is bool):
+        check_flags(causal=causal, decay_norm=decay_norm, return_state=return_state)
+    check_score_norm(score_norm)
+    batch, heads, length, key_dim = q.shape
+    if mask is not None or cu_seqlens is not None or grid is not None:
+        check_places(batch, length, q.device, mask=mask, cu_seqlens=cu_seqlens, grid=grid, causal=causal)
+        check_contents(length, mask, cu_seqlens)
     if not causal and (state is not None or return_state):
         raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
     if out_dtype not in (None, v.dtype, state_dtype(v.dtype)):
-        raise ValueError(f"out_dtype must be {v.dtype}, as v, or {state_dtype(v.dtype)}; got out_dtype {out_dtype!r}")
-    _check_mask(q, mask)
-    _check_cu_seqlens(q, cu_seqlens, mask)
-    if grid is not None:
-        _check_grid(q, grid, causal, mask is not None or cu_seqlens is not None)
+        wide = state_dtype(v.dtype)
+        raise ValueError(f"out_dtype must be {v.dtype}, as v, or {wide}; got out_dtype {shown(out_dtype)}")
     if state is not None:
-        rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        _check_state(q, v, state, rows, score_norm)
+        rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        check_state(state, (rows, heads, key_dim, v.shape[3]), q.dtype, q.device, score_norm)
     if score_norm == "absolute":
         if form not in ("auto", "parallel") or state is not None or return_state or cu_seqlens is not None:
             raise ValueError(
@@ -64,19 +67,56 @@ def describe(
                 f"got form {form!r}; use score_norm=True for the one that every form has"
             )
         form = "parallel"
-    elif not isinstance(score_norm, bool):
-        raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {score_norm!r}")
+    return described(
+        q,
+        k,
+        v,
+        log_decay,
+        state=state,
+        scale=scale,
+        mask=mask,
+        cu_seqlens=cu_seqlens,
+        causal=causal,
+        grid=grid,
+        out_dtype=out_dtype,
+        chunk_size=chunk_size,
+        form=form,
+        return_state=return_state,
+        in_place=in_place,
+    )
+
+
+def described(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    state: RetentionState | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    grid: tuple[int, int] | None = None,
+    out_dtype: torch.dtype | None = None,
+    chunk_size: int | None = None,
+    form: str = "auto",
+    return_state: bool = False,
+    in_place: bool = False,
+) -> Call:
+    """`describe` for arguments that have been checked."""
+    batch, heads, length, key_dim = q.shape
     inputs = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state.kv)
     return Call(
-        batch=q.shape[0],
-        heads=q.shape[1],
+        batch=batch,
+        heads=heads,
         kv_heads=k.shape[1],
-        length=q.shape[2],
-        key_dim=q.shape[3],
+        length=length,
+        key_dim=key_dim,
         value_dim=v.shape[3],
         dtype=q.dtype,
         device=q.device.type,
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        scale=key_dim**-0.5 if scale is None else float(scale),
         out_dtype=v.dtype if out_dtype is None else out_dtype,
         form=form,
         causal=causal,
@@ -92,6 +132,84 @@ def describe(
     )
 
 
+def check_form(form: object) -> None:
+    """Raises: ValueError unless form is "auto" or one of FORMS."""
+    if not isinstance(form, str) or (form != "auto" and form not in FORMS):
+        raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {shown(form)}")
+
+
+def check_score_norm(score_norm: object) -> None:
+    """Raises: ValueError unless score_norm is False, True or "absolute"."""
+    if not (isinstance(score_norm, bool) or (isinstance(score_norm, str) and score_norm == "absolute")):
+        raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {shown(score_norm)}")
+
+
+def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *, tokens: bool = True) -> None:
+    """Check x (batch, length, dim), or unless `tokens` x (..., dim), what a layer is given.
+
+    weight: what x is multiplied by, if it is known to be in place; autocast makes them alike.
+    Raises: TypeError or ShapeError.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {name} {shown(x)}")
+    shape = f"(batch, length, dim {dim})" if tokens else f"(..., dim {dim})"
+    if x.is_nested or x.dim() == 0 or (tokens and x.dim() != 3) or x.shape[-1] != dim:
+        raise ShapeError(f"{name} must be {shape}; got {name} {'nested' if x.is_nested else tuple(x.shape)}")
+    if x.dtype not in DTYPES or x.layout is not torch.strided:
+        raise TypeError(f"{name} must be dense and of a floating dtype, {shape}; got {name} {x.dtype}, {x.layout}")
+    if weight is None or (x.dtype == weight.dtype and x.device == weight.device) or weight.device.type == "meta":
+        return
+    if x.device != weight.device:
+        raise ValueError(f"{name} must be on the device of the weights, {weight.device}; got {name} on {x.device}")
+    if not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} must be {weight.dtype}, as the weights are; got {name} {x.dtype}; use .to or autocast")
+
+
+def check_token_ids(tokens: object, vocab_size: int | None = None) -> None:
+    """Check tokens (batch, length), indices below `vocab_size`. Raises: TypeError or ValueError."""
+    if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"tokens must be an int64 or int32 tensor (batch, length); got tokens {shown(tokens)}")
+    if tokens.dim() != 2:
+        raise ShapeError(f"tokens must be (batch, length); got tokens {tuple(tokens.shape)}")
+    if vocab_size is None or traced() or tokens.device.type != "cpu" or not tokens.numel():
+        return  # an accelerator checks when it looks the tokens up
+    low, high = (x.item() for x in tokens.aminmax())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"tokens must be at least 0 and below vocab_size {vocab_size}; got tokens from {low} to {high}"
+        )
+
+
+def check_places(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    causal: bool = True,
+) -> None:
+    """Check what says where the tokens of a call stand, but for its values. Raises: as `describe`."""
+    if mask is not None:
+        check_mask(mask, batch, length, device)
+    if cu_seqlens is not None:
+        _check_cu_seqlens(batch, length, device, cu_seqlens, mask)
+    if grid is not None:
+        _check_grid(length, grid, causal, mask is not None or cu_seqlens is not None)
+
+
+def check_contents(length: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
+    """Check the values of a mask or of borders that `check_places` has let pass. Raises: ValueError."""
+    if mask is not None and not traced() and mask.shape[0] == length > 2:
+        _refuse_pairs(mask)
+    if cu_seqlens is not None:
+        borders = _values(cu_seqlens)
+        sound = (borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)
+        message = f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}"
+        _require(sound, message, cu_seqlens)
+
+
 def _transformed() -> bool:
     if torch.compiler.is_compiling():
         return False
@@ -104,6 +222,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor; got {name} {type(x).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.layout is not torch.strided or x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor; got {name} {'nested' if x.is_nested else x.layout}")
         if x.dim() != 4:
             raise ShapeError(
                 f"{name} must have 4 dimensions (batch, heads, length, head_dim); got {name} {tuple(x.shape)}"
@@ -147,74 +267,91 @@ def _check_log_decay(log_decay: Tensor) -> None:
     _require(sound, "log_decay must be finite and at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
 
 
-def _check_mask(q: Tensor, mask: Tensor | None) -> None:
-    if mask is None:
-        return
+def check_mask(mask: object, batch: int, length: int, device: torch.device) -> None:
+    """Raises: TypeError or ValueError unless mask says of each token (batch, length) whether it is real."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True = real token; got mask {got}; use mask.bool()")
-    if mask.shape != (q.shape[0], q.shape[2]) or mask.device != q.device:
-        want = f"({q.shape[0]}, {q.shape[2]}) on {q.device}"
+    if mask.shape != (batch, length) or mask.device != device:
+        want = f"({batch}, {length}) on {device}"
         raise ShapeError(f"mask must be (batch, length) {want}; got mask {tuple(mask.shape)} on {mask.device}")
 
 
-def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None) -> None:
-    if cu_seqlens is None:
-        return
+def _refuse_pairs(mask: Tensor) -> None:
+    """Refuse the mask (T, T) of pairs of tokens that attention takes to be causal, or its inverse: (B, T) in shape."""
+    mask = _values(mask)
+    seen = torch.ones_like(mask).tril()
+    message = (
+        "mask must be (batch, length), True = real token; got a mask of pairs of tokens, (length, length), as causal "
+        "attention takes; leave it out; if it is padding of rows of 1, 2, 3, ... tokens, put these in another order"
+    )
+    _require((mask != seen).any() & (mask == seen).any(), message, mask)
+
+
+def _check_cu_seqlens(batch: int, length: int, device: torch.device, cu_seqlens: Tensor, mask: Tensor | None) -> None:
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         got = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 tensor; got cu_seqlens {got}")
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != q.device:
-        want = f"(segments + 1,) on {q.device}"
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.device != device:
+        want = f"(segments + 1,) on {device}"
         raise ShapeError(f"cu_seqlens must be {want}; got cu_seqlens {tuple(cu_seqlens.shape)} on {cu_seqlens.device}")
     if mask is not None:
         raise ValueError("mask and cu_seqlens exclude each other; got both; leave padding out of a packed batch")
-    if q.shape[0] != 1:
-        raise ShapeError(f"packed segments need a batch of 1; got q {tuple(q.shape)}; join the rows to one")
-    length = q.shape[2]
-    borders = _values(cu_seqlens)
-    sound = (borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)
-    _require(
-        sound, f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}", cu_seqlens
-    )
+    if batch != 1:
+        raise ShapeError(f"cu_seqlens are packed segments and need a batch of 1; got a batch of {batch}; join the rows")
 
 
-def _check_grid(q: Tensor, grid: tuple[int, int], causal: bool, parted: bool) -> None:
-    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(isinstance(n, int) and n >= 1 for n in grid):
-        raise ValueError(f"grid must be (rows, columns), two integers of at least 1, or None; got grid {grid!r}")
-    if grid[0] * grid[1] != q.shape[2]:
-        raise ShapeError(f"grid must have rows * columns = length {q.shape[2]}; got grid {tuple(grid)}")
+def _check_grid(length: int, grid: tuple[int, int], causal: bool, parted: bool) -> None:
+    if not isinstance(grid, tuple | list) or len(grid) != 2 or not all(is_whole(n) and n >= 1 for n in grid):
+        raise ValueError(f"grid must be (rows, columns), two integers of at least 1, or None; got grid {shown(grid)}")
+    if grid[0] * grid[1] != length:
+        raise ShapeError(f"grid must have rows * columns = length {length}; got grid {tuple(grid)}")
     if causal:
         raise ValueError(f"a grid has no past and needs causal=False; got causal=True, grid {tuple(grid)}")
     if parted:
         raise ValueError("mask or cu_seqlens and grid exclude each other; got both; batch images of one size")
 
 
-def _check_state(q: Tensor, v: Tensor, state: RetentionState, rows: int, score_norm: ScoreNorm) -> None:
+def check_state(
+    state: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, score_norm: ScoreNorm
+) -> None:
+    """Check a state for inputs of `dtype` on `device`, None for any. Raises: as `describe`.
+
+    shape: (rows, heads, key_dim, value_dim).
+    """
     if not isinstance(state, RetentionState):
         raise TypeError(
-            f"state must be a RetentionState; got {type(state).__name__}; `retain(..., return_state=True)` makes one"
+            f"state must be a RetentionState; got {type(state).__name__}; `retain(..., return_state=True)` makes one, "
+            "and `initial_state` an empty one"
         )
-    shape = (rows, q.shape[1], q.shape[3], v.shape[3])
-    if state.kv.shape != shape:
-        raise ShapeError(
-            f"state.kv must be (rows, heads, key_dim, value_dim) {shape}; got state.kv {tuple(state.kv.shape)}"
-        )
-    if state.time.shape != (rows,) or state.time.dtype != torch.long:
-        got = f"{state.time.dtype} {tuple(state.time.shape)}"
-        raise ShapeError(f"state.time must be torch.int64 (rows,) ({rows},); got state.time {got}")
-    wide = state_dtype(q.dtype)
-    if state.kv.dtype != wide or state.kv.device != q.device:
-        raise TypeError(f"state.kv must be {wide} on {q.device}; got state.kv {state.kv.dtype} on {state.kv.device}")
-    if (state.k_sum is not None) != bool(score_norm):
-        has = "no k_sum" if state.k_sum is None else "a k_sum"
+    kv, time, k_sum = state.kv, state.time, state.k_sum
+    if not (isinstance(kv, Tensor) and isinstance(time, Tensor) and (k_sum is None or isinstance(k_sum, Tensor))):
+        got = ", ".join(f"{name} {type(x).__name__}" for name, x in vars(state).items())
+        raise TypeError(f"a state must hold tensors, but for a k_sum of None; got state with {got}")
+    if kv.shape != shape:
+        raise ShapeError(f"state.kv must be (rows, heads, key_dim, value_dim) {shape}; got state.kv {tuple(kv.shape)}")
+    if time.shape != shape[:1] or time.dtype != torch.long:
+        got = f"{time.dtype} {tuple(time.shape)}"
+        raise ShapeError(f"state.time must be torch.int64 (rows,) ({shape[0]},); got state.time {got}")
+    if (k_sum is not None) != bool(score_norm):
+        has = "no k_sum" if k_sum is None else "a k_sum"
         raise ValueError(
             f"a state has a k_sum exactly if score_norm is on; got a state with {has}, score_norm {score_norm}"
         )
-    if state.k_sum is not None and state.k_sum.shape != shape[:3]:
+    if k_sum is not None and k_sum.shape != shape[:3]:
         raise ShapeError(
-            f"state.k_sum must be (rows, heads, key_dim) {shape[:3]}; got state.k_sum {tuple(state.k_sum.shape)}"
+            f"state.k_sum must be (rows, heads, key_dim) {shape[:3]}; got state.k_sum {tuple(k_sum.shape)}"
         )
+    wide, device = state_dtype(dtype), kv.device if device is None else device
+    sums = (("kv", kv),) if k_sum is None else (("kv", kv), ("k_sum", k_sum))
+    for name, x in sums:
+        if x.dtype != wide or x.device != device:
+            raise TypeError(f"state.{name} must be {wide} on {device}; got state.{name} {x.dtype} on {x.device}")
+    if time.device != device:
+        raise ValueError(f"state.time must be on {device}; got state.time on {time.device}")
+    # An accelerator is not asked for each token that it decodes.
+    if type(time) is Tensor and device.type == "cpu" and not traced() and min(time.tolist(), default=0) < 0:
+        raise ValueError(f"state.time must be at least 0, how many tokens there were; got state.time {time.tolist()}")
 
 
 def _values(x: Tensor) -> Tensor:
@@ -236,20 +373,3 @@ def _require(condition: Tensor, message: str, value: Tensor) -> None:
         torch._assert_async(condition.all(), message.format("of other values"))
     elif not condition.all():
         raise ValueError(message.format(_values(value).tolist()))
-
-
-def number(value: object) -> float:
-    """NaN, which no bound admits, for what is not a number."""
-    return float(value) if isinstance(value, int | float) else math.nan
-
-
-def check_number(name: str, value: object, sound: bool, allowed: str) -> None:
-    """Raises: ValueError that names the option, unless it is sound."""
-    if not sound:
-        raise ValueError(f"{name} must be a number, {allowed}; got {name} {value!r}")
-
-
-def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
-    """Raises: ValueError that names the option, unless it is one of those allowed; True is not 1 here."""
-    if not any(value is x or (type(value) is type(x) and value == x) for x in allowed):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {name} {value!r}")

@@ -18,7 +18,7 @@ _by_id: dict[int, Tensor] = {}  # no other tensor can have these ids, for these 
 
 def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """The tensor of `values`."""
-    return torch.tensor(values, dtype=dtype, device=device) if _traced() else _made(values, device, dtype)
+    return torch.tensor(values, dtype=dtype, device=device) if traced() else _made(values, device, dtype)
 
 
 def is_constant(x: Tensor) -> bool:
@@ -40,7 +40,7 @@ def kept(number: int, longest: int | None = None) -> Callable[[Callable[..., Ten
 
         @wraps(make)
         def of_any(x: Tensor, *rest: Any) -> Tensor:
-            if _traced() or not is_constant(x) or (longest is not None and rest[0] > longest):
+            if traced() or not is_constant(x) or (longest is not None and rest[0] > longest):
                 return make(x, *rest)
             return of_constant(id(x), *rest)
 
@@ -49,7 +49,7 @@ def kept(number: int, longest: int | None = None) -> Callable[[Callable[..., Ten
     return decorate
 
 
-def _traced() -> bool:
+def traced() -> bool:
     """Whether tensors made now belong to a tracer or a transform, and are of no use after it."""
     return (
         torch.compiler.is_compiling()

@@ -17,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from .constants import as_tensor, kept
+from .options import check_device, check_dtype, check_flags, check_number, check_whole, number, shown
 
 
 def paper(num_heads: int) -> tuple[float, ...]:
-    """Log-decays of gamma_h = 1 - 2^(-5 - h)."""
+    """Log-decays of gamma_h = 1 - 2^(-5 - h). Raises: ValueError for a wrong number of heads."""
+    check_whole("num_heads", num_heads)
     return tuple(math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads))
 
 
@@ -28,7 +30,11 @@ def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> 
     """Log-decays of 1 - gamma_h from `first` to `last` in equal ratios; the defaults are the paper's.
 
     A head remembers some 1 / (1 - gamma) tokens: for short contexts, or where neighbours matter most, take larger ones.
+    Raises: ValueError that names the argument.
     """
+    check_whole("num_heads", num_heads)
+    for name, gap in (("first", first), ("last", last)):
+        check_number(name, gap, 0 < number(gap) < 1, "above 0 and below 1")
     low, high = math.log(first), math.log(last)
     return tuple(math.log1p(-math.exp(low + (high - low) * h / max(num_heads - 1, 1))) for h in range(num_heads))
 
@@ -41,21 +47,31 @@ def short(num_heads: int) -> tuple[float, ...]:
 SCHEDULES = {"paper": paper, "log_linear": log_linear, "short": short}
 
 
-def log_decays(schedule: str | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...]:
+def log_decays(decay: str | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...]:
     """The log-decay of each head, in double precision.
 
-    schedule: a name in SCHEDULES, or a tensor or sequence of `num_heads` log-decays, which is taken as it is.
-    Raises: ValueError for an unknown schedule, another number of heads, or a log-decay above 0 or not finite.
+    decay: a name in SCHEDULES, or a tensor or sequence of `num_heads` log-decays, which is taken as it is.
+    Raises: ValueError for an unknown schedule, another number of heads, or a log-decay above 0 or not finite;
+        TypeError for what is no schedule.
     """
-    if isinstance(schedule, str):
-        if schedule not in SCHEDULES:
+    check_whole("num_heads", num_heads)
+    if isinstance(decay, str):
+        if decay not in SCHEDULES:
             names = ", ".join(map(repr, SCHEDULES))
-            raise ValueError(f"decay must be one of {names} or {num_heads} log-decays; got decay {schedule!r}")
-        return SCHEDULES[schedule](num_heads)
-    if not isinstance(schedule, Tensor | Sequence):
-        raise TypeError(f"decay must be a name, a tensor or a sequence of log-decays; got decay {schedule!r}")
-    values = schedule.double().tolist() if isinstance(schedule, Tensor) else [float(x) for x in schedule]
-    shape = tuple(schedule.shape) if isinstance(schedule, Tensor) else (len(values),)
+            raise ValueError(f"decay must be one of {names} or {num_heads} log-decays; got decay {decay!r}")
+        return SCHEDULES[decay](num_heads)
+    if not isinstance(decay, Tensor | Sequence) or isinstance(decay, bytes):
+        raise TypeError(f"decay must be a name, a tensor or a sequence of log-decays; got decay {shown(decay)}")
+    if isinstance(decay, Tensor):
+        if not decay.is_floating_point() or decay.device.type == "meta":
+            raise TypeError(f"decay must hold numbers of a floating dtype; got decay {shown(decay)}")
+        values = decay.double().tolist()
+    else:
+        for x in decay:
+            if not isinstance(x, int | float) or isinstance(x, bool):
+                raise TypeError(f"decay must hold numbers; got {shown(x)} in decay {shown(decay)}")
+        values = [number(x) for x in decay]
+    shape = tuple(decay.shape) if isinstance(decay, Tensor) else (len(values),)
     if shape != (num_heads,):
         raise ValueError(f"decay must hold one log-decay per head, ({num_heads},); got decay {shape}")
     wrong = [x for x in values if not -math.inf < x <= 0]
@@ -86,7 +102,7 @@ def decay_matrix(log_decay: Tensor, length: int, causal: bool) -> Tensor:
 class HeadDecay(nn.Module):
     """The log-decay of each head, fixed or learnt.
 
-    schedule: as `log_decays`. learnable: train `shift`, which is added to the schedule's log(1 - gamma): there, half
+    decay: as `log_decays`. learnable: train `shift`, which is added to the schedule's log(1 - gamma): there, half
         precision keeps slow heads apart, and weight decay pulls toward the schedule.
     pairs: log-decays of the pairs of channels inside a head, which are added to the head's.
     Raises: ValueError for a schedule that does not fit, or is too fast to be learnt.
@@ -94,7 +110,7 @@ class HeadDecay(nn.Module):
 
     def __init__(
         self,
-        schedule: str | Tensor | Sequence[float],
+        decay: str | Tensor | Sequence[float],
         num_heads: int,
         *,
         learnable: bool = False,
@@ -103,7 +119,12 @@ class HeadDecay(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        self.values, self.pairs = log_decays(schedule, num_heads), pairs
+        check_flags(learnable=learnable)
+        check_device(device)
+        check_dtype(dtype)
+        if pairs is not None and not (isinstance(pairs, tuple) and all(-math.inf < number(x) <= 0 for x in pairs)):
+            raise ValueError(f"pairs must be a tuple of log-decays, finite and at most 0; got pairs {shown(pairs)}")
+        self.values, self.pairs = log_decays(decay, num_heads), pairs
         if learnable and min(self.values) < math.log(1e-4):
             raise ValueError(f"a learnable decay keeps gamma above 1e-4; got a log-decay of {min(self.values):g}")
         self.log_gaps = tuple(math.log(max(-math.expm1(x), 1e-12)) for x in self.values)

@@ -9,12 +9,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .arguments import check_mask, check_token_ids
 from .errors import ShapeError
+from .options import check_is, check_whole, number, shown
 
 State = TypeVar("State")
 
 
-@torch.inference_mode()
 def stream(
     prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, State]],
     step: Callable[[Tensor, State], Tensor],
@@ -32,15 +33,36 @@ def stream(
     step: tokens (B, 1) and state, to be updated in place, to logits (B, 1, vocab_size).
     temperature: 0 takes the likeliest token. top_k: draw among the likeliest k only. mask: (B, T), for padded prompts,
     whose last column must be real. generator: where the chance comes from.
+    Raises: ShapeError, ValueError or TypeError that names the argument, before the first token is asked for.
     """
-    if tokens.dim() != 2 or tokens.shape[1] == 0:
+    for name, function in (("prompt", prompt), ("step", step)):
+        check_is(name, function, Callable, "a function")
+    check_token_ids(tokens)
+    if tokens.shape[1] == 0:
         raise ShapeError(f"tokens must be (batch, length) with at least one token; got tokens {tuple(tokens.shape)}")
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0; got temperature {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1; got top_k {top_k}")
-    if mask is not None and not mask[:, -1].all():
-        raise ValueError("the last column of mask must be real tokens; got padding there; pad prompts on the left")
+    check_whole("max_new_tokens", max_new_tokens, 0)
+    if not 0 <= number(temperature) < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0; got temperature {shown(temperature)}")
+    check_whole("top_k", top_k, optional=True)
+    check_is("generator", generator, torch.Generator | None, "a torch.Generator, or None")
+    if mask is not None:
+        check_mask(mask, tokens.shape[0], tokens.shape[1], tokens.device)
+        if not mask[:, -1].all():
+            raise ValueError("the last column of mask must be real tokens; got padding there; pad prompts on the left")
+    return _stream(prompt, step, tokens, max_new_tokens, temperature, top_k, mask, generator)
+
+
+@torch.inference_mode()
+def _stream(
+    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, State]],
+    step: Callable[[Tensor, State], Tensor],
+    tokens: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    mask: Tensor | None,
+    generator: torch.Generator | None,
+) -> Iterator[Tensor]:
     logits, state = prompt(tokens, mask)
     for n in range(max_new_tokens):
         new = _pick(logits[:, -1], temperature, top_k, generator)

@@ -12,13 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_choice
+from .arguments import check_input, check_mask
 from .backends.xformers.swiglu import check, swiglu
 from .layer import ACTIVATIONS
 from .norm import RMSNorm
+from .options import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_eps,
+    check_factor,
+    check_flags,
+    check_rates,
+    check_whole,
+)
 from .state import state_dtype
 
 NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
+BACKENDS = ("torch", "xformers")
 
 
 class FeedForward(nn.Module):
@@ -28,8 +39,8 @@ class FeedForward(nn.Module):
     init_scale: factor of the initialisation of fc1 and fc2.
     backend: "torch", or "xformers", which computes the same from the same parameters; only with the gate and the
         activation "silu", with nothing between them and fc2.
-    Raises: ValueError if the backend cannot compute what the options say; BackendError, from its cause, if xformers
-        is missing or does not work.
+    Raises: ValueError or TypeError that names the option; BackendError, from its cause, if xformers is missing or does
+        not work.
     """
 
     def __init__(
@@ -51,17 +62,27 @@ class FeedForward(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
-        check_choice("activation_fn", activation, ACTIVATIONS)
-        check_choice("ffn_backend", backend, ("torch", "xformers"))
+        check_whole("dim", dim)
+        check_whole("hidden_dim", hidden_dim)
+        check_choice("activation", activation, ACTIVATIONS)
+        check_choice("hidden_norm", hidden_norm, (*NORMS, None))
+        check_choice("backend", backend, BACKENDS)
+        check_flags(gated=gated, bias=bias, activate_output=activate_output)
+        check_rates(dropout=dropout, activation_dropout=activation_dropout)
+        check_eps("norm_eps", norm_eps)
+        check_factor("init_scale", init_scale)
+        check_device(device)
+        check_dtype(dtype)
         if backend == "xformers":
             if not gated or activation != "silu" or hidden_norm or activation_dropout:
                 raise ValueError(
-                    "ffn_backend 'xformers' computes fc2(silu(fc1 x) * gate x); got a feed-forward with "
-                    f"use_glu {gated}, activation_fn {activation!r}, norm before fc2 {hidden_norm!r}, "
-                    f"activation_dropout {activation_dropout}; change them, or use ffn_backend 'torch'"
+                    "backend 'xformers' computes fc2(silu(fc1 x) * gate x); got a feed-forward with "
+                    f"gated {gated}, activation {activation!r}, hidden_norm {hidden_norm!r}, "
+                    f"activation_dropout {activation_dropout}; change them, or use backend 'torch'"
                 )
             check()
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.dim = dim
         self.fc1 = nn.Linear(dim, hidden_dim, bias, **dd)
         self.gate = nn.Linear(dim, hidden_dim, bias, **dd) if gated else None
         self.norm = NORMS[hidden_norm](hidden_dim, eps=norm_eps, **dd) if hidden_norm else nn.Identity()
@@ -81,6 +102,8 @@ class FeedForward(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim)."""
+        check_input("x", x, self.dim, tokens=False, weight=self.fc1.weight if type(self.fc1) is nn.Linear else None)
         if self.backend == "xformers" and self.gate is not None:
             y = swiglu(x, self.fc1, self.gate, self.fc2)
         else:
@@ -100,11 +123,19 @@ class MixtureOfExperts(nn.Module):
     Their outputs are added with the router's probabilities as weights, which for more than one are scaled to sum to 1.
     No expert has a limit of tokens, so that none is dropped and no token depends on the others in its batch.
     options: of the experts, as `FeedForward`.
+    Raises: as `FeedForward`; ValueError unless 1 <= top_k <= num_experts.
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, num_experts: int, top_k: int, **options: Any):
         super().__init__()
+        check_whole("dim", dim)
+        check_whole("num_experts", num_experts)
+        check_whole("top_k", top_k)
+        if top_k > num_experts:
+            raise ValueError(f"top_k must be at most num_experts; got top_k {top_k}, num_experts {num_experts}")
         dd = {name: options.get(name) for name in ("device", "dtype")}
+        check_device(dd["device"])
+        check_dtype(dd["dtype"])
         self.router = nn.Linear(dim, num_experts, bias=False, **dd)
         self.experts = nn.ModuleList(FeedForward(dim, hidden_dim, gated=False, **options) for _ in range(num_experts))
         self.top_k = top_k
@@ -119,6 +150,10 @@ class MixtureOfExperts(nn.Module):
 
         mask (B, T) bool: padding does not count in the loss.
         """
+        router = self.router
+        check_input("x", x, router.in_features, router.weight if type(router) is nn.Linear else None)
+        if mask is not None:
+            check_mask(mask, x.shape[0], x.shape[1], x.device)
         tokens = x.flatten(0, 1)
         chances = self.router(tokens).softmax(-1, dtype=state_dtype(x.dtype))
         weights, chosen = chances.topk(self.top_k, dim=-1)

@@ -12,6 +12,7 @@ from .arguments import ScoreNorm, describe
 from .backends import Call, eager
 from .decay import geometric_sum
 from .errors import ShapeError
+from .options import check_device, check_dtype, check_flags, check_whole
 from .state import RetentionState, state_dtype
 
 
@@ -79,6 +80,7 @@ def retain(
         cu_seqlens=cu_seqlens,
         causal=causal,
         grid=grid,
+        decay_norm=decay_norm,
         score_norm=score_norm,
         out_dtype=out_dtype,
         chunk_size=chunk_size,
@@ -109,16 +111,32 @@ def step(
     Cost: O(K V) for each head, at any position; allocates nothing that lasts. No gradients.
     Raises: as `retain`; ValueError if a gradient would be needed.
     """
-    if not isinstance(state, RetentionState):
-        raise TypeError(
-            f"state must be a RetentionState; got {type(state).__name__}; `initial_state` makes an empty one"
-        )
-    options: dict[str, Any] = dict(scale=scale, mask=mask, score_norm=score_norm, out_dtype=out_dtype, form="recurrent")
-    call = describe(q, k, v, log_decay, state=state, in_place=True, **options)
+    if state is None:  # which for `retain` is the beginning
+        raise TypeError("state must be a RetentionState; got NoneType; `initial_state` makes an empty one")
+    options: dict[str, Any] = dict(
+        scale=scale, mask=mask, decay_norm=decay_norm, score_norm=score_norm, out_dtype=out_dtype
+    )
+    call = describe(q, k, v, log_decay, state=state, form="recurrent", in_place=True, **options)
     if call.length != 1:
         raise ShapeError(f"step takes one token, q (batch, heads, 1, key_dim); got q {tuple(q.shape)}; use retain")
     if call.needs_grad:
         raise ValueError("step overwrites the state and has no gradient; call it under torch.no_grad(), or use retain")
+    return stepped(call, backend, q, k, v, log_decay, state, mask, decay_norm, score_norm)
+
+
+def stepped(
+    call: Call,
+    backend: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    state: RetentionState,
+    mask: Tensor | None,
+    decay_norm: bool,
+    score_norm: ScoreNorm,
+) -> Tensor:
+    """`step` for arguments that have been checked, and described in `call`."""
     out, _ = _run(call, backend, q, k, v, log_decay, state, mask, None, decay_norm, score_norm)
     state.time += 1 if mask is None else _counts(call, mask, None, q.device)
     return out
@@ -137,7 +155,7 @@ def scores(
     score_norm: ScoreNorm = False,
 ) -> Tensor:
     """The retention scores R of the parallel form, (B, H, T, T): `retain` is R v. Arguments and source as there."""
-    options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid)
+    options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid, decay_norm=decay_norm)
     call = describe(q, k, k, log_decay, score_norm=score_norm, form="parallel", **options)
     found = eager.scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
     if decay_norm:
@@ -159,7 +177,16 @@ def initial_state(
     device: Any = None,
     dtype: Any = None,
 ) -> RetentionState:
-    """The state before the first token: all zero. dtype: of q; the state is float32 at least."""
+    """The state before the first token: all zero. dtype: of q; the state is float32 at least.
+
+    Raises: ValueError or TypeError that names the argument.
+    """
+    check_whole("rows", rows, 0)
+    for name, size in (("heads", heads), ("key_dim", key_dim), ("value_dim", value_dim)):
+        check_whole(name, size)
+    check_flags(score_norm=score_norm)
+    check_dtype(dtype)
+    check_device(device)
     wide = state_dtype(dtype or torch.get_default_dtype())
     kv = torch.zeros(rows, heads, key_dim, value_dim, device=device, dtype=wide)
     time = torch.zeros(rows, device=device, dtype=torch.long)
@@ -168,7 +195,8 @@ def initial_state(
 
 def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str = "auto", **options: Any) -> str:
     """Which forms and backends can run `retain` with these arguments, which one is chosen, and why not the others."""
-    options.pop("decay_norm", None)  # any backend can
+    if "in_place" in options:
+        raise TypeError("explain() takes the arguments of `retain`; got in_place")
     return backends.explain(describe(q, k, v, log_decay, **options), backend)
 
 

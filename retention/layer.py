@@ -13,12 +13,25 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
-from .arguments import ScoreNorm, check_choice, check_number, number
+from .arguments import ScoreNorm, check_contents, check_form, check_input, check_places, check_state, described
 from .decay import HeadDecay
 from .errors import ShapeError
-from .functional import initial_state, retain, scores, step, token_times
+from .functional import initial_state, retain, scores, stepped, token_times
 from .norm import HeadNorm
-from .rotary import frequencies, pair_decays, rotate, rotation, rotation_table
+from .options import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_eps,
+    check_factor,
+    check_flags,
+    check_is,
+    check_number,
+    check_rates,
+    check_whole,
+    number,
+)
+from .rotary import frequencies, pair_decays, rotation, rotation_table, turned
 from .state import RetentionState, state_dtype
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -102,23 +115,26 @@ class MultiScaleRetention(HasBackend):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        check_whole("dim", dim)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         key_dim = dim if key_dim is None else key_dim
         value_dim = 2 * dim if value_dim is None else value_dim
-        _check_sizes(dim=dim, num_heads=num_heads, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
+        _check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
         check_choice("gate", gate, (*ACTIVATIONS, None))
         check_choice("norm", norm, (*NORMS, None))
         check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
         check_choice("score_norm", score_norm, (False, True, "absolute"))
         check_choice("form", form, (*backends.FORMS, "auto"))
-        check_choice("causal", causal, (True, False))
-        check_number("dropout", dropout, 0 <= number(dropout) < 1, "at least 0 and below 1")
-        check_number("norm_eps", norm_eps, 0 <= number(norm_eps) < math.inf, "at least 0")
-        check_number("init_gain", init_gain, 0 < number(init_gain) < math.inf, "above 0")
-        check_number("init_scale", init_scale, 0 < number(init_scale) < math.inf, "above 0")
+        check_flags(learnable_decay=learnable_decay, interleaved=interleaved, bias=bias)
+        check_flags(causal=causal, decay_norm=decay_norm)
+        check_rates(dropout=dropout)
+        check_eps("norm_eps", norm_eps)
+        check_factor("init_gain", init_gain)
+        check_factor("init_scale", init_scale)
         check_number("scale", scale, scale is None or abs(number(scale)) < math.inf, "finite, or None")
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
-            raise ValueError(f"chunk_size must be an integer of at least 1, or None; got chunk_size {chunk_size!r}")
+        check_whole("chunk_size", chunk_size, optional=True)
+        check_device(device)
+        check_dtype(dtype)
         if rotary == "xpos" and (decay_norm or score_norm):
             raise ValueError("decay_norm and score_norm are sums over whole heads, which rotary 'xpos' has not")
         if not causal and form == "recurrent":
@@ -193,9 +209,21 @@ class MultiScaleRetention(HasBackend):
         """
         key = x if key is None else key
         value = key if value is None else value
-        self._check_inputs(x, key, value)
+        self.check_inputs(
+            x,
+            key,
+            value,
+            mask=mask,
+            cu_seqlens=cu_seqlens,
+            state=state,
+            return_state=return_state,
+            grid=grid,
+            rotation=rotation,
+            form=form,
+            backend=backend,
+        )
         if rotation is None:
-            rotation = self.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
+            rotation = self._rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
         q, k, v = self._project(x, key, value, rotation)
         retained = retain(
             q,
@@ -229,24 +257,21 @@ class MultiScaleRetention(HasBackend):
         mask (B, 1) bool, True = real token. rotation: as in `forward`. No gradients.
         Raises: ValueError if the layer is not causal; ShapeError or TypeError for inputs that do not fit.
         """
-        self._check_causal()
-        self._check_inputs(x, x, x)
+        self.check_step_inputs(x, state, mask=mask, rotation=rotation)
+        return self.checked_step(x, state, mask=mask, rotation=rotation)
+
+    def checked_step(
+        self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> Tensor:
+        """`step` without `check_step_inputs`, for what has checked the inputs of all its layers."""
         with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes 3 % of a step
             if rotation is None:
-                rotation = self.rotation(x, mask=mask, state=state)
+                rotation = self._rotation(x, mask=mask, state=state)
             q, k, v = self._project(x, x, x, rotation)
-            out = step(
-                q,
-                k,
-                v,
-                self.decay(q.device, state_dtype(q.dtype)),
-                state,
-                scale=self.scale,
-                mask=mask,
-                decay_norm=self.decay_norm,
-                score_norm=self.score_norm,
-                out_dtype=self._sum_dtype(v),
-            )
+            log_decay = self.decay(q.device, state_dtype(q.dtype))
+            options: dict[str, Any] = dict(scale=self.scale, mask=mask, form="recurrent", in_place=True)
+            call = described(q, k, v, log_decay, state=state, out_dtype=self._sum_dtype(v), **options)
+            out = stepped(call, "auto", q, k, v, log_decay, state, mask, self.decay_norm, self.score_norm)
             return self._output(out, x, v.dtype)
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
@@ -254,8 +279,8 @@ class MultiScaleRetention(HasBackend):
 
         x (B, T, dim); mask (B, T) bool; grid as in `forward`. For looking at: they take memory in T^2.
         """
-        self._check_inputs(x, x, x)
-        q, k, _ = self._project(x, x, x, self.rotation(x, mask=mask))
+        self.check_inputs(x, x, x, mask=mask, grid=grid)
+        q, k, _ = self._project(x, x, x, self._rotation(x, mask=mask))
         log_decay = self.decay(q.device, state_dtype(q.dtype))
         options: dict[str, Any] = dict(decay_norm=self.decay_norm, score_norm=self.score_norm, grid=grid)
         found = scores(q, k, log_decay, scale=self.scale, mask=mask, causal=self.causal, **options)
@@ -264,9 +289,10 @@ class MultiScaleRetention(HasBackend):
     def initial_state(self, batch: int) -> RetentionState:
         """The state before the first token, for `step`. Raises: ValueError if the layer is not causal."""
         self._check_causal()
+        check_whole("batch", batch, 0)
         weight = self.q_proj.weight
-        sizes = (batch, self.num_heads * self.pairs, self.head_key_dim // self.pairs, self.head_value_dim)
-        return initial_state(*sizes, score_norm=bool(self.score_norm), device=weight.device, dtype=weight.dtype)
+        options: dict[str, Any] = dict(device=weight.device, dtype=state_dtype(weight.dtype))
+        return initial_state(batch, *self._state_shape(), score_norm=bool(self.score_norm), **options)
 
     def rotation(
         self,
@@ -280,6 +306,17 @@ class MultiScaleRetention(HasBackend):
 
         ... is (B or 1, 1) with a mask, segments or a state, else nothing. None without rotary.
         """
+        self.check_inputs(x, x, x, mask=mask, cu_seqlens=cu_seqlens, state=state)
+        return self._rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
+
+    def _rotation(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RetentionState | None = None,
+    ) -> Tensor | None:
         if self.freqs is None:
             return None
         if mask is None and cu_seqlens is None and state is None:
@@ -292,7 +329,7 @@ class MultiScaleRetention(HasBackend):
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = (z.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for z in (k, v))
         if rotation is not None:
-            q, k = (rotate(z, rotation, interleaved=self.interleaved) for z in (q, k))
+            q, k = (turned(z, rotation, self.interleaved) for z in (q, k))
         if self.pairs > 1:
             return self._heads_of_pairs(q, k, v)
         return q, k, v
@@ -335,15 +372,84 @@ class MultiScaleRetention(HasBackend):
         if not self.causal:
             raise ValueError("a state needs causal retention; this layer has causal=False; use forward without a state")
 
-    def _check_inputs(self, x: Tensor, key: Tensor, value: Tensor) -> None:
-        given = (("x", x), ("key", key), ("value", value)) if not x is key is value else (("x", x),)
-        for name, z in given:
-            if z.dim() != 3 or z.shape[-1] != self.dim:
-                raise ShapeError(f"{name} must be (batch, length, dim {self.dim}); got {name} {tuple(z.shape)}")
+    def check_inputs(
+        self,
+        x: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: RetentionState | None = None,
+        return_state: bool = False,
+        grid: tuple[int, int] | None = None,
+        rotation: Tensor | None = None,
+        form: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        """Refuse what `forward` could not take. Raises: ShapeError, ValueError or TypeError that names the argument."""
+        self._check_tensors(x, key, value)
+        check_flags(return_state=return_state)
+        if form is not None:
+            check_form(form)
+        if backend is not None:
+            backends.check_name(backend)
+        if state is not None or return_state:
+            self._check_causal()
+        check_places(x.shape[0], x.shape[1], x.device, mask=mask, cu_seqlens=cu_seqlens, grid=grid, causal=self.causal)
+        if state is not None:
+            rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            self.check_state(state, rows, x.dtype, x.device)
+        if rotation is None:
+            check_contents(x.shape[1], mask, cu_seqlens)
+        else:  # whoever made it has looked
+            self._check_rotation(rotation, x.shape[1])
+
+    def check_step_inputs(
+        self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
+    ) -> None:
+        """Refuse what `step` could not take. Raises: ShapeError, ValueError or TypeError that names the argument."""
+        self._check_causal()
+        self._check_tensors(x, x, x)
+        if x.shape[1] != 1:
+            raise ShapeError(f"step takes one token, x (batch, 1, dim {self.dim}); got x {tuple(x.shape)}; use forward")
+        if mask is not None:
+            check_places(x.shape[0], 1, x.device, mask=mask)
+        self.check_state(state, x.shape[0], x.dtype, x.device)
+        if rotation is not None:
+            self._check_rotation(rotation, 1)
+
+    def _check_tensors(self, x: Tensor, key: Tensor, value: Tensor) -> None:
+        q_proj = self.q_proj  # its weight counts only if nothing that stands in its place or holds it sees x first
+        check_input("x", x, self.dim, q_proj.weight if type(q_proj) is nn.Linear else None)
+        if x is key is value:
+            return
+        for name, z in (("key", key), ("value", value)):
+            check_input(name, z, self.dim)
             if z.shape != x.shape:
                 raise ShapeError(
                     f"x, key and value must agree in (batch, length); got x {tuple(x.shape)}, {name} {tuple(z.shape)}"
                 )
+            if z.dtype != x.dtype or z.device != x.device:
+                raise TypeError(f"{name} must be {x.dtype} on {x.device}, as x is; got {name} {z.dtype} on {z.device}")
+
+    def check_state(
+        self, state: RetentionState, rows: int, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
+        """Refuse a state that is none of this layer, for `rows` sequences and inputs of `dtype`. Raises: as above."""
+        check_state(state, (rows, *self._state_shape()), dtype, device, self.score_norm)
+
+    def _check_rotation(self, rotation: Tensor, length: int) -> None:
+        if self.freqs is None:
+            raise ValueError("rotation must be None for a layer with rotary=None; got one")
+        check_is("rotation", rotation, Tensor, "a tensor, as `rotation` of the layer returns it")
+        shape = (length, len(self.freqs), 2)
+        if rotation.shape[-3:] != shape:
+            raise ShapeError(f"rotation must be (..., length, pairs, 2) {shape}; got rotation {tuple(rotation.shape)}")
+
+    def _state_shape(self) -> tuple[int, int, int]:
+        """Of each row."""
+        return self.num_heads * self.pairs, self.head_key_dim // self.pairs, self.head_value_dim
 
     def extra_repr(self) -> str:
         return (
@@ -357,6 +463,7 @@ def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> 
 
     Raises: ValueError for unknown names.
     """
+    check_is("model", model, nn.Module, "an nn.Module")
     backends.check_name(backend)
     check_choice("form", form, (*backends.FORMS, "auto"))
     for module in model.modules():
@@ -367,12 +474,11 @@ def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> 
 
 def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name} must be an integer of at least 1; got {name} {size!r}")
+        check_whole(name, size)
     heads = sizes["num_heads"]
     for name in ("key_dim", "value_dim"):
         if sizes[name] % heads:
-            raise ShapeError(f"{name} must be a multiple of num_heads; got {name} {sizes[name]}, num_heads {heads}")
+            raise ShapeError(f"num_heads must divide {name}; got num_heads {heads}, {name} {sizes[name]}")
     if heads % sizes["num_kv_heads"]:
         raise ShapeError(
             f"num_kv_heads must divide num_heads; got num_kv_heads {sizes['num_kv_heads']}, num_heads {heads}"

@@ -5,6 +5,7 @@ Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3: Y = MSR(LN(X)) + X, X' =
 
 from __future__ import annotations
 
+import inspect
 import math
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -13,11 +14,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .arguments import check_choice, check_number, number
+from .arguments import check_token_ids
 from .decoding import stream
 from .errors import ShapeError
-from .ffn import NORMS, FeedForward, MixtureOfExperts
-from .layer import MultiScaleRetention
+from .ffn import BACKENDS, NORMS, FeedForward, MixtureOfExperts
+from .layer import ACTIVATIONS, MultiScaleRetention
+from .options import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_eps,
+    check_factor,
+    check_flags,
+    check_is,
+    check_rates,
+    check_whole,
+    shown,
+)
 from .state import RetentionState
 
 # Sizes for RetNet.from_preset. The small ones are for trials on a CPU, with options chosen by `python -m benchmarks
@@ -37,6 +50,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     "2.7b": dict(dim=2560, num_layers=32, num_heads=10, **_PAPER),
     "6.7b": dict(dim=4096, num_layers=32, num_heads=16, **_PAPER),
 }
+
+
+# What a model hands on to its layers as `retention`.
+_OF_THE_MODEL = ("dim", "num_heads", "device", "dtype")
+RETENTION_OPTIONS = tuple(
+    name for name in inspect.signature(MultiScaleRetention).parameters if name not in _OF_THE_MODEL
+)
 
 
 class BlockOutput(NamedTuple):
@@ -73,6 +93,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
+        check_rates(rate=rate)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,7 +107,11 @@ class DropPath(nn.Module):
 
 
 class RetNetBlock(nn.Module):
-    """x + retention(norm(x)), then x + ffn(norm(x)); or with the norms after the sums, and x in them times `alpha`."""
+    """x + retention(norm(x)), then x + ffn(norm(x)); or with the norms after the sums, and x in them times `alpha`.
+
+    retention: further options of `MultiScaleRetention`. The others: as `RetNetBackbone`.
+    Raises: ValueError, ShapeError or TypeError that names the option.
+    """
 
     def __init__(
         self,
@@ -105,6 +130,19 @@ class RetNetBlock(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
+        check_whole("dim", dim)
+        check_is("ffn", ffn, nn.Module, "an nn.Module")
+        check_is("retention", retention, dict, "options of MultiScaleRetention by name")
+        if unknown := [name for name in retention if name not in RETENTION_OPTIONS]:
+            names = ", ".join(RETENTION_OPTIONS)
+            raise TypeError(f"retention must hold options of MultiScaleRetention, {names}; got {shown(unknown)}")
+        check_choice("norm", norm, NORMS)
+        check_eps("norm_eps", norm_eps)
+        check_flags(norm_before=norm_before)
+        check_factor("alpha", alpha)
+        check_rates(dropout=dropout, drop_path=drop_path)
+        check_device(device)
+        check_dtype(dtype)
         dd = {"device": device, "dtype": dtype}
         self.retention_norm = NORMS[norm](dim, eps=norm_eps, **dd)
         self.retention = MultiScaleRetention(dim, num_heads, **{"dropout": dropout, **retention}, **dd)
@@ -115,13 +153,19 @@ class RetNetBlock(nn.Module):
 
     def forward(self, x: Tensor, **options: Any) -> BlockOutput:
         """x (B, T, dim) -> x, the state if asked for, the experts' loss; options as `MultiScaleRetention.forward`."""
+        self.retention.check_inputs(x, x, x, **options)
         y = self.retention(self.retention_norm(x) if self.norm_before else x, **options)
         y, state = y if options.get("return_state") else (y, None)
         return self._after_retention(x, y, state, options.get("mask"))
 
     def step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
         """One token, x (B, 1, dim); `state` is updated in place. Options as `MultiScaleRetention.step`."""
-        y = self.retention.step(self.retention_norm(x) if self.norm_before else x, state, **options)
+        self.retention.check_step_inputs(x, state, **options)
+        return self.checked_step(x, state, **options)
+
+    def checked_step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
+        """`step` for inputs that have been checked."""
+        y = self.retention.checked_step(self.retention_norm(x) if self.norm_before else x, state, **options)
         return self._after_retention(x, y, state, options.get("mask"))
 
     def _after_retention(self, x: Tensor, y: Tensor, state: RetentionState | None, mask: Tensor | None) -> BlockOutput:
@@ -136,6 +180,7 @@ class RetNetBlock(nn.Module):
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
         """Those of the retention layer, for the block's input."""
+        self.retention.check_inputs(x, x, x, mask=mask)
         return self.retention.scores(self.retention_norm(x) if self.norm_before else x, mask=mask)
 
 
@@ -193,10 +238,26 @@ class RetNetBackbone(nn.Module):
     ):
         super().__init__()
         top_k = 1 if moe_top1_expert else 2
-        _check_options(num_layers, use_glu, norm, deepnorm, subln, moe_freq, moe_expert_count, top_k)
-        rates = {"dropout": dropout, "activation_dropout": activation_dropout, "drop_path_rate": drop_path_rate}
-        for name, rate in rates.items():
-            check_number(name, rate, 0 <= number(rate) < 1, "at least 0 and below 1")
+        for name, size in (("dim", dim), ("num_layers", num_layers), ("num_heads", num_heads)):
+            check_whole(name, size)
+        check_whole("ffn_dim", ffn_dim, optional=True)
+        check_flags(use_glu=use_glu, ffn_bias=ffn_bias, activate_output=activate_output, norm_before=norm_before)
+        check_flags(final_norm=final_norm, deepnorm=deepnorm, layernorm_embedding=layernorm_embedding)
+        check_flags(no_scale_embedding=no_scale_embedding, moe_top1_expert=moe_top1_expert)
+        check_choice("activation_fn", activation_fn, ACTIVATIONS)
+        check_choice("ffn_backend", ffn_backend, BACKENDS)
+        check_eps("norm_eps", norm_eps)
+        check_rates(dropout=dropout, activation_dropout=activation_dropout, drop_path_rate=drop_path_rate)
+        check_is("retention", retention, dict | None, "options of MultiScaleRetention by name, or None")
+        check_device(device)
+        check_dtype(dtype)
+        _check_blocks(use_glu, norm, deepnorm, subln, moe_freq, moe_expert_count, top_k)
+        if ffn_backend == "xformers" and (not use_glu or activation_fn != "silu" or activation_dropout or moe_freq):
+            raise ValueError(
+                "ffn_backend 'xformers' computes a feed-forward with use_glu=True and activation_fn='silu' alone; got "
+                f"use_glu {use_glu}, activation_fn {activation_fn!r}, activation_dropout {activation_dropout}, "
+                f"moe_freq {moe_freq}; change them, or use ffn_backend 'torch'"
+            )
         if ffn_dim is None:  # as many parameters with the gate as without
             ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if use_glu else 2 * dim
 
@@ -250,22 +311,24 @@ class RetNetBackbone(nn.Module):
         backend: str | None = None,
     ) -> BackboneOutput:
         """x (B, T, dim), the embeddings. Options as `MultiScaleRetention.forward`, and what `BackboneOutput` names."""
-        self._check_state(state)
+        check_flags(return_state=return_state, return_layers=return_layers, return_scores=return_scores)
+        first, *_ = all_layers = self._layers()
+        if state is not None:
+            self._check_number(state)
+        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, return_state=return_state, backend=backend)
+        first.check_inputs(x, x, x, state=None if state is None else state[0], form=form, **options)
+        rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        for layer, before in () if state is None else zip(all_layers, state, strict=True):
+            layer.check_state(before, rows, x.dtype)
         if return_scores and (state is not None or cu_seqlens is not None or form not in (None, "auto", "parallel")):
             raise ValueError(
                 "scores exist only in the parallel form, without state and cu_seqlens; "
                 f"got form {form!r}, state {state and 'given'}, cu_seqlens {cu_seqlens is not None and 'given'}"
             )
         x = self._embedded(x)
-        first = cast(RetNetBlock, self.blocks[0]).retention  # all rotate alike
-        options: dict[str, Any] = dict(
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            return_state=return_state,
-            rotation=first.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=None if state is None else state[0]),
-            form="parallel" if return_scores else form,
-            backend=backend,
-        )
+        start = None if state is None else state[0]
+        options["rotation"] = first.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=start)  # all rotate alike
+        options["form"] = "parallel" if return_scores else form
         layers, scores, states, losses = [x], [], [], []
         for i, block in enumerate(self.blocks):
             if return_scores:
@@ -288,13 +351,16 @@ class RetNetBackbone(nn.Module):
 
         mask (B, 1) bool, True = real token. The output has the layers too, which cost nothing.
         """
-        self._check_state(state)
+        first, *others = self._layers()
+        self._check_number(state)
+        first.check_step_inputs(x, state[0], mask=mask)
+        for layer, before in zip(others, state[1:], strict=True):  # all of them, before one is changed
+            layer.check_state(before, x.shape[0], x.dtype)
         x = self._embedded(x)
-        blocks = [cast(RetNetBlock, block) for block in self.blocks]
-        rotation = blocks[0].retention.rotation(x, mask=mask, state=state[0])
+        rotation = first.rotation(x, mask=mask, state=state[0])
         layers, losses = [x], []
-        for block, before in zip(blocks, state, strict=True):
-            x, _, loss = block.step(x, before, mask=mask, rotation=rotation)
+        for block, before in zip(self.blocks, state, strict=True):
+            x, _, loss = cast(RetNetBlock, block).checked_step(x, before, mask=mask, rotation=rotation)
             layers.append(x)
             losses.append(loss)
         return BackboneOutput(self.norm(x), state, layers, None, losses)
@@ -302,8 +368,12 @@ class RetNetBackbone(nn.Module):
     def _embedded(self, x: Tensor) -> Tensor:
         return self.dropout(self.embedding_norm(x if self.embedding_scale == 1 else x * self.embedding_scale))
 
-    def _check_state(self, state: list[RetentionState] | None) -> None:
-        if state is not None and len(state) != len(self.blocks):
+    def _layers(self) -> list[MultiScaleRetention]:
+        return [cast(RetNetBlock, block).retention for block in self.blocks]
+
+    def _check_number(self, state: Any) -> None:
+        check_is("state", state, list | tuple, "a list of one RetentionState per block")
+        if len(state) != len(self.blocks):
             raise ValueError(f"state must hold one RetentionState per block, {len(self.blocks)}; got {len(state)}")
 
     def _run(self, block: nn.Module, x: Tensor, **options: Any) -> BlockOutput:
@@ -334,6 +404,12 @@ class RetNet(nn.Module):
         **backbone: Any,
     ):
         super().__init__()
+        check_whole("vocab_size", vocab_size)
+        check_whole("dim", dim)
+        check_flags(tie_embeddings=tie_embeddings)
+        check_device(device)
+        check_dtype(dtype)
+        self.vocab_size = vocab_size
         self.embedding = nn.Embedding(vocab_size, dim, device=device, dtype=dtype)
         self.backbone = RetNetBackbone(dim, num_layers, num_heads, device=device, dtype=dtype, **backbone)
         self.head = nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
@@ -343,11 +419,11 @@ class RetNet(nn.Module):
             nn.init.normal_(weight, std=dim**-0.5)
 
     @classmethod
-    def from_preset(cls, name: str, **changes: Any) -> RetNet:
+    def from_preset(cls, preset: str, **changes: Any) -> RetNet:
         """A model of the sizes in `PRESETS`, with any option changed. Raises: ValueError for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {name!r}")
-        return cls(**{**PRESETS[name], **changes})
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {shown(preset)}")
+        return cls(**{**PRESETS[preset], **changes})
 
     def forward(
         self,
@@ -364,8 +440,7 @@ class RetNet(nn.Module):
 
         The options are those of `MultiScaleRetention.forward`.
         """
-        if tokens.dim() != 2:
-            raise ShapeError(f"tokens must be (batch, length); got tokens {tuple(tokens.shape)}")
+        check_token_ids(tokens, self.vocab_size)
         options: dict[str, Any] = dict(
             mask=mask, cu_seqlens=cu_seqlens, return_state=return_state, form=form, backend=backend
         )
@@ -375,10 +450,14 @@ class RetNet(nn.Module):
     @torch.no_grad()
     def step(self, tokens: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> Tensor:
         """Logits (B, 1, vocab_size) of one token for each row, tokens (B, 1); every state is updated in place."""
+        check_token_ids(tokens, self.vocab_size)
+        if tokens.shape[1] != 1:
+            raise ShapeError(f"step takes one token for each row, tokens (batch, 1); got tokens {tuple(tokens.shape)}")
         return self.head(self.backbone.step(self.embedding(tokens), state, mask=mask).hidden)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
         """tokens (B, T) and what follows, (B, T + max_new_tokens). Options as `stream`."""
+        check_token_ids(tokens, self.vocab_size)
         return torch.cat([tokens, *stream(self._prompt, self.step, tokens, max_new_tokens, **options)], dim=1)
 
     def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
@@ -386,26 +465,19 @@ class RetNet(nn.Module):
         return self.head(out.hidden[:, -1:]), out.state  # the other logits are not needed
 
 
-def _check_options(
-    num_layers: int,
-    use_glu: bool,
-    norm: str,
-    deepnorm: bool,
-    subln: bool | str,
-    moe_freq: int,
-    moe_expert_count: int,
-    top_k: int,
+def _check_blocks(
+    use_glu: bool, norm: str, deepnorm: bool, subln: bool | str, moe_freq: int, moe_expert_count: int, top_k: int
 ) -> None:
     check_choice("norm", norm, NORMS)
     check_choice("subln", subln, (*NORMS, True, False))
-    if num_layers < 1:
-        raise ValueError(f"num_layers must be at least 1; got num_layers {num_layers}")
+    check_whole("moe_freq", moe_freq, 0)
+    check_whole("moe_expert_count", moe_expert_count, 0)
     if deepnorm and subln:
         raise ValueError(f"deepnorm and subln exclude each other; got deepnorm True, subln {subln!r}")
     if subln and use_glu and not moe_freq:
         raise ValueError("subln is a norm in feed-forwards without a gate; pass use_glu=False, or leave it out")
-    if moe_freq < 0 or (moe_freq and moe_expert_count < top_k):
+    if moe_freq and moe_expert_count < top_k:
         raise ValueError(
-            f"moe_freq must be at least 0, and with it moe_expert_count at least {top_k}; "
+            f"with moe_freq, moe_expert_count must be at least {top_k}; "
             f"got moe_freq {moe_freq}, moe_expert_count {moe_expert_count}"
         )

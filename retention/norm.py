@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_choice
+from .arguments import check_input
 from .backends.xformers import norm as xformers_norm
+from .options import check_choice, check_device, check_dtype, check_eps, check_is, check_whole
 
 BACKENDS = ("torch", "xformers")
 
@@ -31,6 +32,7 @@ class HeadNorm(nn.Module):
     kind: "group" takes off the mean and divides by the standard deviation (the paper's GroupNorm); "rms" divides by the
         root mean square (the authors' later code).
     affine: False; "shared", one weight of head_dim for all heads; "channel", one for every channel of every head.
+    Raises: ValueError or TypeError that names the option.
     """
 
     backend = "torch"
@@ -46,6 +48,13 @@ class HeadNorm(nn.Module):
         dtype: Any = None,
     ):
         super().__init__()
+        check_whole("num_heads", num_heads)
+        check_whole("head_dim", head_dim)
+        check_choice("kind", kind, ("group", "rms"))
+        check_choice("affine", affine, (False, "shared", "channel"))
+        check_eps("eps", eps)
+        check_device(device)
+        check_dtype(dtype)
         self.head_dim, self.kind, self.affine, self.eps = head_dim, kind, affine, eps
         shape = (num_heads, head_dim) if affine == "channel" else (head_dim,)
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype)) if affine else None
@@ -60,6 +69,7 @@ class HeadNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., heads, head_dim)."""
+        check_input("x", x, self.head_dim, tokens=False)
         if self.kind == "rms":
             x = _rms_norm(x, None, self.eps, self.backend)
         else:
@@ -80,6 +90,7 @@ def set_norm_backend(model: nn.Module, backend: str) -> nn.Module:
     Raises: ValueError for an unknown name, or a model that has no RMS norm; BackendError, from its cause, if xformers
         is missing or its kernel does not work on a device of the model.
     """
+    check_is("model", model, nn.Module, "an nn.Module")
     check_choice("backend", backend, BACKENDS)
     norms = [m for m in model.modules() if isinstance(m, RMSNorm) or (isinstance(m, HeadNorm) and m.kind == "rms")]
     if not norms:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .constants import as_tensor, kept
+from .errors import ShapeError
+from .options import check_dtype, check_factor, check_flags, check_is, check_whole, shown
 
 SCHEDULES = ("paper", "rope", "xpos")
 
 
-def frequencies(schedule: str, key_dim: int, base: float = 10000.0) -> tuple[float, ...]:
+def frequencies(rotary: str, key_dim: int, base: float = 10000.0) -> tuple[float, ...]:
     """The angle per token of each of the key_dim / 2 pairs, in double precision.
 
     "paper": base^(-linspace(0, 1, key_dim / 2)), end point included
@@ -25,14 +27,16 @@ def frequencies(schedule: str, key_dim: int, base: float = 10000.0) -> tuple[flo
 
     Raises: ValueError for an unknown schedule or an odd key_dim.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"rotary must be one of {', '.join(map(repr, SCHEDULES))} or None; got rotary {schedule!r}")
+    if not isinstance(rotary, str) or rotary not in SCHEDULES:
+        raise ValueError(f"rotary must be one of {', '.join(map(repr, SCHEDULES))} or None; got rotary {shown(rotary)}")
+    check_whole("key_dim", key_dim)
+    check_factor("base", base)
     if key_dim % 2:
         raise ValueError(
             f"rotation needs an even key dim per head; got key_dim {key_dim}; pass rotary=None to go without"
         )
     pairs = key_dim // 2
-    steps = max(pairs - 1, 1) if schedule == "paper" else pairs
+    steps = max(pairs - 1, 1) if rotary == "paper" else pairs
     return tuple(base ** (-i / steps) for i in range(pairs))
 
 
@@ -42,7 +46,11 @@ def pair_decays(key_dim: int) -> tuple[float, ...]:
     Source: Sun et al. 2022, arXiv:2212.10554: q is multiplied by ((i + 0.4 d) / (1.4 d))^(n / 512) and k divided by it.
     These factors leave every bound on long inputs; their product, which is what counts, is a decay. Differs: without
     causality it decays both ways, instead of growing toward what lies ahead.
+    Raises: ValueError for a key_dim that is no even number above 0.
     """
+    check_whole("key_dim", key_dim, 2)
+    if key_dim % 2:
+        raise ValueError(f"key_dim must be even; got key_dim {key_dim}")
     return tuple(math.log((i + 0.4 * key_dim) / (1.4 * key_dim)) / 512 for i in range(0, key_dim, 2))
 
 
@@ -50,12 +58,19 @@ def rotation(times: Tensor, freqs: tuple[float, ...], dtype: torch.dtype = torch
     """cos and sin of times * freqs side by side, (..., length, key_dim / 2, 2). times: integers (..., length).
 
     The angle is taken in double precision: in float32 one of 100 000 radians is off by 0.004.
+    Raises: TypeError for times that are no tensor of integers.
     """
+    check_dtype(dtype, optional=False)
+    if not isinstance(times, Tensor) or times.is_floating_point() or times.is_complex() or times.dtype == torch.bool:
+        raise TypeError(f"times must be a tensor of integers; got times {shown(times)}")
     return _rotation(_exact(freqs, times.device), times, dtype)
 
 
 def rotation_table(length: int, freqs: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """`rotation` of the times 0, 1, ..., length - 1, (length, key_dim / 2, 2); unless very long, made once."""
+    check_whole("length", length, 0)
+    check_is("device", device, torch.device, "a torch.device")
+    check_dtype(dtype, optional=False)
     return _table(_exact(freqs, device), length, dtype)
 
 
@@ -70,6 +85,7 @@ def _rotation(freqs: Tensor, times: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _exact(freqs: tuple[float, ...], device: torch.device) -> Tensor:
+    check_is("freqs", freqs, tuple, "a tuple, as `frequencies` returns it")
     return as_tensor(freqs, device, torch.float32 if device.type == "mps" else torch.float64)  # MPS has no float64
 
 
@@ -78,9 +94,16 @@ def rotate(x: Tensor, rotation: Tensor, *, interleaved: bool = True) -> Tensor:
 
     interleaved: the pairs are channels (0, 1), (2, 3), ... as in the paper's code; else (0, K/2), (1, K/2 + 1), ...
     as in Llama. Computed in the precision of `rotation`, returned in that of x.
+    Raises: TypeError or ShapeError for tensors that do not go together.
     """
+    _check_rotated(x, rotation, interleaved)
+    return turned(x, rotation, interleaved)
+
+
+def turned(x: Tensor, rotation: Tensor, interleaved: bool) -> Tensor:
+    """`rotate` for tensors that have been checked."""
     if x.dtype != rotation.dtype:
-        return rotate(x.to(rotation.dtype), rotation, interleaved=interleaved).to(x.dtype)
+        return turned(x.to(rotation.dtype), rotation, interleaved).to(x.dtype)
     if interleaved and x.device.type == "cpu" and not torch.compiler.is_compiling():
         # One pass instead of six, and the layout stays; compilers fuse the real formula but not the complex one.
         return torch.view_as_real(_as_complex(x) * torch.view_as_complex(rotation)).flatten(-2)
@@ -90,6 +113,17 @@ def rotate(x: Tensor, rotation: Tensor, *, interleaved: bool = True) -> Tensor:
         return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2)
+
+
+def _check_rotated(x: Tensor, rotation: Tensor, interleaved: bool) -> None:
+    for name, z in (("x", x), ("rotation", rotation)):
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise TypeError(f"{name} must be a tensor of a floating dtype; got {name} {shown(z)}")
+    check_flags(interleaved=interleaved)
+    turns = rotation.shape
+    if x.dim() < 2 or turns[-1:] != (2,) or turns[-3:-1] != (x.shape[-2], x.shape[-1] // 2) or x.shape[-1] % 2:
+        want = "x must be (..., length, key_dim) with an even key_dim, rotation (..., length, key_dim / 2, 2)"
+        raise ShapeError(f"{want}; got x {tuple(x.shape)}, rotation {tuple(turns)}")
 
 
 def _as_complex(x: Tensor) -> Tensor:

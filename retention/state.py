@@ -8,6 +8,9 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from .errors import ShapeError
+from .options import check_device, check_is, is_whole
+
 
 @dataclass
 class RetentionState:
@@ -33,25 +36,32 @@ class RetentionState:
 
     def __getitem__(self, rows: int | slice | list[int] | Tensor) -> RetentionState:
         """Rows of the batch, as many as asked for and in that order: `state[beam_indices]` serves beam search."""
-        if isinstance(rows, int):
+        if is_whole(rows):
             rows = [rows]  # keeps the batch dimension
+        check_is("rows", rows, slice | list | Tensor, "an integer, a slice, a list or a tensor")
         return self.map(lambda x: x[rows].clone())  # also of a slice: a step must not reach into another state
 
     def __len__(self) -> int:
         return self.kv.shape[0]
 
     def to(self, device: torch.device | str) -> RetentionState:
+        check_device(device, optional=False)
         return self.map(lambda x: x.to(device))
 
     def clone(self) -> RetentionState:
         return self.map(torch.clone)
 
     def copy_(self, other: RetentionState) -> RetentionState:
-        """Overwrite the tensors with those of `other`."""
-        for f in fields(self):
-            mine = getattr(self, f.name)
+        """Overwrite the tensors with those of `other`. Raises: TypeError or ShapeError unless they are alike."""
+        check_is("other", other, type(self), f"a {type(self).__name__}")
+        pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
+        for name, mine, theirs in pairs:
+            if (mine is None) != (theirs is None) or (mine is not None and mine.shape != theirs.shape):
+                mine, theirs = (x if x is None else tuple(x.shape) for x in (mine, theirs))
+                raise ShapeError(f"other.{name} must be {mine}, as in this state; got other.{name} {theirs}")
+        for _, mine, theirs in pairs:
             if mine is not None:
-                mine.copy_(getattr(other, f.name))
+                mine.copy_(theirs)
         return self
 
     def detach(self) -> RetentionState:

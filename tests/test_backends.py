@@ -24,6 +24,9 @@ class Refusing:
         raise AssertionError("must not run")
 
 
+refusing = Refusing()
+
+
 # --- the choice: no tensor needed, so no GPU either -------------------------------------------------------------------
 
 
@@ -85,7 +88,7 @@ def test_registration_is_never_by_accident(registry):
         retention.register("eager", Refusing())
     with pytest.raises(ValueError, match="before must be one of chunked, eager, xformers; got before 'x'"):
         retention.register("moody", Refusing(), before="x")
-    with pytest.raises(ValueError, match="backend must be one of chunked, eager, xformers; got name 'moody'"):
+    with pytest.raises(ValueError, match="^name must be one of chunked, eager, xformers; got name 'moody'"):
         retention.unregister("moody")
     retention.register("moody", Refusing())
     retention.unregister("moody")
@@ -96,14 +99,16 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
     found = [
         EntryPoint("broken", "no_such_module_at_all:x", "retention.backends"),
         EntryPoint("incomplete", "test_backends:NotThere", "retention.backends"),
-        EntryPoint("eager", "test_backends:Refusing", "retention.backends"),
-        EntryPoint("good", "test_backends:Refusing", "retention.backends"),
+        EntryPoint("a_class", "test_backends:Refusing", "retention.backends"),
+        EntryPoint("eager", "test_backends:refusing", "retention.backends"),
+        EntryPoint("good", "test_backends:refusing", "retention.backends"),
     ]
     monkeypatch.setattr(backends, "entry_points", lambda group: found)
     monkeypatch.setattr(backends, "_plugins_loaded", False)
-    with pytest.warns(UserWarning, match="test_backends:Refusing is not used: there is a backend 'eager' already"):
-        assert backends.names() == ("chunked", "eager", "xformers", "broken", "incomplete", "good")
+    with pytest.warns(UserWarning, match="test_backends:refusing is not used: there is a backend 'eager' already"):
+        assert backends.names() == ("chunked", "eager", "xformers", "broken", "incomplete", "a_class", "good")
     assert "AttributeError" in backends.why_not(Call(**CALL), "incomplete")[0]
+    assert "must have the why_not and __call__ of `Backend`" in backends.why_not(Call(**CALL), "a_class")[0]
     assert backends.why_not(Call(**CALL), "broken") == [
         "cannot be loaded (ModuleNotFoundError: No module named 'no_such_module_at_all')"
     ]

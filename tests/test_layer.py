@@ -370,8 +370,8 @@ def test_one_decoding_step_compiles_and_exports():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 3}, "key_dim must be a multiple of num_heads; got key_dim 32, num_heads 3"),
-        ({"value_dim": 30}, "value_dim must be a multiple of num_heads; got value_dim 30, num_heads 4"),
+        ({"num_heads": 3}, "num_heads must divide key_dim; got num_heads 3, key_dim 32"),
+        ({"value_dim": 30}, "num_heads must divide value_dim; got num_heads 4, value_dim 30"),
         ({"num_kv_heads": 3}, "num_kv_heads must divide num_heads; got num_kv_heads 3, num_heads 4"),
         ({"num_heads": 0}, "num_heads must be an integer of at least 1; got num_heads 0"),
         ({"key_dim": 4.0}, "key_dim must be an integer of at least 1; got key_dim 4.0"),
@@ -387,7 +387,7 @@ def test_one_decoding_step_compiles_and_exports():
         ({"norm_eps": -1.0}, "norm_eps must be a number, at least 0; got norm_eps -1.0"),
         ({"init_gain": 0}, "init_gain must be a number, above 0; got init_gain 0"),
         ({"scale": math.nan}, "scale must be a number, finite, or None; got scale nan"),
-        ({"causal": "no"}, "causal must be one of True, False; got causal 'no'"),
+        ({"causal": "no"}, "causal must be True or False; got causal 'no'"),
         ({"causal": False, "form": "recurrent"}, "the recurrent form is causal; got causal False, form 'recurrent'"),
         ({"score_norm": "absolute", "form": "chunkwise"}, "exists only in the parallel form; got form 'chunkwise'"),
         ({"decay": [-20.0] * 4, "learnable_decay": True}, "keeps gamma above 1e-4; got a log-decay of -20"),

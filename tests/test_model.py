@@ -98,7 +98,7 @@ def test_bad_input_is_named():
         model.generate(torch.zeros(1, 0, dtype=torch.long), 3)
     with pytest.raises(ValueError, match="temperature must be finite and at least 0; got temperature -1"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 3, temperature=-1)
-    with pytest.raises(ValueError, match="top_k must be at least 1; got top_k 0"):
+    with pytest.raises(ValueError, match="top_k must be an integer of at least 1, or None; got top_k 0"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 3, top_k=0)
     with pytest.raises(ValueError, match="last column of mask must be real tokens"):
         model.generate(torch.zeros(1, 2, dtype=torch.long), 3, mask=torch.tensor([[True, False]]))
@@ -164,9 +164,9 @@ def test_bad_options_of_the_blocks_are_named():
         ({"deepnorm": True, "subln": "rms", "use_glu": False}, "deepnorm and subln exclude each other"),
         ({"subln": "rms"}, "subln is a norm in feed-forwards without a gate; pass use_glu=False"),
         ({"subln": 1}, "subln must be one of 'rms', 'layer', True, False; got subln 1"),
-        ({"moe_freq": 2}, "moe_expert_count at least 2; got moe_freq 2, moe_expert_count 0"),
+        ({"moe_freq": 2}, "moe_expert_count must be at least 2; got moe_freq 2, moe_expert_count 0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be a number, at least 0 and below 1; got drop_path_rate 1.0"),
-        ({"num_layers": 0}, "num_layers must be at least 1; got num_layers 0"),
+        ({"num_layers": 0}, "num_layers must be an integer of at least 1; got num_layers 0"),
     ):
         with pytest.raises(ValueError, match=message):
             RetNetBackbone(**{"dim": 16, "num_layers": 2, "num_heads": 2, **options})

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retention.arguments import check_choice
+from retention.options import check_choice
 
 from .adapter import Adapter
 from .calibration import calibrate

@@ -9,12 +9,12 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from retention.arguments import check_choice, check_number
 from retention.backends import FORMS, check_name
 from retention.decay import HeadDecay, log_decays
 from retention.errors import ShapeError
 from retention.functional import retain, step
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
+from retention.options import check_choice, check_number
 from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-from retention.arguments import check_choice
 from retention.backends import FORMS
 from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
+from retention.options import check_choice
 
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
 from .compat import (

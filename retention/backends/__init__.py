@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
+from ..options import shown
 from . import chunked, eager, xformers
 
 FORMS = ("parallel", "chunkwise", "recurrent")
@@ -139,12 +140,17 @@ def names() -> tuple[str, ...]:
 def register(name: str, backend: Backend, *, before: str | None = None) -> None:
     """Add a backend: last in the order of preference, or just before another.
 
-    Raises: ValueError if the name is taken (`unregister` it first) or `before` is unknown.
+    Raises: ValueError if the name is taken (`unregister` it first) or `before` is unknown; TypeError for what is no
+        backend.
     """
+    if not isinstance(name, str) or name in ("", "auto"):
+        raise ValueError(f"name must be that of one backend, not 'auto'; got name {shown(name)}")
+    if isinstance(backend, type) or not callable(backend) or not callable(getattr(backend, "why_not", None)):
+        raise TypeError(f"backend must have the why_not and __call__ of `Backend`; got backend {shown(backend)}")
     if name in _backends:
         raise ValueError(f"backend names must be unique; got name {name!r} again; unregister it first")
-    if before is not None and before not in _backends:
-        raise ValueError(f"before must be one of {', '.join(_backends)}; got before {before!r}")
+    if before is not None and (not isinstance(before, str) or before not in _backends):
+        raise ValueError(f"before must be one of {', '.join(_backends)}; got before {shown(before)}")
     after = {} if before is None else {n: _backends.pop(n) for n in list(_backends)[list(_backends).index(before) :]}
     _backends[name] = backend
     _backends.update(after)
@@ -152,8 +158,8 @@ def register(name: str, backend: Backend, *, before: str | None = None) -> None:
 
 def unregister(name: str) -> None:
     """Take a backend out again. Raises: ValueError for an unknown name."""
-    if name not in _backends:
-        raise ValueError(f"backend must be one of {', '.join(_backends)}; got name {name!r}")
+    if not isinstance(name, str) or name not in _backends:
+        raise ValueError(f"name must be one of {', '.join(_backends)}; got name {shown(name)}")
     del _backends[name]
 
 
@@ -164,14 +170,13 @@ def load_plugins() -> None:
         return
     _plugins_loaded = True
     for plugin in entry_points(group="retention.backends"):
-        if plugin.name in _backends:
+        if plugin.name in (*_backends, "auto"):
             warnings.warn(f"{plugin.value} is not used: there is a backend {plugin.name!r} already", stacklevel=2)
             continue
         try:
-            backend = plugin.load()
+            register(plugin.name, plugin.load())
         except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
-            backend = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
-        register(plugin.name, backend)
+            _backends[plugin.name] = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
 
 
 def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
@@ -216,8 +221,8 @@ def why_not(call: Call, backend: str) -> list[str]:
 def check_name(backend: str) -> None:
     """Raises: ValueError for a name that is neither registered nor "auto"."""
     load_plugins()
-    if backend != "auto" and backend not in _backends:
-        raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {backend!r}")
+    if not isinstance(backend, str) or (backend != "auto" and backend not in _backends):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {shown(backend)}")
 
 
 def _kind(call: Call) -> str:
