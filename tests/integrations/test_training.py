@@ -23,6 +23,7 @@ from retention.integrations.transformers import RetNetForCausalLM
 from retention.integrations.transformers.training import progress
 from retention.integrations.transformers.training import train as training
 from retention.integrations.transformers.training.plot import draw, smooth
+from retention.integrations.transformers.training.progress import Stopped
 from retention.integrations.transformers.training.settings import Settings, read_config
 from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
@@ -66,7 +67,11 @@ def losses_of(settings, out, monkeypatch, interrupt_at=None, **options):
     with monkeypatch.context() as patch:
         patch.setattr(training, "SaveOnInterrupt", Watched)
         patch.setattr(training, "_arguments", each_step)
-        run = training.train(settings, out, **options)
+        try:
+            run = training.train(settings, out, **options)
+        except Stopped as stop:
+            assert stop.saved
+            return None, None, record.seen
     return run.model, run.loss, record.seen
 
 
@@ -126,11 +131,23 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_pat
     assert f"validation {loss:.4f} nats" in result.output
 
 
-def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda *_, **__: training.Run(None, None, None, None))
-    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")])
-    assert result.exit_code == 130
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_command_says_how_to_go_on_and_by_its_code_what_stopped_it(name, settings, tmp_path, monkeypatch):
+    number = getattr(signal, name)
+
+    class Heard(training.SaveOnInterrupt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(training, "SaveOnInterrupt", Heard)
+    before = signal.getsignal(number)
+    words = ["--preset", "test", "--steps", "12", "--batch", "2", "--context", "32", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["train", settings.files[0], "--out", str(tmp_path / "run"), *words])
+    assert result.exit_code == 128 + number
     assert f"stopped and saved; continue with: retention train --resume --out {tmp_path}/run" in result.output
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert signal.getsignal(number) is before
 
 
 def test_training_learns(settings, tmp_path):
