@@ -60,7 +60,7 @@ class Command:
 
     words: list[str]
     seconds: float = 0
-    files: dict[str, int] = field(default_factory=dict)  # that it writes, and their sizes
+    files: dict[str, list[int]] = field(default_factory=dict)  # that it writes, by name, and their sizes
     result: object = None
 
 
@@ -125,7 +125,8 @@ def prepared(folder: Path) -> dict[str, Command]:
 def planned(command: Command, chance: random.Random) -> Iterator[Kill]:
     """Kills of every kind; of the writes each file in turn."""
     for file in cycle(command.files):
-        yield Kill("write", file=file, nth=chance.randint(1, 3), size=chance.randrange(command.files[file]))
+        sizes = command.files[file]
+        yield Kill("write", file=file, nth=chance.randint(1, min(3, len(sizes))), size=chance.randrange(max(sizes)))
         yield Kill("moment", seconds=chance.uniform(0, command.seconds))
         yield Kill("change", nth=chance.randint(1, 40))
         if chance.random() < 0.3:
@@ -233,9 +234,13 @@ def kill_in_writes(kill: Kill) -> None:
     sys.addaudithook(hear)
 
 
-def files_of(out: Path) -> dict[str, int]:
-    """The names of all files in a run's folder that hold something, with their sizes."""
-    return {path.name: path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file() and path.stat().st_size}
+def files_of(out: Path) -> dict[str, list[int]]:
+    """The names of all files in a run's folder that hold something, with the sizes of each that has the name."""
+    found: dict[str, list[int]] = {}
+    for path in sorted(out.rglob("*")):
+        if path.is_file() and path.stat().st_size:
+            found.setdefault(path.name, []).append(path.stat().st_size)
+    return found
 
 
 def result_of(out: Path) -> object:

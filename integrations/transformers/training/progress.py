@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..compat import ProgressCallback
-from .corpus import Corpus
 from .plot import draw
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from .corpus import Corpus
 
 PLOT = "losses.png"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..compat import ExportableState, ProgressCallback
 from .saving import ASIDE, remove_others, written_whole
@@ -38,9 +39,11 @@ class ResumableTrainer(Trainer):
     callbacks: a bar among them stands in the place of transformers' own.
     """
 
-    def __init__(self, *args: Any, callbacks: Any = (), **options: Any):
+    def __init__(
+        self, model: Any, args: TrainingArguments, *, callbacks: Sequence[TrainerCallback] = (), **options: Any
+    ):
         self.losses = LossSum()
-        super().__init__(*args, callbacks=[self.losses], **options)
+        super().__init__(model, args, callbacks=[self.losses], **options)
         if self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be False: a resumed run ends with its last step; got True")
         self.overflows = 0  # batches in a row
@@ -95,7 +98,7 @@ class ResumableTrainer(Trainer):
     def _check_weights(self, step: int, cause: Exception | None = None) -> None:
         """Raises: FloatingPointError if one is not finite."""
         for name, weight in cast(nn.Module, self.model).named_parameters():
-            if not weight.isfinite().all():
+            if weight.requires_grad and not weight.isfinite().all():
                 raise self._diverged(step, f"{name} is not finite") from cause
 
     def _diverged(self, step: int, what: str) -> FloatingPointError:

@@ -36,10 +36,14 @@ def alone_in(out: Path) -> Iterator[None]:
     """
     check_folder(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / LOCK)
     try:
+        out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
+    except PermissionError as error:
+        raise ValueError(
+            f"out must be a folder that may be written to; {error.filename} may not; name another"
+        ) from None
     except Timeout:
         raise ValueError(f"another run writes to {out}; wait for its end, or name another --out") from None
     except NotImplementedError:  # some file systems of clusters have no locks

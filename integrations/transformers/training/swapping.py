@@ -127,7 +127,7 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
             f"{settings.model} must know all {corpus.vocabulary} tokens of the corpus; it knows "
             f"{model.config.vocab_size}; put the tokenizer it was trained with into its folder"
         )
-    found = {"vocabulary": codec.digest, "corpus": corpus.digest, "weights": _digest(model)}
+    found: dict[str, Any] = {"vocabulary": codec.digest, "corpus": corpus.digest, "weights": _digest(model)}
     if resume:
         settings.check_same(**found)
     replace(settings, **found).write(out)
