@@ -1,7 +1,7 @@
 """The `retention` command: train a language model, let it write, swap attention, convert checkpoints.
 
-Exit codes: 0 when all went well; 1 when something failed, such as a full disk or a training that diverged; 2 for wrong
-usage; 130 after Ctrl-C, 143 after SIGTERM, 129 after SIGHUP.
+Exit codes: 0 all went well; 1 failure, such as a full disk or a divergence;
+2 wrong usage; 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP.
 """
 
 from __future__ import annotations

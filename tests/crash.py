@@ -114,11 +114,11 @@ def prepared(folder: Path) -> dict[str, Command]:
     GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64, eos_token_id=None, bos_token_id=None)
     ).save_pretrained(host)
-    steps = ["--transfer-steps", "16", "--tuning-steps", "24", "--parts", "2"]
-    every = ["--eval-every", "6", "--save-every", "4"]
+    steps = ["--transfer-steps", "10", "--tuning-steps", "14", "--parts", "2", "--eval-every", "6"]
+    every = ["--save-every", "9", "--eval-every", "30"]
     return {
-        "train": Command(["train", str(text), "--config", str(config), "--steps", "60", *every, *QUICK]),
-        "swap": Command(["swap", str(host), str(text), *steps, *every, *QUICK]),
+        "train": Command(["train", str(text), "--config", str(config), "--steps", "90", *every, *QUICK]),
+        "swap": Command(["swap", str(host), str(text), *steps, "--save-every", "3", *QUICK]),
     }
 
 

@@ -11,7 +11,14 @@ import pytest
 from retention.errors import NotSavedError
 from retention.integrations.transformers.training import saving
 
-FILES = ["model.safetensors", "optimizer.pt", "rng_state.pth", "nested/scheduler.pt", "trainer_state.json"]
+FILES = [
+    "model.safetensors",
+    "optimizer.pt",
+    "rng_state.pth",
+    "nested/scheduler.pt",
+    "trainer_state.json",
+    "training_args.bin",
+]
 
 
 def write_checkpoint(out, step):

@@ -21,7 +21,9 @@ from typer.testing import CliRunner
 from retention.cli import app
 from retention.integrations.transformers import RetNetForCausalLM
 from retention.integrations.transformers.training import progress
+from retention.integrations.transformers.training import settings as settings_module
 from retention.integrations.transformers.training import train as training
+from retention.integrations.transformers.training.codec import ByteCodec
 from retention.integrations.transformers.training.plot import draw, smooth
 from retention.integrations.transformers.training.progress import Stopped
 from retention.integrations.transformers.training.saving import alone_in
@@ -410,6 +412,25 @@ def test_the_learning_rate_and_its_warmup_and_decay(settings, tmp_path):
     assert training._arguments(settings, tmp_path).warmup_steps == 1  # a tenth of 12 steps
     settings.steps = 5000
     assert training._arguments(settings, tmp_path).warmup_steps == 100
+
+
+def test_the_experiment_tracker_is_the_users(settings, tmp_path, monkeypatch):
+    assert training._arguments(settings, tmp_path).report_to == []
+    monkeypatch.setattr(settings_module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    settings.report_to = "tensorboard"
+    settings.check()
+    assert training._arguments(settings, tmp_path).report_to == ["tensorboard"]
+
+
+def test_a_model_of_bytes_writes_from_an_empty_prompt(settings, tmp_path):
+    settings.steps = 1
+    training.train(settings, tmp_path / "run")
+    assert ByteCodec().prompt("") == [0]  # which ends a document, so that another begins
+    written = command("generate", "--model", tmp_path / "run", "--prompt", "", "--tokens", 5)
+    model = RetNetForCausalLM.from_pretrained(tmp_path / "run")
+    chance = torch.Generator().manual_seed(0)
+    new = [token.item() for token in stream(model, torch.tensor([[0]]), 5, temperature=0.8, generator=chance)]
+    assert written == "".join(ByteCodec().text([0], new)) + "\n"
 
 
 def test_the_validation_loss_is_the_cross_entropy_alone(settings, tmp_path):
