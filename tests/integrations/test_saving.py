@@ -59,8 +59,18 @@ def test_what_is_no_checkpoint_is_left_out_and_left_there(tmp_path, capsys):
     told = capsys.readouterr().out
     assert "checkpoint-abc is left out: a checkpoint is called checkpoint- and the number of its step" in told
     assert "checkpoint-12 is left out: it is no folder" in told
-    saving.remove_others(tmp_path, {"checkpoint-3"})
+    saving.remove_older(tmp_path, ["checkpoint-3"])
     assert (tmp_path / "checkpoint-abc").is_dir()
+    whole.joinpath("optimizer.pt").unlink()
+    assert saving.last_checkpoint(tmp_path) is None
+    assert f"no checkpoint in {tmp_path} is whole; the training begins again" in capsys.readouterr().out
+
+
+def test_what_is_older_and_not_kept_goes(tmp_path):
+    for step in (1, 2, 3, 4, 30):
+        write_checkpoint(tmp_path, step)
+    saving.remove_older(tmp_path, ["checkpoint-2", "checkpoint-4"])
+    assert [saving.step_of(path) for path in saving.checkpoints(tmp_path)] == [30, 4, 2]
 
 
 def test_the_newest_is_found_by_its_number(tmp_path):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from ..compat import ExportableState, ProgressCallback
-from .saving import ASIDE, remove_others, written_whole
+from .saving import ASIDE, remove_older, written_whole
 
 PATIENCE = 10  # batches in a row whose loss may overflow in float16, where the scaler leaves their step out
 
@@ -127,6 +127,6 @@ class ResumableTrainer(Trainer):
         if self.args.save_total_limit:
             self.whole = [*self.whole, name][-self.args.save_total_limit :]
             if first:
-                remove_others(out, set(self.whole))
+                remove_older(out, self.whole)
         else:
             self.whole.append(name)

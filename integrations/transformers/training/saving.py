@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -104,10 +104,10 @@ def write_text(file: Path, text: str) -> None:
         (folder / file.name).write_text(text)
 
 
-def remove_others(out: Path, kept: set[str]) -> None:
-    """Remove the checkpoints in `out` that are not among these, by name."""
-    for path in out.glob("checkpoint-*"):
-        if _CHECKPOINT.fullmatch(path.name) and path.name not in kept:
+def remove_older(out: Path, kept: Sequence[str]) -> None:
+    """Remove what is older than the newest of these checkpoints, by name, and is not among them."""
+    for path in checkpoints(out):
+        if path.name not in kept and step_of(path) < step_of(out / kept[-1]):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -131,6 +131,8 @@ def last_checkpoint(out: Path) -> Path | None:
         if not damage:
             return path
         tqdm.write(f"{path} is left out: {damage}")
+    if checkpoints(out):
+        tqdm.write(f"no checkpoint in {out} is whole; the training begins again")
     return None
 
 
