@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,9 +12,11 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..files import one_line, read_json, refused
 from ..swap import replace_attention
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
 
+MOST_LAYERS = 10_000
 _CHILD = ".retention."  # in the names of what replaced layers have beside their host's
 
 
@@ -48,16 +51,17 @@ class RetentionInAttentionConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises: ValueError if config_dict is not what `MarkedConfig` writes."""
-        try:
-            kind, host, layers = (
-                config_dict[name] for name in ("attention_model_type", "attention_config", "retention_layers")
-            )
-        except KeyError as error:
-            raise ValueError(f"the config of a model with replaced layers must have {error}") from None
+        kind = _of_type(config_dict, "attention_model_type", str)
+        host = _of_type(config_dict, "attention_config", dict)
+        layers = _of_type(config_dict, "retention_layers", dict)
+        for name in layers:
+            _of_type(layers, name, dict)
         kept = {name: config_dict[name] for name in ("architectures", "dtype") if name in config_dict}
         host_class = _config_class(kind)
-        found = host_class.from_dict({**kept, **host}, **kwargs)
+        with refused(f"attention_config has an option that no {kind} has"):
+            found = host_class.from_dict({**kept, **host}, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
+        _check_depth(config)
         setattr(config, MARK, layers)
         config.__class__ = marked_class(host_class)
         register_auto_classes(host_class)
@@ -71,6 +75,8 @@ def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
     Raises: ValueError if the model in `folder` has no replaced layers, if its class is none of transformers, or if
         tensors of the replaced layers are missing or left over.
     """
+    if os.path.lexists(file := Path(folder, "config.json")):
+        read_json(file)
     config: Any = AutoConfig.from_pretrained(folder)
     if not marked_layers(config):
         raise ValueError(
@@ -103,6 +109,21 @@ def register_auto_classes(host_class: Any) -> None:
             found = mapping[host_class]
             rebuilt = tuple(map(rebuilt_class, found)) if isinstance(found, tuple) else rebuilt_class(found)
             mapping.register(marked, rebuilt)
+
+
+def _of_type(options: dict[str, Any], name: str, kind: type) -> Any:
+    value = options.get(name)
+    if not isinstance(value, kind):
+        got = one_line(repr(value)) if name in options else "nothing"
+        raise ValueError(f"the config of a model with replaced layers must have {name!r}, a {kind.__name__}; got {got}")
+    return value
+
+
+def _check_depth(config: Any) -> None:
+    """A file of a few bytes must not ask for a model that takes hours to build."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS:,}; got {layers}")
 
 
 def _config_class(model_type: str) -> Any:

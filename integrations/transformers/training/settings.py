@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -10,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
-from retention.layer import MultiScaleRetention
 from retention.model import PRESETS
 
+from ...files import read_json
 from ..modeling import RetNetConfig
 from .codec import Codec, load_codec
 
@@ -160,25 +158,8 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no such config: {file}")
-    try:
-        options = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON; {error}") from error
-    if not isinstance(options, dict) or not options:
+    options = read_json(file)
+    if not options:
         raise ValueError(f'{file} must hold options of a RetNet, such as {{"dim": 256, "num_layers": 6}}')
-    kind = options.get("model_type", RetNetConfig.model_type)
-    if kind != RetNetConfig.model_type:
-        raise ValueError(f"model_type must be {RetNetConfig.model_type!r}; {file} is of a {kind!r}")
-    try:
-        understood = RetNetConfig(**options).to_dict()
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} has an option that cannot be: {error}") from error
-    _check_names(file, understood.keys() - RetNetConfig().to_dict().keys())  # it keeps what it does not know
-    layer = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
-    _check_names(file, (understood["retention"] or {}).keys() - layer)
+    RetNetConfig.strictly_from(options, file)
     return options
-
-
-def _check_names(file: Path, unknown: set[str]) -> None:
-    if unknown:
-        raise ValueError(f"{file} has options that no RetNet has: {', '.join(sorted(unknown))}; correct or remove them")
