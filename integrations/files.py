@@ -25,8 +25,8 @@ def check_file(file: Path) -> None:
     file.open("rb").close()  # its OSError names the file, those of other libraries may not
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+def read_json(file: Path, holds: str = "options by name, {...}") -> dict[str, Any]:
+    """The object in a JSON file. holds: of what, for the error if it is none.
 
     Raises: OSError, or ValueError if the file holds something else, one name twice, NaN or infinity, an integer beyond
         64 bits, or is much larger or deeper than a config.
@@ -44,10 +44,10 @@ def read_json(file: Path) -> dict[str, Any]:
         )
         _check_depth(found, _DEEPEST_JSON)
     except (ValueError, RecursionError) as error:
-        why = f"nested deeper than {_DEEPEST_JSON}" if isinstance(error, RecursionError) else one_line(error)
-        raise ValueError(f"{file} is not JSON that can be read: {why}") from error
+        why = f"it is nested deeper than {_DEEPEST_JSON}" if isinstance(error, RecursionError) else one_line(error)
+        raise ValueError(f"{file} must be JSON; {why}") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{file} must hold options by name, {{...}}; got {type(found).__name__}")
+        raise ValueError(f"{file} must hold {holds}; got {type(found).__name__}")
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def _shards(index: Path) -> dict[str, Any]:
     """The tensors of all files that an index names: each in the file where it says, and no others."""
     tensors: dict[str, Any] = {}
     for name, expected in _names_by_file(index).items():
+        if not os.path.lexists(index.parent / name):
+            raise ValueError(f"{index} names {name}, which is not there")
         found = _loaded(index.parent / name)
         if astray := sorted(map(str, found.keys() ^ expected)):
             raise ValueError(f"{index} and {name} must name the same tensors; only one of them has {listed(astray)}")
@@ -73,9 +76,10 @@ def _shards(index: Path) -> dict[str, Any]:
 
 
 def _names_by_file(index: Path) -> dict[str, set[str]]:
-    names = read_json(index).get("weight_map")
+    wanted = "a weight_map, tensors to files"
+    names = read_json(index, wanted).get("weight_map")
     if not isinstance(names, dict) or not names:
-        raise ValueError(f"{index} must hold a weight_map, tensors to files; got weight_map {type(names).__name__}")
+        raise ValueError(f"{index} must hold {wanted}; got weight_map {one_line(repr(names), 40)}")
     files: dict[str, set[str]] = {}
     for tensor, file in names.items():
         if not isinstance(file, str) or file in ("", ".", "..") or not file.isprintable() or {"/", "\\"} & {*file}:
@@ -95,7 +99,22 @@ def _loaded(file: Path) -> dict[Any, Any]:
     return found
 
 
+def _check_zip(file: Path) -> None:
+    """What torch does not look at: checksums, and whether the content is larger than the file."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its content is compressed, as torch.save never does")
+        has_checksums = any(entry.CRC for entry in entries)  # torch.save can be told to leave them out
+        if has_checksums and (damaged := archive.testzip()):
+            raise ValueError(f"{damaged} inside is damaged")
+
+
 def _torch_loaded(file: Path) -> Any:
+    with file.open("rb") as begun:
+        is_zip = begun.read(4) == b"PK\3\4"
+    if is_zip:
+        _check_zip(file)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -157,12 +157,12 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
                 f"retention must hold options of the layer, by name; got retention {one_line(repr(layer))}"
             )
         if unknown := sorted(layer.keys() - _LAYER):
-            raise ValueError(f"retention has options that no layer has: {listed(unknown)}; correct or remove them")
+            raise ValueError(f"retention has options that no RetNet has: {listed(unknown)}; correct or remove them")
         if fixed := [name for name in config_dict if _is_computed(cls, name)]:
             raise ValueError(f"{listed(fixed)} follow from the other options and cannot be set; remove them")
         _check_sizes({cls.attribute_map.get(name, name): x for name, x in config_dict.items()}, _SIZES)
         _check_sizes(layer, _LAYER_SIZES)
-        with refused("the config has an option that cannot be"):
+        with refused("the config makes no RetNet"):
             return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -174,7 +174,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         kind = options.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(f"model_type must be {cls.model_type!r}; {source} is of a {one_line(repr(kind))}")
-        with refused(f"{source} is no config of a RetNet"):
+        with refused(f"{source} has an option that cannot be"):
             config: RetNetConfig = cls.from_dict(dict(options))
         if unknown := sorted(config.to_dict().keys() - cls().to_dict().keys()):
             raise ValueError(f"{source} has options that no RetNet has: {listed(unknown)}; correct or remove them")

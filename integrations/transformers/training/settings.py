@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from transformers import AutoConfig
 
 from retention.model import PRESETS
 
 from ...files import read_json
 from ..modeling import RetNetConfig
-from .codec import Codec, load_codec
+from .codec import ByteCodec, Codec, load_codec
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -142,12 +143,22 @@ def check_device(device: str) -> None:
 
 
 def codec_of(folder: Path) -> Codec:
-    """How a model in a folder reads and writes text. Raises: ValueError if it was trained on tokens of unknown make."""
+    """How a model in a folder reads and writes text. Raises: ValueError if it knows tokens of unknown make."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_codec(str(folder))
-    if (folder / Settings.FILE).is_file() and Settings.read(folder).unit == "tokens":
+    unit = Settings.read(folder).unit if (folder / Settings.FILE).is_file() else ""
+    if unit == "tokens":
         raise ValueError(f"{folder} must hold the model's tokenizer, for it was trained on token ids; put it there")
+    if not unit and (size := _vocabulary(folder)) > ByteCodec.size:
+        raise ValueError(
+            f"{folder} must hold the model's tokenizer, for it knows {size} tokens, which are no bytes; put it there"
+        )
     return load_codec("")
+
+
+def _vocabulary(folder: Path) -> int:
+    read_json(folder / "config.json")
+    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -158,8 +169,9 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no such config: {file}")
-    options = read_json(file)
+    wanted = 'options of a RetNet, such as {"dim": 256, "num_layers": 6}'
+    options = read_json(file, wanted)
     if not options:
-        raise ValueError(f'{file} must hold options of a RetNet, such as {{"dim": 256, "num_layers": 6}}')
+        raise ValueError(f"{file} must hold {wanted}")
     RetNetConfig.strictly_from(options, file)
     return options
