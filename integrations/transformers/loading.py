@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from functools import cache
@@ -12,11 +13,13 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from ..files import one_line, read_json, refused
+from ..files import listed, one_line, read_json, refused
 from ..swap import replace_attention
+from ..swap.retention import HostedRetention
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
 
-MOST_LAYERS = 10_000
+_MOST = 10_000  # layers in a model, and retentions in a layer
+_OPTIONS = inspect.signature(HostedRetention).parameters.keys() - {"heads", "device", "dtype"}
 _CHILD = ".retention."  # in the names of what replaced layers have beside their host's
 
 
@@ -55,13 +58,13 @@ class RetentionInAttentionConfig(PreTrainedConfig):
         host = _of_type(config_dict, "attention_config", dict)
         layers = _of_type(config_dict, "retention_layers", dict)
         for name in layers:
-            _of_type(layers, name, dict)
+            _check_layer(name, _of_type(layers, name, dict))
         kept = {name: config_dict[name] for name in ("architectures", "dtype") if name in config_dict}
         host_class = _config_class(kind)
         with refused(f"attention_config has an option that no {kind} has"):
             found = host_class.from_dict({**kept, **host}, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
-        _check_depth(config)
+        _check_at_most("num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", None))
         setattr(config, MARK, layers)
         config.__class__ = marked_class(host_class)
         register_auto_classes(host_class)
@@ -119,11 +122,16 @@ def _of_type(options: dict[str, Any], name: str, kind: type) -> Any:
     return value
 
 
-def _check_depth(config: Any) -> None:
+def _check_layer(name: str, options: dict[str, Any]) -> None:
+    if unknown := sorted(options.keys() - _OPTIONS):
+        raise ValueError(f"{name} has options that no replaced layer has: {listed(unknown)}; correct or remove them")
+    _check_at_most(f"scales of {name}", options.get("scales"))
+
+
+def _check_at_most(name: str, count: Any) -> None:
     """A file of a few bytes must not ask for a model that takes hours to build."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > MOST_LAYERS:
-        raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS:,}; got {layers}")
+    if isinstance(count, int) and count > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST:,}; got {count}")
 
 
 def _config_class(model_type: str) -> Any:
@@ -144,7 +152,8 @@ def _replace_again(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) ->
         alike.setdefault(repr(sorted(options.items())), []).append(name)
     for names in alike.values():
         chosen = {i for i, name in there.items() if name in names}
-        replace_attention(model, where=_one_of(chosen), allow_lost=True, **layers[names[0]])
+        with refused(f"the config has options for {names[0]} that cannot be"):
+            replace_attention(model, where=_one_of(chosen), allow_lost=True, **layers[names[0]])
 
 
 def _one_of(chosen: set[int]) -> Callable[[str, nn.Module], bool]:
