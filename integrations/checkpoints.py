@@ -169,13 +169,15 @@ def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple
         )
     else:
         config = RetNetConfig.strictly_from(beside, source)
-        _check_own(config, ours)
+        _check_own(config, ours, has_head=any(key.startswith("model.") for key in tensors))
     return _filled(config, ours, unknown, found), found
 
 
-def _check_own(config: RetNetConfig, ours: Tensors) -> None:
+def _check_own(config: RetNetConfig, ours: Tensors, *, has_head: bool) -> None:
     """That it is safe to build the model, and right to tie its head; `_filled` compares all else by shapes."""
     facts = described(ours)
+    if has_head and "lm_head.weight" not in ours:
+        raise ValueError("these weights are not a whole retention checkpoint: missing tensors: lm_head.weight")
     names = ["num_layers", *(["moe_expert_count"] if config.moe_freq else [])]
     if "lm_head.weight" in ours and config.tie_word_embeddings:
         names.append("tie_word_embeddings")
