@@ -20,12 +20,29 @@ from benchmarks.parity import parity
 from benchmarks.peers import peers
 from benchmarks.quality import quality
 from benchmarks.record import recording
+from benchmarks.report import report
 from benchmarks.stream import stream
 from benchmarks.swap import swap
 from benchmarks.vision import vision
 from benchmarks.xformers import xformers
 
-COMMANDS = (op, layer, decode, model, peers, quality, swap, vision, xformers, parity, stream, floor, gate, compare)
+COMMANDS = (
+    op,
+    layer,
+    decode,
+    model,
+    peers,
+    quality,
+    swap,
+    vision,
+    xformers,
+    parity,
+    stream,
+    floor,
+    gate,
+    compare,
+    report,
+)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
 for command in COMMANDS:
@@ -44,7 +61,7 @@ def main(
 ) -> None:
     if not fresh_memory:
         keep_freed_memory()
-    if context.invoked_subcommand not in (None, "compare"):
+    if context.invoked_subcommand not in (None, "compare", "report"):
         context.with_resource(recording(context.invoked_subcommand, results))
 
 

@@ -10,14 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.measure import ratio
+from benchmarks.measure import Quartiles, ratio
 from benchmarks.record import console, duration, megabytes, show
 
 MEASURED = ("kind", "seconds", "memory", "failure", "deviation", "floor", "cache", "yardstick")
 LEAST = 0.1  # a smaller change is noise, however narrow the quartiles: two runs of the same code differ that much
-
-
-Quartiles = tuple[float, float, float]  # the median first
 
 
 @dataclass(frozen=True)
@@ -58,10 +55,10 @@ def compare(
             rows.append([describe(key), *cells, verdict])
     columns = ["", "before", "after", "after / before", "memory", ""]
     show(f"{before} -> {after}", columns, rows)
-    both = [(old[key].value, new[key].value) for key in old if key in new]
-    shifts = [after[0] / before[0] for before, after in both if before and after]
-    if shifts:
-        console.print(f"{len(shifts)} in both; the middle one is {statistics.median(shifts):.2f} of what it was")
+    both = [values for key in old if key in new and (values := comparable(old[key], new[key]))]
+    if both:
+        middle = statistics.median(after[0] / before[0] for before, after in both)
+        console.print(f"{len(both)} in both; the middle one is {middle:.2f} of what it was, in the terms of the table")
 
 
 def read(file: Path) -> tuple[dict[str, Any], Entries]:
@@ -124,10 +121,11 @@ def judge(before: Entry | None, after: Entry | None) -> tuple[str, list[str]]:
         there = before or after
         assert there is not None
         return ("is new", ["", there.text, "", ""]) if before is None else ("is gone", [there.text, "", "", ""])
-    if before.value is None or after.value is None:
+    values = comparable(before, after)
+    if values is None:
         word = "" if before.value is after.value else "runs now" if before.value is None else "FAILS now"
         return word, [before.text, after.text, "", ""]
-    old, new = (before.relative, after.relative) if before.relative and after.relative else (before.value, after.value)
+    old, new = values
     change = new[0] / old[0]
     words = []
     if abs(change - 1) > LEAST and _apart(old, new):
@@ -138,6 +136,13 @@ def judge(before: Entry | None, after: Entry | None) -> tuple[str, list[str]]:
         if abs(after.memory / before.memory - 1) > 0.01:
             words.append("more memory" if after.memory > before.memory else "less memory")
     return ", ".join(words), [before.text, after.text, f"{change:.2f}", memory]
+
+
+def comparable(before: Entry, after: Entry) -> tuple[Quartiles, Quartiles] | None:
+    """What is compared: both relative to the yardstick if both have one, else as they are; None if one failed."""
+    if before.relative and after.relative:
+        return before.relative, after.relative
+    return (before.value, after.value) if before.value and after.value else None
 
 
 def _apart(a: Quartiles, b: Quartiles) -> bool:

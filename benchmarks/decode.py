@@ -13,8 +13,7 @@ from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 from benchmarks.baselines import Attention
 from benchmarks.layer import DIM, HEADS
 from benchmarks.measure import Measured, Run, Side, race, ratio
-from benchmarks.plot import Panel, draw
-from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
+from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, show, spread
 from retention import MultiScaleRetention
 from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM
 from retention.integrations.transformers.compat import CACHE
@@ -51,7 +50,6 @@ def decode(
         case = {"kind_of": kind, "batch": rows, "context": context, "device": device}
         add_case(case, times, list(times)[-1], cache=caches)
     _show(found)
-    draw(_panels(found, batches[-1]), picture())
 
 
 def _layers(batch: int, context: int, device: str) -> tuple[dict[str, Side], dict[str, int]]:
@@ -127,13 +125,3 @@ def _show(found: Found) -> None:
             rows.append([name, str(batch), f"{context:,}", *cells])
     columns = ["", "batch", "after tokens", "a step", "tokens/s", "times faster", "cache"]
     show("One more token", columns, rows)
-
-
-def _panels(found: Found, batch: int) -> list[Panel]:
-    speed, memory = Panel(f"tokens/s, batch {batch}", "tokens before"), Panel("MB of cache", "tokens before")
-    for (_, rows, context), (times, caches) in found.items():
-        for name, one in times.items():
-            if rows == batch and one.seconds:
-                speed.curves.setdefault(name, {})[context] = batch / one.median
-                memory.curves.setdefault(name, {})[context] = caches[name] / 1e6
-    return [speed, memory]

@@ -15,8 +15,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.baselines import Attention
 from benchmarks.measure import Measured, Run, Side, race, ratio
-from benchmarks.plot import Panel, draw
-from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
+from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, show, spread
 from retention import MultiScaleRetention, backends
 
 PASSES = ("forward", "forward+backward")
@@ -146,19 +145,3 @@ def show_layers(title: str, found: Found) -> None:
     show(title, ["", "tokens", "", "time", "attention / its time", "its time / projections", "memory"], rows)
     if refused:
         show("Not measured", ["", "", "tokens", "why"], refused)
-    draw(panels(found), picture())
-
-
-def panels(found: Found) -> list[Panel]:
-    drawn = {way: Panel(f"{way}, seconds", "tokens") for way in PASSES} | {
-        "": Panel("forward+backward, extra MB", "tokens")
-    }
-    for (way, length), sides in found.items():
-        for name, one in sides.items():
-            if not one.seconds:
-                continue
-            curve = drawn[way].floor if name == "projections" else drawn[way].curves.setdefault(name, {})
-            curve[length] = one.median
-            if way != "forward" and name != "projections":
-                drawn[""].curves.setdefault(name, {})[length] = (one.memory or 0) / 1e6
-    return list(drawn.values())

@@ -22,6 +22,7 @@ from torch.utils.benchmark.utils.timer import timer as clock
 
 Run = Callable[[], object]
 Seconds = dict[str, list[float]]
+Quartiles = tuple[float, float, float]  # the median first
 
 TURN = 0.02  # seconds that a turn takes at least, of as many runs as that needs
 LONG = 2.0  # seconds of a run that is not warmed up
@@ -159,10 +160,14 @@ def _turn(run: Run, number: int, device: str) -> float:
     return begin.elapsed_time(end) / 1e3 / number
 
 
-def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
+def ratio(above: list[float], below: list[float]) -> Quartiles:
     """Median of the ratios of each round, and their quartiles."""
-    ratios = [a / b for a, b in zip(above, below, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return quartiles([a / b for a, b in zip(above, below, strict=True)])
+
+
+def quartiles(values: list[float]) -> Quartiles:
+    """The median, then the lower and the upper quartile."""
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
 
 

@@ -14,8 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import Measured, Run, Side, race, ratio
-from benchmarks.plot import Panel, draw
-from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
+from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, show, spread
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM
 
 PASSES = ("prompt", "training step")
@@ -56,7 +55,6 @@ def model(
         found[way, tokens] = race(sides, 1.0 if quick else limit, device)
         add_case({"way": way, "length": tokens, "batch": batch, "device": device}, found[way, tokens], "Llama")
     _show(found, batch)
-    draw(_panels(found, batch), picture())
 
 
 def _prepared(make: Callable[[int], Any], way: str, batch: int, length: int, device: str) -> Run:
@@ -92,15 +90,3 @@ def _show(found: Found, batch: int) -> None:
     show(
         f"Language models, batch {batch}", ["", "tokens", "", "time", "tokens/s", "its time / RetNet's", "memory"], rows
     )
-
-
-def _panels(found: Found, batch: int) -> list[Panel]:
-    drawn = {way: Panel(f"{way}, tokens/s", "tokens") for way in PASSES}
-    memory = Panel("training step, extra MB", "tokens")
-    for (way, length), sides in found.items():
-        for name, one in sides.items():
-            if one.seconds:
-                drawn[way].curves.setdefault(name, {})[length] = batch * length / one.median
-                if way != "prompt":
-                    memory.curves.setdefault(name, {})[length] = (one.memory or 0) / 1e6
-    return [*drawn.values(), memory]

@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from benchmarks.measure import Measured, Run, Side, race, rates, ratio
-from benchmarks.plot import Panel, draw
-from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, picture, show, spread
+from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration, megabytes, show, spread
 from retention import backends, retain
 from retention.arguments import describe
 from retention.backends.chunked import CHUNK_SIZE
@@ -79,7 +78,7 @@ def op(
     shapes = [tuple(map(int, text.split("x"))) for text in head_dims or ["64x128"]]
     groups = list(product(dtype or ["float32"], batch or [1], shapes))
     bar = tqdm(total=len(groups) * len(PASSES) * len(lengths), desc="op", leave=False)
-    for number, (kind, rows, (key_dim, value_dim)) in enumerate(groups):
+    for kind, rows, (key_dim, value_dim) in groups:
         found, deviations, slow = {}, {}, {}
         for way, tokens in product(PASSES, sorted(lengths)):
             case = Case(way, tokens, kind, rows, heads, key_dim, value_dim, device)
@@ -90,7 +89,6 @@ def op(
             add_case({**vars(case), "floor": floor(case)}, found[case], baseline(case), deviation=deviations[case])
             bar.update()
         show_cases(found, deviations)
-        draw(panels(found), picture(number))
     bar.close()
 
 
@@ -186,17 +184,3 @@ def show_cases(cases: dict[Case, dict[str, Measured]], deviations: dict[Case, di
 def floor(case: Case) -> float:
     """Seconds, at the rate of a large matrix product and the bandwidth of a copy, measured in this run."""
     return rates(case.device, getattr(torch, case.dtype)).floor(*case.work())
-
-
-def panels(cases: dict[Case, dict[str, Measured]]) -> list[Panel]:
-    drawn = {f"{way}, seconds": Panel(f"{way}, seconds", "tokens") for way in PASSES}
-    drawn["memory"] = Panel("forward+backward, extra MB", "tokens")
-    for case, found in cases.items():
-        time = drawn[f"{case.way}, seconds"]
-        time.floor[case.length] = floor(case)
-        for side, one in found.items():
-            if one.seconds and not one.failure:
-                time.curves.setdefault(side, {})[case.length] = one.median
-                if case.way != "forward":
-                    drawn["memory"].curves.setdefault(side, {})[case.length] = (one.memory or 0) / 1e6
-    return list(drawn.values())

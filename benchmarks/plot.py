@@ -1,4 +1,4 @@
-"""Pictures of what was measured."""
+"""How a picture of a benchmark looks: curves with quartiles, ticks with units, and where and when it was measured."""
 
 from __future__ import annotations
 
@@ -6,43 +6,106 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-Curve = Mapping[int, float]  # y by x
+from benchmarks.measure import Quartiles
+
+# Okabe and Ito's palette, whose colours are told apart with any colour vision; a marker for each, for print.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555", "#8B5FBF")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+PREFIXES = {"s": ((1, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns")), "B": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))}
+
+Curve = Mapping[int, Quartiles]  # median and quartiles by x
 
 
 @dataclass
 class Panel:
-    """Curves against x on logarithmic axes; `floor`, which no curve can go below, is drawn dashed."""
+    """Curves against x. unit: of y, "s", "B", "tokens/s" or "x".
+
+    dashed: curves that are references and no competitors. linear: y begins at 0, for values that lie close together;
+    otherwise both axes are logarithmic.
+    """
 
     title: str
     x: str
-    curves: dict[str, Curve] = field(default_factory=dict)
-    floor: Curve = field(default_factory=dict)
+    y: str
+    unit: str
+    curves: dict[str, dict[int, Quartiles]] = field(default_factory=dict)
+    dashed: dict[str, dict[int, Quartiles]] = field(default_factory=dict)
+    linear: bool = False
 
 
-def draw(panels: Sequence[Panel], file: Path) -> None:
-    """As a PNG. A side has the same colour in all panels."""
+@dataclass
+class Picture:
+    """Rows of panels. title: what is compared, with sizes. corner: machine, versions, date."""
+
+    title: str
+    rows: Sequence[Sequence[Panel]]
+    corner: str
+
+
+def draw(picture: Picture, file: Path) -> None:
+    """As a PNG. A side has the same colour and marker in all panels."""
+    count, height = max(map(len, picture.rows)), len(picture.rows)
+    figure = Figure(figsize=(1 + 4.6 * count, 1.6 + 3.5 * height), layout="constrained")
+    figure.suptitle(picture.title, fontsize="medium")
+    panels = [panel for row in picture.rows for panel in row]
     names = list(dict.fromkeys(name for panel in panels for name in panel.curves))
-    figure = Figure(figsize=(5 * len(panels), 4.6), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        for name, curve in panel.curves.items():
-            axes.plot(
-                list(curve), list(curve.values()), marker="o", markersize=4, label=name, color=_colour(names, name)
-            )
-        if panel.floor:
-            axes.plot(list(panel.floor), list(panel.floor.values()), "k--", linewidth=1, label="floor")
-        ticks = sorted({x for curve in panel.curves.values() for x in curve})
-        axes.set(title=panel.title, xlabel=panel.x, xscale="log", yscale="log", xticks=ticks)
-        axes.set_xticklabels(ticks, rotation=45 if len(ticks) > 5 else 0)
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    figure.legend(*_handles(figure), loc="outside lower center", ncols=4, fontsize="small")
+    grid = figure.subplots(height, count, squeeze=False)
+    for line, row in zip(grid, picture.rows, strict=True):
+        for axes in line[len(row) :]:
+            axes.set_axis_off()
+        for axes, panel in zip(line, row, strict=False):
+            _draw_panel(axes, panel, names)
+    below = dict(loc="outside lower center", borderaxespad=2, ncols=4, fontsize="small", frameon=False)
+    figure.legend(*_handles(figure), **below)
+    figure.text(0.995, 0.005, picture.corner, ha="right", va="bottom", fontsize=7, color="#555555")
     figure.savefig(file, dpi=110)
 
 
-def _colour(names: Sequence[str], name: str) -> str:
-    return f"C{names.index(name) % 10}"
+def _draw_panel(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
+    for name, curve in panel.curves.items():
+        number = names.index(name)
+        colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
+        x, (middle, low, high) = list(curve), zip(*curve.values(), strict=True)
+        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axes.plot(x, middle, marker=marker, markersize=4.5, linewidth=1.4, label=name, color=colour)
+    for name, curve in panel.dashed.items():
+        axes.plot(list(curve), [middle for middle, _, _ in curve.values()], "k--", linewidth=1, label=name)
+    axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y, xscale="log")
+    axes.title.set_fontsize("medium")
+    ticks = sorted({x for curve in panel.curves.values() for x in curve})
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks], rotation=30 if len(ticks) > 5 else 0)
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", which="minor", bottom=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: with_unit(y, panel.unit)))
+    if panel.linear:
+        axes.set_ylim(bottom=0)
+    else:
+        _logarithmic(axes)
+    axes.grid(alpha=0.3)
+
+
+def _logarithmic(axes: Axes) -> None:
+    """Label 1, 2 and 5 times each power of ten, or fewer on a long axis and more on a short one."""
+    label = axes.yaxis.get_major_formatter()
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    span = high / low
+    steps = (1.0,) if span > 2e3 else (1.0, 2.0, 5.0) if span > 6 else (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+    axes.yaxis.set_major_locator(LogLocator(subs=steps, numticks=20))
+    axes.yaxis.set_major_formatter(label)
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def with_unit(value: float, unit: str) -> str:
+    """0.002 s is "2 ms"; 1.5x is "1.5x"."""
+    if unit not in PREFIXES:
+        return f"{value:,.10g}{'' if unit == 'x' else ' '}{unit}"
+    size, name = next(((size, name) for size, name in PREFIXES[unit] if value >= 0.9999 * size), PREFIXES[unit][-1])
+    return f"{value / size:,.4g} {name}"
 
 
 def _handles(figure: Figure) -> tuple[list, list]:

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import Measured
+from benchmarks.pictures import draw_pictures
 
 console = Console(width=None if sys.stdout.isatty() else 140)
 _files: list[TextIO] = []  # of the command that runs, if it is recorded
@@ -59,7 +60,8 @@ def recording(command: str, file: Path | None) -> Iterator[Path]:
     with part.open("w", encoding="utf-8") as lines:
         _files.append(lines)
         try:
-            add({"kind": "run", "command": sys.argv[1:], "time": now.isoformat(timespec="seconds"), **surroundings()})
+            said = {"benchmark": command, "command": sys.argv[1:], "time": now.isoformat(timespec="seconds")}
+            add({"kind": "run", **said, **surroundings()})
             yield file
         except typer.Exit:  # a bound that is missed is a result like any other
             _keep(part, file)
@@ -71,13 +73,8 @@ def recording(command: str, file: Path | None) -> Iterator[Path]:
 
 def _keep(part: Path, file: Path) -> None:
     part.replace(file)
-    console.print(f"kept in {file}", style="dim")
-
-
-def picture(number: int = 0) -> Path:
-    """Where a plot of the command that runs belongs: beside its lines."""
-    file = Path(_files[-1].name.removesuffix(".part"))
-    return file.with_name(f"{file.stem}{f'-{number + 1}' if number else ''}.png")
+    pictures = draw_pictures(file)
+    console.print("kept in", ", ".join(map(str, [file, *pictures])), style="dim")
 
 
 def surroundings() -> dict[str, Any]:

@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm, trange
 
 from benchmarks.measure import Measured, Run, Side, race, ratio, take_turns
-from benchmarks.plot import Panel, draw
-from benchmarks.record import Limit, Quick, Result, add_case, duration, megabytes, picture, show, show_results, spread
+from benchmarks.record import Limit, Quick, Result, add_case, duration, megabytes, show, show_results, spread
 from retention import retain
 from retention.integrations.swap import replace_attention
 from retention.integrations.timm import retention_layer
@@ -165,7 +164,6 @@ def _images(sizes: Sequence[int], limit: float) -> None:
             rows.append([way, f"{size}²", side, duration(one.median), faster, megabytes(one.memory)])
     show("ViT-tiny/16", ["", "pixels", "", "time", "attention / its time", "memory"], rows)
     show_results("1-D retention on large images", [result for way in WAYS for result in _results(found, way, sizes)])
-    draw(_panels(found), picture())
 
 
 def _results(found: Found, way: str, sizes: Sequence[int]) -> list[Result]:
@@ -181,17 +179,6 @@ def _results(found: Found, way: str, sizes: Sequence[int]) -> list[Result]:
         value = tuple(x / near.median / pixels for x in (far.median, min(far.seconds), max(far.seconds)))
         results.append(Result(f"1-D, a pixel of {large[-1]}² / of {large[0]}², {way}", value, "<=", 1.15))
     return results
-
-
-def _panels(found: Found) -> list[Panel]:
-    drawn = {way: Panel(f"{way}, seconds", "pixels a side") for way in WAYS}
-    memory = Panel("forward+backward, extra MB", "pixels a side")
-    for (way, size), sides in found.items():
-        for side, one in sides.items():
-            drawn[way].curves.setdefault(side, {})[size] = one.median
-            if way != "forward":
-                memory.curves.setdefault(side, {})[size] = (one.memory or 0) / 1e6
-    return [*drawn.values(), memory]
 
 
 # --- forms on a grid --------------------------------------------------------------------------------------------------

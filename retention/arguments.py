@@ -32,6 +32,7 @@ def describe(
     causal: bool = True,
     grid: tuple[int, int] | None = None,
     score_norm: ScoreNorm = False,
+    out_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     form: str = "auto",
     return_state: bool = False,
@@ -47,6 +48,8 @@ def describe(
         raise ValueError(f"scale must be a finite number, or None; got scale {scale!r}")
     if not causal and (state is not None or return_state):
         raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
+    if out_dtype not in (None, v.dtype, state_dtype(v.dtype)):
+        raise ValueError(f"out_dtype must be {v.dtype}, as v, or {state_dtype(v.dtype)}; got out_dtype {out_dtype!r}")
     _check_mask(q, mask)
     _check_cu_seqlens(q, cu_seqlens, mask)
     if grid is not None:
@@ -74,7 +77,7 @@ def describe(
         dtype=q.dtype,
         device=q.device.type,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
-        out_dtype=v.dtype,
+        out_dtype=v.dtype if out_dtype is None else out_dtype,
         form=form,
         causal=causal,
         masked=mask is not None,
@@ -137,9 +140,9 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _check_log_decay(log_decay: Tensor) -> None:
-    if torch.compiler.is_compiling() or is_constant(log_decay):  # a layer's was checked when the layer was built
+    if is_constant(log_decay):  # a layer's was checked when the layer was built
         return
-    low, high = log_decay.detach().aminmax()
+    low, high = _values(log_decay).aminmax()
     sound = (low > -math.inf) & (high <= 0)
     _require(sound, "log_decay must be finite and at most 0; got log_decay {}; pass log(gamma), not gamma", log_decay)
 
@@ -169,7 +172,8 @@ def _check_cu_seqlens(q: Tensor, cu_seqlens: Tensor | None, mask: Tensor | None)
     if q.shape[0] != 1:
         raise ShapeError(f"packed segments need a batch of 1; got q {tuple(q.shape)}; join the rows to one")
     length = q.shape[2]
-    sound = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == length) & (cu_seqlens.diff() >= 0)
+    borders = _values(cu_seqlens)
+    sound = (borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)
     _require(
         sound, f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}", cu_seqlens
     )
@@ -213,14 +217,25 @@ def _check_state(q: Tensor, v: Tensor, state: RetentionState, rows: int, score_n
         )
 
 
+def _values(x: Tensor) -> Tensor:
+    """x without gradient, and out of the transforms of torch.func, under which no value may be asked for."""
+    x = x.detach()
+    while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def _require(condition: Tensor, message: str, value: Tensor) -> None:
-    """Check values, not only sizes. An accelerator checks when it gets there, since to ask it would stop the queue."""
-    if torch.compiler.is_compiling() or type(condition) is not Tensor or condition.device.type == "meta":
+    """Check values, not only sizes. An accelerator checks when it gets there, since to ask it would stop the queue.
+
+    So does a compiled call, on every device. condition: made of `_values`.
+    """
+    if type(condition) is not Tensor or condition.device.type == "meta":
         return  # a tracer's tensors have no values
-    if condition.device.type != "cpu":
-        torch._assert_async(condition.all(), message.format("other values"))
+    if torch.compiler.is_compiling() or condition.device.type != "cpu":
+        torch._assert_async(condition.all(), message.format("of other values"))
     elif not condition.all():
-        raise ValueError(message.format(value.tolist()))
+        raise ValueError(message.format(_values(value).tolist()))
 
 
 def number(value: object) -> float:

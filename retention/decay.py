@@ -120,7 +120,9 @@ class HeadDecay(nn.Module):
             heads = as_tensor(self.values, device, dtype)
         else:
             log_gap = as_tensor(self.log_gaps, device, dtype) + self.shift.to(dtype)
-            heads = torch.log1p(-log_gap.clamp(max=-1e-4).exp())  # gamma stays above 0
+            # gamma stays above 0. The gradient is that without the bound: at the bound it would be 0, for good.
+            log_gap = log_gap + (log_gap.clamp(max=-1e-4) - log_gap).detach()
+            heads = torch.log1p(-log_gap.exp())
         if self.pairs is None:
             return heads
         return (heads[:, None] + as_tensor(self.pairs, device, dtype)).flatten()
@@ -129,19 +131,31 @@ class HeadDecay(nn.Module):
         return f"{len(self.values)}, learnable={self.shift is not None}"
 
 
-def horizon(log_decay: float, below: float = 1e-6) -> float:
-    """After how many tokens the weight gamma^n falls below `below`; infinite if gamma is 1."""
-    return math.inf if log_decay == 0 else math.log(below) / log_decay
-
-
 def geometric_sum(log_decay: Tensor, count: Tensor) -> Tensor:
     """sum over i < count of exp(i log_decay): the total weight of `count` tokens. The shapes broadcast.
 
-    (1 - gamma^count) / (1 - gamma) by expm1, and its series where gamma^count is too close to 1.
+    With x = count log_decay it is expm1(x) / expm1(log_decay). The derivative of that is a difference of two terms,
+    which cancel where |x| is small. There count phi(x) / phi(log_decay) is the same, with phi(x) = expm1(x) / x by its
+    series, whose derivatives do not cancel.
     """
-    total = count * log_decay
-    near_one = total.abs() < torch.finfo(total.dtype).eps ** 0.5
-    series = count + log_decay * (count * (count - 1) / 2)
-    safe = torch.where(near_one, -1.0, log_decay)  # keeps 0/0 out of the gradient
-    closed = torch.expm1(torch.where(near_one, -1.0, total)) / torch.expm1(safe)
-    return torch.where(near_one, series, closed)
+    x = count * log_decay
+    small = x.abs() < 1
+    series = count * _phi(torch.where(small, x, 0)) / _phi(torch.where(small, log_decay, 0))
+    # Outside of its zone each formula gets a harmless argument: 0 * inf is NaN in the gradient of `where`.
+    closed = _expm1(torch.where(small, -1.0, x)) / _expm1(torch.where(small, -1.0, log_decay))
+    return torch.where(small, series, closed)
+
+
+def _phi(x: Tensor) -> Tensor:
+    """expm1(x) / x = sum of x^n / (n + 1)! for |x| < 1."""
+    terms = 19 if x.dtype == torch.float64 else 11  # the first that is left out is below the rounding error
+    total = torch.ones_like(x)
+    for n in range(terms, 1, -1):
+        total = 1 + x / n * total
+    return total
+
+
+def _expm1(x: Tensor) -> Tensor:
+    """exp(x) - 1. torch takes expm1(x) + 1 for the derivative of expm1, which has no digits left far below 0."""
+    far = x <= -1
+    return torch.where(far, x.exp() - 1, torch.expm1(torch.where(far, 0, x)))

@@ -29,6 +29,7 @@ def retain(
     grid: tuple[int, int] | None = None,
     decay_norm: bool = False,
     score_norm: ScoreNorm = False,
+    out_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
     form: str = "auto",
@@ -40,7 +41,7 @@ def retain(
 
     Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V), where Hkv divides H and each key/value head serves
         H / Hkv query heads in a row; log_decay (H,). Returns out (B, H, T, V), and the state with return_state.
-    Dtypes: q, k, v alike, any float; log_decay float32 or float64; sums in float32 at least; out as v.
+    Dtypes: q, k, v alike, any float; log_decay float32 or float64; sums in float32 at least; out as v, or out_dtype.
     Args:
         log_decay: log(gamma) per head, natural logarithm per token, at most 0.
         state: what an earlier call returned, whatever its form or backend: this call continues the sequence.
@@ -52,8 +53,12 @@ def retain(
         grid: (rows, columns) of an image whose cells are the tokens, row by row, T = rows * columns; with causal=False
             D_nm = gamma^(|row_n - row_m| + |column_n - column_m|). No mask or cu_seqlens.
         decay_norm: divide D_nm by sqrt(sum_i D_ni).
-        score_norm: divide R_nm by max(|sum_i R_ni|, 1). "absolute" takes min(max(sum_i |R_ni|, 1), 5e4) without
-            gradient, as torchscale does; it cannot be had from a state, so form "parallel" only.
+        score_norm: divide R_nm by max(|sum_i R_ni|, 1). Where the scores cancel, rounding errors grow by
+            sum_i |R_ni| / max(|sum_i R_ni|, 1): 2e-5 was seen in float32. "absolute" takes
+            min(max(sum_i |R_ni|, 1), 5e4) without gradient, as torchscale does; it cannot be had from a state, so form
+            "parallel" only.
+        out_dtype: of out; default: that of v. float32 keeps sums of half precision, which may leave its range: take it
+            where a norm or a division follows.
         chunk_size: tokens per chunk of the chunkwise form, on a grid cells per tile; default: the backend's.
         backend: "auto" or a registered name; see `explain`. A named backend never falls back.
         form: "auto", "parallel", "chunkwise" or "recurrent". The result is the same.
@@ -75,6 +80,7 @@ def retain(
         causal=causal,
         grid=grid,
         score_norm=score_norm,
+        out_dtype=out_dtype,
         chunk_size=chunk_size,
         form=form,
         return_state=return_state,
@@ -94,6 +100,7 @@ def step(
     mask: Tensor | None = None,
     decay_norm: bool = False,
     score_norm: ScoreNorm = False,
+    out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """One more token for each row; `state` is updated in place. The same result as `retain`, for decoding.
@@ -106,7 +113,7 @@ def step(
         raise TypeError(
             f"state must be a RetentionState; got {type(state).__name__}; `initial_state` makes an empty one"
         )
-    options: dict[str, Any] = dict(scale=scale, mask=mask, score_norm=score_norm, form="recurrent")
+    options: dict[str, Any] = dict(scale=scale, mask=mask, score_norm=score_norm, out_dtype=out_dtype, form="recurrent")
     call = describe(q, k, v, log_decay, state=state, in_place=True, **options)
     if call.length != 1:
         raise ShapeError(f"step takes one token, q (batch, heads, 1, key_dim); got q {tuple(q.shape)}; use retain")
@@ -199,6 +206,7 @@ def _run(
     decay_norm: bool,
     score_norm: ScoreNorm,
 ) -> tuple[Tensor, RetentionState | None]:
+    out_dtype = call.out_dtype
     if decay_norm or score_norm:  # a sum may be too large for half precision, its mean is not
         call = call._replace(out_dtype=state_dtype(call.dtype))
     backend, call = backends.choose(call, name)
@@ -223,8 +231,8 @@ def _run(
         out = out / _clamped(mass if decay is None else mass / decay, score_norm)
     if decay is not None:
         out = out / decay
-    if out.dtype != v.dtype:
-        out = out.to(v.dtype)
+    if out.dtype != out_dtype:
+        out = out.to(out_dtype)
     if not call.return_state or kv is None:
         return out, None
     time = _counts(call, mask, cu_seqlens, q.device)

@@ -206,6 +206,7 @@ class MultiScaleRetention(HasBackend):
             mask=mask,
             decay_norm=self.decay_norm,
             score_norm=self.score_norm,
+            out_dtype=self._sum_dtype(v),
             state=state,
             cu_seqlens=cu_seqlens,
             causal=self.causal,
@@ -216,9 +217,9 @@ class MultiScaleRetention(HasBackend):
             return_state=return_state,
         )
         if isinstance(retained, Tensor):
-            return self._output(retained, x)
+            return self._output(retained, x, v.dtype)
         out, new = retained
-        return self._output(out, x), new
+        return self._output(out, x, v.dtype), new
 
     def step(
         self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
@@ -244,8 +245,9 @@ class MultiScaleRetention(HasBackend):
                 mask=mask,
                 decay_norm=self.decay_norm,
                 score_norm=self.score_norm,
+                out_dtype=self._sum_dtype(v),
             )
-            return self._output(out, x)
+            return self._output(out, x, v.dtype)
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """The retention scores R that `forward` weighs the values with in its parallel form, (B, num_heads, T, T).
@@ -302,25 +304,32 @@ class MultiScaleRetention(HasBackend):
         q, k = (rearrange(z, pattern, c=2) for z in (q, k))
         return q, k, v.repeat_interleave(q.shape[1] // self.num_kv_heads, dim=1)
 
-    def _output(self, out: Tensor, x: Tensor) -> Tensor:
+    def _sum_dtype(self, v: Tensor) -> torch.dtype:
+        """Of what retention gives. A sum may be too large for half precision, but not what a norm makes of it."""
+        return state_dtype(v.dtype) if self.pairs > 1 or isinstance(self.norm, HeadNorm) else v.dtype
+
+    def _output(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """out (B, num_heads * pairs, T, D), in `_sum_dtype`; dtype: that of the projections."""
         if self.pairs > 1:
             out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
-        y = self.out_proj(self._gated(out.transpose(1, 2), x).flatten(2))
+        y = self.out_proj(self._gated(out.transpose(1, 2), x, dtype).flatten(2))
         return y if self.dropout is None else self.dropout(y)
 
-    def _gated(self, out: Tensor, x: Tensor) -> Tensor:
-        """gate(x W_g) * norm(out), both (B, T, num_heads, value_dim / num_heads)."""
+    def _gated(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """gate(x W_g) * norm(out), (B, T, num_heads, value_dim / num_heads), in `dtype`."""
         if self.gate is None or self.g_proj is None:
-            return self.norm(out)
+            return self.norm(out).to(dtype)
         gate = self.g_proj(x).view_as(out)
         few = out.numel() <= GATED_AT_ONCE
         if few or torch.is_grad_enabled() or torch.compiler.is_compiling() or out.device.type != "cpu":
-            return self.gate(gate) * self.norm(out)
+            return (self.gate(gate) * self.norm(out)).to(dtype)
         # A part at a time, over what retention gave: what lies between stays in the cache, no new memory is touched.
+        gated = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         tokens = max(1, GATED_AT_ONCE * out.shape[1] // out.numel())
-        for out_i, gate_i in zip(out.split(tokens, dim=1), gate.split(tokens, dim=1), strict=True):
-            torch.mul(self.gate(gate_i), self.norm(out_i), out=out_i)
-        return out
+        for parts in zip(*(z.split(tokens, dim=1) for z in (out, gate, gated)), strict=True):
+            out_i, gate_i, gated_i = parts
+            torch.mul(self.gate(gate_i), self.norm(out_i), out=gated_i)
+        return gated
 
     def _check_causal(self) -> None:
         if not self.causal:

@@ -27,14 +27,14 @@ def outputs(
     """What forward gives, not filled yet."""
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, q.shape[1], q.shape[3], v.shape[3]) if return_state else (0,)
-    return empty(q, v.shape[-1], out_dtype), q.new_empty(shape, dtype=state_dtype(q.dtype))
+    return empty(q, (*q.shape[:3], v.shape[3]), out_dtype), q.new_empty(shape, dtype=state_dtype(q.dtype))
 
 
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """What backward gives, not filled yet but for log_decay's, which is 0."""
-    dq, dk, dv = (empty(x, x.shape[-1], x.dtype) for x in (q, k, v))
+    dq, dk, dv = (empty(x, x.shape, x.dtype) for x in (q, k, v))
     dstate = q.new_empty(0 if state is None else state.shape, dtype=state_dtype(q.dtype))
     return dq, dk, dv, torch.zeros_like(log_decay), dstate
 

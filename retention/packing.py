@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,9 +23,9 @@ def pack(mask: Tensor, *tensors: Tensor) -> list[Tensor]:
 
 def unpack(mask: Tensor, x: Tensor) -> Tensor:
     """The reverse for one tensor, 0 at padding."""
-    out = x.new_zeros(*mask.shape, x.shape[1], x.shape[3])
-    out[mask] = x[0].transpose(0, 1)
-    return out.transpose(1, 2)
+    out = empty(x, (mask.shape[0], x.shape[1], mask.shape[1], x.shape[3]), x.dtype).zero_()
+    out.transpose(1, 2)[mask] = x[0].transpose(0, 1)
+    return out
 
 
 def borders(mask: Tensor) -> Tensor:
@@ -32,10 +33,25 @@ def borders(mask: Tensor) -> Tensor:
     return torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0))
 
 
-def empty(x: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """(B, H, T, width) for x (B, H, T, D); in memory it is (B, T, H, width), which is how layers go on with it."""
-    batch, heads, length, _ = x.shape
-    return x.new_empty(batch, length, heads, width, dtype=dtype).transpose(1, 2)
+def segment_borders(cu_seqlens: Tensor, length: int) -> list[int]:
+    """cu_seqlens as numbers. In a compiled call nobody has checked them: here they cannot fall or leave 0 to length."""
+    return cu_seqlens.clamp(0, length).cummax(0).values.tolist()
+
+
+def clear_outside(segments: Sequence[int], *tensors: Tensor) -> None:
+    """Zero the tokens of tensors (B, H, T, D) that are of no segment, which nothing else fills."""
+    for x in tensors:
+        x[:, :, : segments[0]] = 0
+        x[:, :, segments[-1] :] = 0
+
+
+def empty(x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """(B, H, T, D) on the device of x; in memory it is (B, T, H, D), which is how layers go on with it.
+
+    Not a view of another tensor: autograd forbids to write in place to a view that a custom operator returned.
+    """
+    _, heads, length, width = shape
+    return x.new_empty_strided(shape, (length * heads * width, width, heads * width, 1), dtype=dtype)
 
 
 def ask_for_huge_pages(*tensors: Tensor) -> None:

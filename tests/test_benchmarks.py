@@ -10,10 +10,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import gate, layer, measure, op
+from benchmarks import gate, layer, measure, op, pictures, report
 from benchmarks.__main__ import COMMANDS, app
 from benchmarks.compare import read
 from benchmarks.measure import Side, extra_memory, race, ratio
+from benchmarks.plot import with_unit
 from benchmarks.record import Result
 
 
@@ -198,6 +199,58 @@ def test_a_decoding_step_that_is_measured_is_that_of_the_position():
     assert not torch.equal(near(), far())
 
 
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [(2e-3, "s", "2 ms"), (1.5, "s", "1.5 s"), (2e-7, "s", "200 ns"), (4_718_592, "B", "4.719 MB"), (1.5, "x", "1.5x")],
+)
+def test_ticks_have_units(value, unit, text):
+    assert with_unit(value, unit) == text
+
+
+def header(**options):
+    found = {"machine": "EPYC, 2 cores", "threads": 2, "versions": {"torch": "2.15.0+cpu"}, "time": "2026-11-22T08:00"}
+    return {"kind": "run", "command": ["model"], "commit": "abcdef0123", "changed": False, **found, **options}
+
+
+def test_a_picture_says_where_and_when_and_whether_the_code_was_changed():
+    text = pictures.corner(header())
+    assert text.startswith("EPYC, 2 cores, 2 threads, torch 2.15.0, 2026-11-22, commit abcdef01;")
+    assert "with uncommitted changes" in pictures.corner(header(changed=True))
+    assert "with uncommitted changes" in report.source(header(changed=True))
+    assert "uncommitted" not in text + report.source(header())
+
+
+def test_curves_are_medians_with_quartiles_of_what_ran():
+    case = {"kind": "case", "way": "prompt", "length": 10, "batch": 2, "memory": 1, "failure": ""}
+    lines = [
+        header(),
+        {**case, "side": "RetNet", "seconds": [1.0, 2.0, 4.0, 5.0, 10.0]},
+        {**case, "side": "Llama", "seconds": [], "failure": "TimeoutError"},
+    ]
+    (picture,) = pictures.model(lines)
+    (panel, _), *_ = picture.rows
+    assert panel.curves == {"RetNet": {10: (5.0, 4.0, 10.0)}}  # tokens a second: 20 over each
+    assert panel.linear
+
+
+def test_others_are_drawn_beside_ours_of_the_same_width():
+    sides = (
+        "retention",
+        "retention, values of 512",
+        "torchscale, parallel",
+        "yet-another-retnet, parallel",
+        "attention",
+    )
+    case = {"kind": "case", "way": "forward", "length": 10, "memory": 1, "failure": "", "seconds": [1.0, 1.0]}
+    (picture,) = pictures.peers([header(), *({**case, "side": side} for side in sides)])
+    above, below = (set(row[0].curves) for row in picture.rows)
+    assert above == {"retention", "torchscale, parallel", "attention"}
+    assert below == {"retention, values of 512", "yet-another-retnet, parallel", "attention"}
+
+
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 
@@ -263,7 +316,7 @@ def test_compare_tells_a_slower_machine_from_slower_code_by_the_side_that_took_t
     text = run("compare", before, after)
     assert [line.split("length 8, ")[1].split()[0] for line in text.splitlines() if "length 8" in line] == ["moved"]
     assert "slower" in text
-    assert "3 in both; the middle one is 2.00 of what it was" in text
+    assert "3 in both; the middle one is 1.00 of what it was" in text  # summed up as it is judged
 
     failed = written(
         tmp_path / "c.jsonl", yardstick="SDPA", SDPA=([], None, "MemoryError"), same=(slow, 1, ""), moved=(fast, 1, "")

@@ -67,18 +67,28 @@ def test_decay_matrix(length):
             torch.testing.assert_close(matrix[head], torch.tensor(want, dtype=torch.float64))
 
 
-def test_horizon():
-    """Tokens until gamma^n falls below 1e-6."""
-    assert decay.horizon(math.log(1 - 2**-5)) == pytest.approx(435.1, abs=0.1)
-    assert decay.horizon(0.0) == math.inf
-
-
-@pytest.mark.parametrize("log_decay", [0.0, -1e-12, -1e-7, -1e-4, -0.03, -2.0, -700.0])
-@pytest.mark.parametrize("count", [0, 1, 2, 1000])
-def test_geometric_sum_and_its_gradient(log_decay, count):
-    x = torch.tensor(log_decay, dtype=torch.float64, requires_grad=True)
-    got = decay.geometric_sum(x, torch.tensor(count, dtype=torch.float64))
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.float64, 1e-12)], ids=str)
+@pytest.mark.parametrize("log_decay", [0.0, -1e-12, -1e-7, -1e-4, -1e-3, -0.03, -0.5, -1.0, -2.0, -20.0, -80.0])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 31, 1000, 2000])
+def test_geometric_sum_and_its_gradient(log_decay, count, dtype, bound):
+    x = torch.tensor(log_decay, dtype=dtype, requires_grad=True)
+    got = decay.geometric_sum(x, torch.tensor(count, dtype=dtype))
     got.backward()
-    assert got.item() == pytest.approx(sum(math.exp(i * log_decay) for i in range(count)), rel=1e-12)
-    want = sum(i * math.exp(i * log_decay) for i in range(count))
-    assert x.grad.item() == pytest.approx(want, rel=1e-5, abs=1e-12)
+    weights = [math.exp(i * x.item()) for i in range(count)]
+    assert got.item() == pytest.approx(math.fsum(weights), rel=bound)
+    assert x.grad.item() == pytest.approx(math.fsum(i * w for i, w in enumerate(weights)), rel=bound, abs=bound / 10)
+
+
+def test_a_learnable_decay_comes_back_from_its_bound():
+    """Above the bound the decay is that at the bound, and the gradient goes on."""
+    layer = decay.HeadDecay([math.log(0.5)], 1, learnable=True)
+    with torch.no_grad():
+        layer.shift.fill_(2.0)  # 1 - gamma would be 3.7
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    assert layer(torch.device("cpu")).exp().item() == pytest.approx(1e-4, rel=1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (layer(torch.device("cpu")).exp() - 0.9).square().sum().backward()
+        assert layer.shift.grad.isfinite().all()
+        optimizer.step()
+    assert layer(torch.device("cpu")).exp().item() == pytest.approx(0.9, abs=0.05)

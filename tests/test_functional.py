@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import retention
-from retention import BackendError, RetentionState, ShapeError, initial_state, retain, step
+from retention import BackendError, RetentionState, ShapeError, functional, initial_state, retain, step
 
 LOG_DECAY = torch.tensor([-0.01, -0.3], dtype=torch.float64)
 
@@ -58,7 +58,7 @@ def test_a_sequence_may_be_cut_anywhere_and_each_part_run_anyhow(case, data):
         out, state = retain(*inputs, **options, **way, return_state=True)
         parts.append(out)
     assert cases.deviation(torch.cat(parts, 2), want) <= cases.BOUNDS[q.dtype]
-    assert state.time.tolist() == [length] * len(q) if mask is None else mask.sum(1).tolist()
+    assert state.time.tolist() == ([length] * len(q) if mask is None else mask.sum(1).tolist())
 
 
 @settings(max_examples=40)
@@ -190,17 +190,62 @@ def test_decay_of_nothing_sums_and_of_everything_forgets(form):
     torch.testing.assert_close(retain(ones, ones, v, torch.full((1,), -800.0), form=form), v)
 
 
-@pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("length", [0, 3])
-def test_empty_batches_and_empty_lengths_work(form, batch, length):
+def test_empty_batches_and_empty_lengths_work(batch, length):
     q, k, v = (x.requires_grad_() for x in qkv(batch=batch, length=length))
+    log_decay = LOG_DECAY.clone().requires_grad_()
     mask = torch.ones(batch, length, dtype=torch.bool)
-    for more in ({}, {"mask": mask}):
-        out, state = retain(q, k, v, LOG_DECAY, form=form, return_state=True, score_norm=True, **more)
-        assert out.shape == (batch, 2, length, 3)
-        assert state.kv.shape == (batch, 2, 4, 3)
-        (out.sum() + state.kv.sum()).backward()
+    for more in ({}, {"mask": mask}, {"return_state": True}, {"causal": False}):
+        ways = cases.runnable((q, k, v, log_decay), {"score_norm": True, **more})
+        assert {way["backend"] for way in ways} == {"chunked", "eager", "xformers"}
+        for way in ways:
+            found = retain(q, k, v, log_decay, score_norm=True, **more, **way)
+            out, state = found if "return_state" in more else (found, None)
+            assert out.shape == (batch, 2, length, 3)
+            assert state is None or state.kv.shape == (batch, 2, 4, 3)
+            (out.sum() + (0 if state is None else state.kv.sum())).backward()
+            assert all(x.grad.isfinite().all() for x in (q, k, v, log_decay))
+
+
+@pytest.mark.parametrize("length", [64, 65])  # `auto` takes the parallel form, the chunkwise form
+@pytest.mark.parametrize("options", [{}, {"mask": torch.arange(65) > 2}, {"causal": False}], ids=str)
+def test_the_output_may_be_written_to_in_place(length, options):
+    options = {key: x[None, :length] if key == "mask" else x for key, x in options.items()}
+    tensors = *(x.requires_grad_() for x in qkv(batch=1, length=length)), LOG_DECAY
+    for way in ({}, *cases.runnable(tensors, options)):
+        want = torch.autograd.grad(2 * retain(*tensors, **options, **way).sum(), tensors[:3])
+        out = retain(*tensors, **options, **way)
+        out.mul_(2)
+        for a, b in zip(torch.autograd.grad(out.sum(), tensors[:3]), want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_out_dtype_float32_keeps_sums_that_half_precision_cannot_hold():
+    q, k, v = (torch.full((1, 1, 500, 4), x, dtype=torch.float16) for x in (3.0, 10.0, 100.0))
+    log_decay = torch.tensor([-1e-5])
+    want = retain(*(x.double() for x in (q, k, v)), log_decay)
+    for way in cases.runnable((q, k, v, log_decay), {"out_dtype": torch.float32}):
+        got = retain(q, k, v, log_decay, out_dtype=torch.float32, **way)
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=0)
+    state = initial_state(1, 1, 4, 4)
+    parts = [step(*(x[:, :, [i]] for x in (q, k, v)), log_decay, state, out_dtype=torch.float32) for i in range(20)]
+    torch.testing.assert_close(torch.cat(parts, 2).double(), want[:, :, :20], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", cases.FORMS)
+@pytest.mark.parametrize("length", [33, 400])
+def test_score_norm_in_float32_is_as_exact_as_its_sum(form, length):
+    """What rounding does grows by sum |R| / max(|sum R|, 1), which is large where the scores cancel."""
+    q, k, v = qkv(length=length, key_dim=16)
+    q, k, v = (3 * x for x in (q, k, v))
+    log_decay = torch.tensor([-1e-3, -0.1], dtype=torch.float64)
+    scores = functional.scores(q, k, log_decay)
+    worse = scores.abs().sum(-1, keepdim=True) / scores.sum(-1, keepdim=True).abs().clamp(min=1)
+    want = retain(q, k, v, log_decay, score_norm=True)
+    got = retain(q.float(), k.float(), v.float(), log_decay, score_norm=True, form=form)
+    assert ((got - want).abs() <= 1e-6 * worse * (v.abs().max() + want.abs())).all()
 
 
 @pytest.mark.parametrize("form", cases.FORMS)
@@ -222,6 +267,16 @@ def test_transforms_go_to_a_backend_that_has_their_rules():
     torch.testing.assert_close(gradient, torch.autograd.grad(retain(q.requires_grad_(), k, v, LOG_DECAY).sum(), q)[0])
     with pytest.raises(BackendError, match="has no rule for torch.func transforms"):
         torch.func.grad(lambda q: retain(q, k, v, LOG_DECAY, backend="chunked").sum())(q)
+
+
+def test_vmap_over_log_decays_checks_their_values():
+    q, k, v = qkv()
+    decays = -torch.rand(3, 2, dtype=torch.float64)
+    got = torch.vmap(lambda log_decay: retain(q, k, v, log_decay))(decays)
+    for out, log_decay in zip(got, decays, strict=True):
+        torch.testing.assert_close(out, retain(q, k, v, log_decay))
+    with pytest.raises(ValueError, match="log_decay must be finite and at most 0"):
+        torch.vmap(lambda log_decay: retain(q, k, v, log_decay))(-decays)
 
 
 def test_second_derivatives_are_eagers():
@@ -318,17 +373,24 @@ def test_the_gradient_of_log_decay_is_finite_at_both_ends():
         assert log_decay.grad.isfinite().all()
 
 
-def test_gradients_in_float32_match_those_in_float64_on_a_long_input():
-    """That of log_decay is the delicate one: a sum over all distances."""
-    args = qkv(batch=1, length=2000, key_dim=8, value_dim=8, dtype=torch.float32)
-    log_decay = torch.tensor(retention.decay.log_decays("paper", 5)[::4], dtype=torch.float32)
-    weight = torch.randn(1, 2, 2000, 8)
-    grads = []
-    for dtype in (torch.float32, torch.float64):
-        inputs = [x.to(dtype).requires_grad_() for x in (*args, log_decay)]
-        grads.append(torch.autograd.grad((retain(*inputs) * weight).sum(), inputs))
-    for got, want in zip(*grads, strict=True):
-        assert cases.deviation(got, want) <= 1e-4
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [100, 2000])
+def test_gradients_in_float32_match_those_in_float64(length, causal):
+    """That of log_decay is the delicate one, a sum over all distances, and that of a fast decay more than others."""
+    rates = torch.tensor([-1e-5, -1e-3, -0.03, -0.3, -2.0, -20.0], dtype=torch.float64)
+    args = qkv(batch=1, heads=6, length=length, key_dim=8, value_dim=8)
+    weight = torch.randn(1, 6, length, 8, dtype=torch.float64)
+
+    def gradients(dtype, **way):
+        inputs = [x.to(dtype).requires_grad_() for x in (*args, rates)]
+        return torch.autograd.grad((retain(*inputs, causal=causal, **way) * weight.to(dtype)).sum(), inputs)
+
+    want = gradients(torch.float64, form="parallel")
+    for backend, form in (("chunked", "chunkwise"), ("xformers", "chunkwise"), ("eager", "parallel")):
+        got = gradients(torch.float32, backend=backend, form=form)
+        for a, b in zip(got[:3], want[:3], strict=True):
+            assert cases.deviation(a, b) <= 1e-5
+        assert ((got[3].double() - want[3]).abs() / want[3].abs().clamp(min=1)).max() <= 1e-5, backend
 
 
 # --- step -------------------------------------------------------------------------------------------------------------
@@ -395,6 +457,46 @@ def test_compiles_to_one_graph_with_gradients(options):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("borders", [[0, 6, 9], [1, 6, 10], [0, 8, 6, 10], [0, 12, 10], [-4, 10]], ids=str)
+def test_a_compiled_call_refuses_borders_that_do_not_fit(borders):
+    tensors = *qkv(batch=1), LOG_DECAY
+    compiled = torch.compile(lambda *x: retain(*x[:4], cu_seqlens=x[4]), fullgraph=True, backend="aot_eager")
+    sound = torch.tensor([0, 6, 10])
+    torch.testing.assert_close(compiled(*tensors, sound), retain(*tensors, cu_seqlens=sound))
+    with pytest.raises(RuntimeError, match="cu_seqlens must start at 0, not fall, and end at the length 10"):
+        compiled(*tensors, torch.tensor(borders))
+
+
+def test_a_compiled_call_refuses_log_decays_above_0():
+    compiled = torch.compile(retain, fullgraph=True, backend="aot_eager")
+    compiled(*qkv(), LOG_DECAY)
+    for wrong in (-LOG_DECAY, LOG_DECAY * torch.nan):
+        with pytest.raises(RuntimeError, match="log_decay must be finite and at most 0"):
+            compiled(*qkv(), wrong)
+
+
+@pytest.mark.parametrize("borders", [[0, 6, 9], [1, 6, 10], [0, 8, 6], [0, 12], [-4, 10], [3, 3]], ids=str)
+@pytest.mark.parametrize("causal", [True, False])
+def test_operators_give_0_where_no_segment_is(borders, causal):
+    """Whoever reaches them with borders that nobody checked."""
+    q, k, v = (x.requires_grad_() for x in qkv(batch=1))
+    inside = torch.zeros(10, dtype=torch.bool)
+    inside[max(borders[0], 0) : max(min(max(borders[: i + 1]), 10) for i in range(len(borders)))] = True
+    options = dict(mask=None, cu_seqlens=torch.tensor(borders))
+    backends = retention.backends
+    call = retention.arguments.describe(q, k, v, LOG_DECAY, form="chunkwise", causal=causal)._replace(packed=True)
+    for backend, form in (
+        (backends.chunked, "chunkwise"),
+        (backends.xformers, "chunkwise"),
+        (backends.xformers, "parallel"),
+    ):
+        torch.empty(10_000, dtype=torch.float64).fill_(torch.nan)  # memory that is likely to be handed out again
+        out, _ = backend.backend(call._replace(form=form), q, k, v, LOG_DECAY, None, **options)
+        for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))):
+            assert (x[:, :, ~inside] == 0).all()
+            assert x.isfinite().all()
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at it itself
 def test_the_operator_keeps_torchs_contract():
     q, k, v = (x.requires_grad_() for x in qkv(kv_heads=1))
@@ -445,6 +547,11 @@ BAD = [
     ),
     ({"log_decay": DECAY * torch.nan}, ValueError, "log_decay must be finite and at most 0; got log_decay .*nan"),
     ({"log_decay": DECAY * torch.inf}, ValueError, "log_decay must be finite and at most 0; got log_decay .*-inf"),
+    (
+        {"out_dtype": torch.float16},
+        ValueError,
+        "out_dtype must be torch.float32, as v, or torch.float32; got out_dtype",
+    ),
     ({"scale": float("inf")}, ValueError, "scale must be a finite number, or None; got scale inf"),
     ({"scale": "a"}, ValueError, "scale must be a finite number, or None; got scale 'a'"),
     ({"mask": MASK.long()}, TypeError, "mask must be a bool tensor.*got mask torch.int64"),

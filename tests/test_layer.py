@@ -207,6 +207,40 @@ def test_decays_and_positions_stay_exact_in_half_precision(dtype):
     assert error < 0.02
 
 
+@pytest.mark.parametrize("options", [{}, {"norm": "rms", "norm_affine": "channel"}, {"gate": None}, {"rotary": "xpos"}])
+def test_the_norm_takes_sums_that_half_precision_cannot_hold(options):
+    """Scores of some thousand: the sums are above 65504, the largest number of float16."""
+    layer = MultiScaleRetention(64, 2, **options)
+    with torch.no_grad():
+        for proj in (layer.q_proj, layer.k_proj, layer.v_proj):
+            proj.weight.mul_(64)
+    half, exact = copy.deepcopy(layer).half(), copy.deepcopy(layer).half().double()
+    x = (torch.randn(1, 1, 64) + 0.1 * torch.randn(1, 2500, 64)).half()
+    want = exact(x.double())
+    found = half(x)  # with gradients the gate takes another way than without
+    with torch.no_grad():
+        state = half.initial_state(1)
+        steps = torch.cat([half.step(x[:, [n]], state) for n in range(50)], dim=1)
+        results = ((found, want), (half(x), want), (steps, want[:, :50]))
+    assert 2 * x.numel() > GATED_AT_ONCE  # as many numbers as are gated in parts
+    for got, wanted in results:
+        assert got.dtype == torch.float16
+        error = (got.double() - wanted).pow(2).mean().sqrt() / wanted.pow(2).mean().sqrt()
+        assert error < 2e-2  # the scores themselves are rounded
+
+
+def test_an_ensemble_with_learnable_decays_runs_under_vmap():
+    layers = [make(dtype=torch.float64, learnable_decay=True) for _ in range(3)]
+    weights, buffers = torch.func.stack_module_state(layers)
+    x = torch.randn(2, 9, 32, dtype=torch.float64)
+
+    def run(weights, buffers):
+        return torch.func.functional_call(layers[0], (weights, buffers), (x,))
+
+    for got, layer in zip(torch.vmap(run)(weights, buffers), layers, strict=True):
+        torch.testing.assert_close(got, layer(x))
+
+
 def test_a_learnable_decay_keeps_its_slow_heads_in_bfloat16():
     layer = MultiScaleRetention(64, 16, learnable_decay=True).bfloat16()
     assert layer.decay.shift.dtype == torch.bfloat16

@@ -13,6 +13,7 @@ from packaging.utils import canonicalize_name
 
 from retention.backends.xformers import probe
 from retention.integrations.transformers import compat
+from retention.version import __version__
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -107,12 +108,25 @@ def uses_constraints(command):
     return re.search(r"pip install -c constraints.txt (-e )?\"\.\[", command) is not None
 
 
-@pytest.mark.parametrize(("document", "at_least"), [("README.md", 3), ("CONTRIBUTING.md", 1)])
+INSTALLS = {
+    "README.md": 3,
+    "CONTRIBUTING.md": 1,
+    **{f"docs/pages/{page}.md": 1 for page in ("get-started", "language-model", "benchmarks")},
+}
+
+
+@pytest.mark.parametrize(("document", "at_least"), INSTALLS.items())
 def test_the_documents_install_what_was_tested(document, at_least):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     commands = re.findall(r"^.*pip install .*\"\.\[.*$", "".join(blocks), re.MULTILINE)
     assert len(commands) >= at_least
     assert [command for command in commands if not uses_constraints(command)] == []
+
+
+def test_the_citation_is_of_this_version():
+    version = re.search(r"^version: (\S+)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version is not None
+    assert version[1] == __version__
 
 
 def test_code_and_ci_name_the_versions_that_were_tested():

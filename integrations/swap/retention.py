@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
@@ -95,8 +94,9 @@ class HostedRetention(HasBackend):
             causal=causal,
             grid=grid,
         )
-        order = rearrange(np.arange(len(values)), "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)
-        self.decay = HeadDecay([values[i] for i in order], len(values), learnable=learnable_decay, **dd)
+        by_scale = torch.tensor(values, dtype=torch.float64, device="cpu")  # on the meta device there are no values
+        ordered = rearrange(by_scale, "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)  # the order of `_heads`
+        self.decay = HeadDecay(ordered, len(values), learnable=learnable_decay, **dd)
         if features:
             self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
             self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
@@ -192,7 +192,7 @@ class HostedRetention(HasBackend):
             y = _divided(y) if self.features else y
         else:
             y, after = self._with_window(self.window, self.rest(x), q, k, v, scale, **options)
-        return self.norm(y.transpose(1, 2)), after
+        return self.norm(y.transpose(1, 2)).to(v.dtype), after
 
     def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
         if q.dim() != 4:
@@ -235,16 +235,18 @@ class HostedRetention(HasBackend):
     ) -> tuple[Tensor, RetentionState | None]:
         """The sums of retention, (B, H, T, V), with features one wider: the last is that of the scores.
 
+        They are float32 at least: half precision may be too small for a sum, but not for what it is divided to.
         there (B or 1, T): which keys and values there are; default: all.
         """
         kv_heads = k.shape[1]
         q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
         if there is not None:
             v = v * there[:, None, :, None]
-        log_decay = self.decay(q.device, state_dtype(q.dtype))
+        wide = state_dtype(q.dtype)
+        log_decay = self.decay(q.device, wide)
         after: RetentionState | None = state
         if state is not None and q.shape[2] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-            out = step(q, k, v, log_decay, state, scale=1.0, mask=mask)
+            out = step(q, k, v, log_decay, state, scale=1.0, mask=mask, out_dtype=wide)
         else:
             found = retain(
                 q[:, :, prefix:],
@@ -253,6 +255,7 @@ class HostedRetention(HasBackend):
                 log_decay,
                 scale=1.0,
                 mask=mask,
+                out_dtype=wide,
                 cu_seqlens=cu_seqlens,
                 state=state,
                 causal=causal,

@@ -180,6 +180,19 @@ def test_what_fits_into_the_window_is_attended_to_as_it_was(dtype):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("options", [{"features": False}, {}, {"window": 4}], ids=str)
+def test_sums_that_half_precision_cannot_hold_are_divided_first(options):
+    heads = Heads(32, 2, 2, 8, 8)
+    retention = HostedRetention(heads, decay=[-1e-4] * (2 if "features" in options else 4), gate=None, **options).half()
+    x, (q, k, v) = torch.randn(1, 4000, 32).half(), (torch.full((1, 2, 4000, 8), 1.0).half() for _ in range(3))
+    v = 1000 * v + torch.randn_like(v)
+    found, _ = retention(x, q, k, v, scale=1.0)
+    want, _ = retention.double()(x.double(), q.double(), k.double(), v.double(), scale=1.0)
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.double(), want, rtol=4e-3, atol=0)
+
+
+@torch.no_grad()
 def test_half_precision_and_autocast_stay_near_the_formula():
     retention, (x, q, k, v) = windowed(8), inputs(60)
     want = formula(retention, x, q, k, v)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ...operators import differentiable, gradients, outputs
-from ...packing import ask_for_huge_pages, borders, pack, unpack
+from ...packing import ask_for_huge_pages, borders, clear_outside, pack, segment_borders, unpack
 from ...state import state_dtype
 from .grid import on_grid, on_grid_anew
 from .walk import Decays, backward, forward
@@ -101,12 +101,15 @@ def _chunkwise(
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
-    for rows, tokens, states in _pieces(q, cu_seqlens):
+    segments = None if cu_seqlens is None else segment_borders(cu_seqlens, q.shape[2])
+    for rows, tokens, states in _pieces(q, segments):
         before = None if state is None else state[states].clone()
         parts = [x[rows, :, tokens] for x in (q, k, v, out)]
         after = forward(*parts, state=before, decays=decays, return_state=return_state)
         if after is not None:
             final[states] = after
+    if segments is not None:
+        clear_outside(segments, out)
     return out, final
 
 
@@ -139,23 +142,26 @@ def chunkwise_backward(
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     ask_for_huge_pages(dq, dk, dv)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
-    for rows, tokens, states in _pieces(q, cu_seqlens):
+    segments = None if cu_seqlens is None else segment_borders(cu_seqlens, q.shape[2])
+    for rows, tokens, states in _pieces(q, segments):
         parts = [x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv)]
         before, dafter = (None if x is None else x[states].clone() for x in (state, dfinal))
         dbefore, ddecay = backward(*parts, state=before, dfinal=dafter, decays=decays, decay_grad=decay_grad)
         if dbefore is not None:
             dstate[states] = dbefore
         dlog_decay += ddecay
+    if segments is not None:
+        clear_outside(segments, dq, dk, dv)
     return dq, dk, dv, dlog_decay, dstate
 
 
 differentiable(chunkwise, chunkwise_backward)
 
 
-def _pieces(q: Tensor, cu_seqlens: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
+def _pieces(q: Tensor, segments: list[int] | None) -> Iterator[tuple[slice, slice, slice]]:
     """What is walked over at once: rows of the batch, tokens, and the rows of the state that belong to them."""
-    if cu_seqlens is not None:
-        for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+    if segments is not None:
+        for i, (start, end) in enumerate(pairwise(segments)):
             yield slice(0, 1), slice(start, end), slice(i, i + 1)
         return
     batch, heads = q.shape[:2]

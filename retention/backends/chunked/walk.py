@@ -5,7 +5,9 @@ Shapes: R rows, H heads, n tokens of a chunk. Inside, rows and heads are one dim
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -148,6 +150,13 @@ def _updated(s: Tensor | None, carry: Tensor, a: Tensor, factor: Tensor, b: Tens
     return _add_product(None if s is None else s.mul_(carry), (a * factor).transpose(1, 2), b)
 
 
+def _written(k: Chunks, v: Chunks, decays: Decays, reverse: bool, rows: int, s: Tensor | None, i: int) -> Tensor:
+    """The state after chunk i, from the one before it, which is overwritten."""
+    k_i = k[i]
+    f = decays.factors(k_i.shape[1], reverse, rows)
+    return _updated(s, f.carry, k_i, f.write, v[i])
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -199,50 +208,46 @@ def backward(
 ) -> tuple[Tensor | None, Tensor]:
     """Fill dq, dk, dv; return the gradients of state and log_decay. `state` and `dfinal` are overwritten.
 
-    The gradient of log_decay weighs every product with the exponent it has gamma in. What a chunk carries over counts
-    n <gamma^n S, dS'>, with S before and the gradient dS' after the chunk, which are never there at once. But
-    <S, dS> changes from chunk to chunk by what is read and written in between, q . dq and k . dk.
+    The gradient of log_decay weighs every product with the exponent it has gamma in. What a chunk of n tokens carries
+    over counts n <gamma^n S, dS'>, with S before and the gradient dS' after the chunk: see `Befores`.
     """
     rows, heads = q.shape[:2]
     q_, k_, v_, dout_ = (Chunks(x, heads, decays.size) for x in (q, k, v, dout))
     dq_, dk_, dv_ = (Target(x, heads, decays.size) for x in (dq, dk, dv))
-    none = decays.rate.new_zeros(rows * heads)  # one number for each row and head
-    ddecay, ds = none, None
+    ddecay, ds = decays.rate.new_zeros(rows * heads), None  # one number for each row and head
     for reverse in decays.directions():
         order = _walk(q_, reverse)
+        written = partial(_written, k_, v_, decays, reverse, rows)
         s = None if state is None else state.flatten(0, 1)
-        reads = []
+        befores = Befores(order, written) if decay_grad else None
         for i in order:  # with the states S: what queries read
-            k_i, v_i, dy = k_[i], v_[i], dout_[i]
-            f = decays.factors(dy.shape[1], reverse, rows)
-            read = none
+            if befores is not None:
+                befores.pass_by(i, s)
             if s is not None:
+                dy = dout_[i]
+                f = decays.factors(dy.shape[1], reverse, rows)
                 dq_i = torch.bmm(dy, s.transpose(1, 2)).mul_(f.read)
                 dq_.put(i, dq_i, add=reverse)
                 if decay_grad:
-                    read, aged = _products(q_[i], dq_i, f.read_age)
-                    ddecay = ddecay + aged
+                    ddecay = ddecay + (q_[i] * dq_i * f.read_age).sum((1, 2))
             elif not reverse:
                 dq_.clear(i)
-            reads.append(read)
-            if i != order[-1] or (decay_grad and dfinal is not None):
-                s = _updated(s, f.carry, k_i, f.write, v_i)
+            if i != order[-1]:
+                s = written(s, i)
 
         ds = None if dfinal is None else dfinal.flatten(0, 1)
-        overlap = none if s is None or ds is None else (s * ds).sum((1, 2))  # <S, dS> after the chunk
         for i in reversed(order):  # against time, with their gradients dS: what keys and values wrote
             q_i, k_i, v_i, dy = q_[i], k_[i], v_[i], dout_[i]
-            n = dy.shape[1]
-            f = decays.factors(n, reverse, rows)
+            f = decays.factors(dy.shape[1], reverse, rows)
             dk_i = dv_i = None
             if ds is not None:
                 dk_i = torch.bmm(v_i, ds.transpose(1, 2)).mul_(f.write)
                 dv_i = torch.bmm(k_i * f.write, ds)
-                if decay_grad:
-                    written, aged = _products(k_i, dk_i, f.write_age)
-                    overlap = overlap - written
-                    ddecay = ddecay + aged + n * overlap
-            overlap = overlap + reads.pop()
+                if befores is not None:
+                    ddecay = ddecay + (k_i * dk_i * f.write_age).sum((1, 2))
+                    before = befores.of(i)
+                    if before is not None:
+                        ddecay = ddecay + dy.shape[1] * (before.mul_(f.carry) * ds).sum((1, 2))
             if not reverse:
                 scores = torch.bmm(q_i, k_i.transpose(1, 2))
                 dscores = _decayed(torch.bmm(dy, v_i.transpose(1, 2)), f.inner)
@@ -262,7 +267,33 @@ def backward(
     return torch.zeros_like(state) if ds is None else ds.unflatten(0, (rows, heads)), ddecay
 
 
-def _products(x: Tensor, dx: Tensor, age: Tensor) -> tuple[Tensor, Tensor]:
-    """sum of x . dx over the tokens, and the same weighed by age; for each row and head."""
-    products = (x * dx).sum(2, keepdim=True)
-    return products.sum((1, 2)), (products * age).sum((1, 2))
+class Befores:
+    """The states S before the chunks, given back from the last to the first, of which few are ever there.
+
+    On the way forward every m-th of N chunks leaves a copy, m = sqrt(N); on the way back the m states that follow a
+    copy are computed once more.
+    """
+
+    def __init__(self, order: list[int], written: Callable[[Tensor | None, int], Tensor]):
+        self.order, self.written, self.every = order, written, max(1, isqrt(len(order)))
+        self.copies: list[Tensor | None] = []
+        self.block: list[Tensor | None] = []
+
+    def pass_by(self, i: int, s: Tensor | None) -> None:
+        """On the way forward: s is the state before chunk i."""
+        if self._place(i) % self.every == 0:
+            self.copies.append(None if s is None else s.clone())
+
+    def of(self, i: int) -> Tensor | None:
+        """The state before chunk i, on the way back; it may be overwritten."""
+        place = self._place(i)
+        if not self.block:
+            start = place - place % self.every
+            self.block = [self.copies[start // self.every]]
+            for before in self.order[start:place]:
+                s = self.block[-1]
+                self.block.append(self.written(None if s is None else s.clone(), before))
+        return self.block.pop()
+
+    def _place(self, i: int) -> int:
+        return i if self.order[0] == 0 else len(self.order) - 1 - i

@@ -98,7 +98,7 @@ class Alignment:
         self.size, self.device = size, device
         self.segments = [s for s, starts in enumerate(blocks) for _ in starts]
         self.counts = [min(size, length - i) for length, starts in zip(lengths, blocks, strict=True) for i in starts]
-        self.offsets = [0, *accumulate(self.counts)]
+        self.offsets = list(accumulate(self.counts, initial=borders[0]))
 
     def piece(self, start: int, end: int) -> Piece:
         counts = self.counts[start:end]

@@ -17,6 +17,7 @@ import functools
 import torch
 from torch import Tensor
 
+from ...packing import segment_borders
 from ...state import state_dtype
 from .blocks import Alignment, Blocks, Piece, block_size
 
@@ -38,15 +39,16 @@ class Walk:
         self.rows, self.heads, length = q.shape[:3]
         self.scale, self.directions = scale, (False,) if causal else (False, True)
         self.rate = log_decay.to(self.dtype).repeat(self.rows)[:, None, None]
-        borders = [0, length] if cu_seqlens is None else cu_seqlens.tolist()
-        self.size = block_size(size, borders)
+        self.borders = [0, length] if cu_seqlens is None else segment_borders(cu_seqlens, length)
+        self.size = block_size(size, self.borders)
         self.index = torch.arange(self.size, device=q.device, dtype=self.dtype)
         self.distance = (self.index[:, None] - self.index).abs()
         inner = (self.rate * self.distance).exp()[:, None]
         self.inner = inner.tril() if causal else inner
-        alignment = Alignment(borders, self.size, q.device)
+        alignment = Alignment(self.borders, self.size, q.device)
         at_once = BLOCKS_AT_ONCE.get(q.device.type, BLOCKS_ELSEWHERE)
-        self.pieces = list(alignment.pieces(max(1, at_once // max(1, len(self.rate)))))
+        blocks = max(1, at_once // max(1, len(self.rate)))
+        self.pieces = list(alignment.pieces(blocks)) if self.rows else []
 
     def states(self, state: Tensor | None) -> Tensor | None:
         """(B or N, H, K, V) as (segments, R, K, V)."""
@@ -151,7 +153,7 @@ def backward(
             for grad, part in zip(grads, (dq * walk.scale, dk, dv), strict=True):
                 piece.store(grad, part, add=reverse)
         scan.leave()
-    return ddecay.view(walk.rows, -1).sum(0)
+    return ddecay.view(walk.rows, walk.heads).sum(0)
 
 
 def _inner(

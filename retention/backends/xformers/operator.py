@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...operators import differentiable, gradients, outputs
-from ...packing import ask_for_huge_pages, borders, pack, unpack
+from ...packing import ask_for_huge_pages, borders, clear_outside, pack, unpack
 from . import chunkwise, parallel
 
 
@@ -46,9 +46,11 @@ def block_sparse(
             _begin(final, state)
         walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
         chunkwise.forward(walk, q, k, v, out, state, final if return_state else None)
+        clear_outside(walk.borders, out)
     else:
         heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
         parallel.forward(heads, q, k, v, out)
+        clear_outside(heads.borders, out)
     return out, final
 
 
@@ -87,9 +89,11 @@ def block_sparse_backward(
         walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
         ends = (dfinal, None if state is None else dstate)
         dlog_decay += chunkwise.backward(walk, tensors, grads, state, *ends, decay_grad)
+        clear_outside(walk.borders, *grads)
     else:
         heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
         dlog_decay += parallel.backward(heads, tensors, grads, decay_grad)
+        clear_outside(heads.borders, *grads)
     return dq, dk, dv, dlog_decay, dstate
 
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...packing import segment_borders
 from ...state import state_dtype
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
@@ -79,7 +80,7 @@ class Walk:
         eps: float,
     ):
         self.dtype, self.device, length = state_dtype(q.dtype), q.device, q.shape[2]
-        self.borders = (0, length) if cu_seqlens is None else tuple(cu_seqlens.tolist())
+        self.borders = (0, length) if cu_seqlens is None else tuple(segment_borders(cu_seqlens, length))
         self.columns = grid[1] if grid else 0
         self.scale, self.causal, self.eps = scale, causal, eps
         self.rates = log_decay.tolist()
