@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -205,7 +206,14 @@ def generate(
         prompt = codec.opening if prompt is None else prompt
         if not codec.prompt(prompt):
             raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        loaded: Any
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            model, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"the weights in {model} are not those of a whole model; missing: {', '.join(missing[:9])}"
+            )
         if loaded.config.vocab_size < codec.size:
             raise ValueError(
                 f"the model must know the {codec.size} tokens of its tokenizer (bytes, if it has none); "
@@ -230,14 +238,22 @@ def convert(
     target: Annotated[str | None, typer.Option("--to", help="retention, or torchscale: default for ours.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of options that the weights do not tell.")] = None,
 ) -> None:
-    """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours."""
+    """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours.
+
+    What stands beside the weights, such as the tokenizer, comes along into a folder. A mixture of experts gives the
+    logits of torchscale with the options that are printed, with which no token is left out.
+    """
     with _told():
         from .integrations import checkpoints
         from .integrations.transformers.training.train import quiet
 
         quiet()
-        given = checkpoints.read_config(config) if config else None
-        model = checkpoints.convert(source, out, format=format, target=target, config=given)
+        given = checkpoints.read_json(config) if config else None
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            model = checkpoints.convert(source, out, format=format, target=target, config=given)
+    for warning in heard:
+        typer.secho(f"warning: {warning.message}", fg="yellow", err=True)
     typer.echo(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {out}")
     if out.is_file():
         options = ", ".join(f"{name}={value!r}" for name, value in checkpoints.torchscale_options(model).items())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -10,14 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
-from retention.layer import MultiScaleRetention
 from retention.model import PRESETS
 
+from ...files import read_json
 from ..compat import get_available_reporting_integrations
 from ..modeling import RetNetConfig
-from .codec import Codec, load_codec
+from .codec import ByteCodec, Codec, load_codec
 from .saving import write_text
 
 if TYPE_CHECKING:
@@ -49,11 +48,9 @@ class Kept:
         if not file.is_file():
             raise ValueError(f"nothing to resume in {out}: it has no {cls.FILE}")
         try:
-            options = json.loads(file.read_text())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{file} must be JSON; {error}; begin a new run in another folder") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"{file} must hold the settings of a run; got {type(options).__name__}")
+            options = read_json(file, "the settings of a run")
+        except ValueError as error:
+            raise ValueError(f"{error}; begin a new run in another folder") from error
         hints = get_type_hints(cls)
         unknown = sorted(options.keys() - {f.name for f in fields(cls)})
         if unknown:
@@ -188,12 +185,22 @@ def check_report_to(tracker: str) -> None:
 
 
 def codec_of(folder: Path) -> Codec:
-    """How a model in a folder reads and writes text. Raises: ValueError if it was trained on tokens of unknown make."""
+    """How a model in a folder reads and writes text. Raises: ValueError if it knows tokens of unknown make."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_codec(str(folder))
-    if (folder / Settings.FILE).is_file() and Settings.read(folder).unit == "tokens":
+    unit = Settings.read(folder).unit if (folder / Settings.FILE).is_file() else ""
+    if unit == "tokens":
         raise ValueError(f"{folder} must hold the model's tokenizer, for it was trained on token ids; put it there")
+    if not unit and (size := _vocabulary(folder)) > ByteCodec.size:
+        raise ValueError(
+            f"{folder} must hold the model's tokenizer, for it knows {size} tokens, which are no bytes; put it there"
+        )
     return load_codec("")
+
+
+def _vocabulary(folder: Path) -> int:
+    read_json(folder / "config.json")
+    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -204,25 +211,9 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no such config: {file}")
-    try:
-        options = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON; {error}") from error
-    if not isinstance(options, dict) or not options:
-        raise ValueError(f'{file} must hold options of a RetNet, such as {{"dim": 256, "num_layers": 6}}')
-    kind = options.get("model_type", RetNetConfig.model_type)
-    if kind != RetNetConfig.model_type:
-        raise ValueError(f"model_type must be {RetNetConfig.model_type!r}; {file} is of a {kind!r}")
-    try:
-        understood = RetNetConfig(**options).to_dict()
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} has an option that cannot be: {error}") from error
-    _check_names(file, understood.keys() - RetNetConfig().to_dict().keys())  # it keeps what it does not know
-    layer = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
-    _check_names(file, (understood["retention"] or {}).keys() - layer)
+    wanted = 'options of a RetNet, such as {"dim": 256, "num_layers": 6}'
+    options = read_json(file, wanted)
+    if not options:
+        raise ValueError(f"{file} must hold {wanted}")
+    RetNetConfig.strictly_from(options, file)
     return options
-
-
-def _check_names(file: Path, unknown: set[str]) -> None:
-    if unknown:
-        raise ValueError(f"{file} has options that no RetNet has: {', '.join(sorted(unknown))}; correct or remove them")
