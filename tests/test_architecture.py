@@ -34,6 +34,7 @@ DOORS = {
     "accelerate": "transformers",
     "huggingface_hub": "transformers",
     "datasets": "transformers",
+    "filelock": "saving",
     "matplotlib": "plot",
     "typer": "cli",
     "xformers": "xformers",

@@ -124,6 +124,7 @@ def unchanged(state):
 
 def retain_door():
     call = {"scale": SCALE, "causal": FLAG, "decay_norm": FLAG, "return_state": FLAG, "chunk_size": MAYBE_WHOLE}
+    call |= {"out_dtype": [*DTYPE, torch.float16, torch.float64, torch.ones(2)]}
     call |= {"score_norm": [1, 0, None, "sum", "", [True], torch.ones(2), np.ones(2)], "form": [*NAME, None]}
     call |= {"backend": [*NAME, None], "mask": MASK, "grid": GRID, "log_decay": LOG_DECAY}
     call |= {name: tensors(x, name) for name, x in qkv().items() if name != "log_decay"}
@@ -256,7 +257,9 @@ def core_doors():
     packed = {name: x[:1] if name != "log_decay" else x for name, x in qkv().items()}
     square = {name: x[:1].expand(T, -1, -1, -1) if name != "log_decay" else x for name, x in qkv().items()}
     of_retain = retain_door()
-    of_step = {name: of_retain[name] for name in ("scale", "decay_norm", "score_norm", "backend", "log_decay")}
+    of_step = {
+        name: of_retain[name] for name in ("scale", "decay_norm", "score_norm", "out_dtype", "backend", "log_decay")
+    }
     of_scores = {name: x for name, x in of_retain.items() if name in inspect.signature(scores).parameters}
     doors = {
         "retain": Door(retention.retain, qkv, of_retain),
@@ -506,11 +509,6 @@ def core_doors():
                 device=DEVICE,
                 dtype=DTYPE,
             ),
-        ),
-        "decay.horizon": Door(
-            decay.horizon,
-            lambda: dict(log_decay=-0.1),
-            dict(log_decay=[*SCALE, 0.1, None], below=[*FACTOR, 1.0]),
         ),
         "rotary.frequencies": Door(
             rotary.frequencies,
