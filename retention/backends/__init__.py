@@ -176,7 +176,8 @@ def load_plugins() -> None:
         try:
             register(plugin.name, plugin.load())
         except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
-            _backends[plugin.name] = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
+            absent: Any = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
+            register(plugin.name, absent)
 
 
 def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
