@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from retention.errors import ShapeError
+from retention.options import shown
 
 from .swap import Adapter, Heads, register_adapter, replaced_by
 
@@ -57,13 +58,19 @@ class MultiheadAttention(Adapter):
             )
         if query.is_nested:
             raise ShapeError("nested tensors are not supported; call replace_attention on the whole encoder")
+        if query.dim() not in (2, 3) or query.shape[-1] != attention.embed_dim:
+            want = f"(batch, length, {attention.embed_dim}) in the order of batch_first, or without a batch"
+            raise ShapeError(f"query must be {want}; got query {tuple(query.shape)}")
         x = query if query.dim() == 3 else query[None]
         if query.dim() == 3 and not attention.batch_first:
             x = x.transpose(0, 1)
+        mask = None if key_padding_mask is None else _real("key_padding_mask", key_padding_mask)
+        if mask is not None and mask.shape not in (x.shape[:2], *([x.shape[1:2]] if query.dim() == 2 else [])):
+            raise ShapeError(f"key_padding_mask must be {tuple(x.shape[:2])}; got key_padding_mask {tuple(mask.shape)}")
+        mask = None if mask is None else mask.view(x.shape[:2])
+        causal = is_causal or _is_causal(attn_mask, x.shape[1])
         projected = nn.functional.linear(x, attention.in_proj_weight, attention.in_proj_bias)
         q, k, v = (z.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for z in projected.chunk(3, dim=-1))
-        mask = None if key_padding_mask is None else _real(key_padding_mask).view(x.shape[:2])
-        causal = is_causal or _is_causal(attn_mask, x.shape[1])
         y, _ = attention.retention(x, q, k, v, scale=attention.head_dim**-0.5, causal=causal, mask=mask)
         y = attention.out_proj(y.flatten(2))
         if query.dim() == 2:
@@ -86,16 +93,20 @@ class MultiheadAttention(Adapter):
                 module.use_nested_tensor = True
 
 
-def _real(key_padding_mask: Tensor) -> Tensor:
-    """True where a token is real; torch's mask is True, or -inf, where it is not."""
-    return ~key_padding_mask if key_padding_mask.dtype == torch.bool else key_padding_mask == 0
+def _real(name: str, mask: Tensor) -> Tensor:
+    """True where a token is real; torch's mask is True, or -inf, where it is not. Raises: TypeError."""
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise TypeError(f"{name} must be a tensor of bool or a floating dtype, as torch takes it; got {shown(mask)}")
+    return ~mask if mask.dtype == torch.bool else mask == 0
 
 
 def _is_causal(attn_mask: Tensor | None, length: int) -> bool:
     """Raises: ValueError for a mask that is neither causal nor open."""
     if attn_mask is None:
         return False
-    seen = _real(attn_mask)
+    seen = _real("attn_mask", attn_mask)
+    if seen.dim() not in (2, 3) or seen.shape[-2:] != (length, length):
+        raise ShapeError(f"attn_mask must be (length, length) ({length}, {length}); got attn_mask {tuple(seen.shape)}")
     if seen.all():
         return False
     if not torch.equal(seen.expand(*seen.shape[:-2], length, length), torch.ones_like(seen).tril()):

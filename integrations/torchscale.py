@@ -7,18 +7,36 @@ The results are those of torchscale 0.3.0, and so are the names in the state dic
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from retention.arguments import check_input, check_token_ids
 from retention.layer import MultiScaleRetention
 from retention.model import RetNetBackbone
+from retention.options import check_eps, check_flags, check_is, check_rates, check_whole
 from retention.state import RetentionState
 
 from .formats import TORCHSCALE, constants, same
 
 _ABSENT = ("multiway", "use_xmoe", "xpos_rel_pos", "rel_pos_buckets", "max_rel_pos", "fsdp")
+_RATES = ("dropout", "activation_dropout", "drop_path_rate")
+_SAME_NAME = (*_RATES, "no_scale_embedding", "layernorm_embedding", "moe_freq", "moe_expert_count", "moe_top1_expert")
+_NEEDED = (  # of the attributes of a config
+    *("decoder_embed_dim", "decoder_value_embed_dim", "decoder_retention_heads", "decoder_ffn_embed_dim"),
+    *(
+        "decoder_layers",
+        "decoder_normalize_before",
+        "activation_fn",
+        "deepnorm",
+        "subln",
+        "layernorm_eps",
+        "vocab_size",
+    ),
+    *("share_decoder_input_output_embed", "no_output_layer", "chunkwise_recurrent", "recurrent_chunk_size"),
+    *("checkpoint_activations", *_SAME_NAME),
+)
 ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
 
 
@@ -31,6 +49,7 @@ class RetNetConfig:
     moe_*: as there, but no token is dropped and the second expert is always taken, so that those about capacities and
         chance have no effect.
     multiway, use_xmoe, xpos_rel_pos, rel_pos_buckets, max_rel_pos, fsdp: must be off.
+    Raises: ValueError or TypeError that names the option.
     """
 
     decoder_embed_dim: int = 768
@@ -72,6 +91,8 @@ class RetNetConfig:
     xpos_scale_base: int = 512
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            _check_kind(option.name, getattr(self, option.name), option.default)
         if self.decoder_value_embed_dim is None:
             self.decoder_value_embed_dim = 2 * self.decoder_embed_dim
         if self.deepnorm:
@@ -96,7 +117,7 @@ class RetNetDecoder(nn.Module):
     embed_tokens: default: an embedding of its own if args.vocab_size is above 0.
     output_projection: default: a head, unless args.no_output_layer; with share_decoder_input_output_embed it has the
         embedding's weight.
-    Raises: ValueError for options that are not there.
+    Raises: ValueError for options that are not there, TypeError for args without one that is needed.
     """
 
     def __init__(self, args: Any, embed_tokens: nn.Module | None = None, output_projection: nn.Module | None = None):
@@ -143,6 +164,11 @@ class RetNetDecoder(nn.Module):
         kwargs: what fairseq passes to other models; return_all_hiddens: they come anyway.
         Raises: ValueError if no token is new.
         """
+        check_token_ids(prev_output_tokens, name="prev_output_tokens")
+        check_is("incremental_state", incremental_state, dict | None, "a dict, or None")
+        check_flags(features_only=features_only)
+        if token_embeddings is not None:
+            check_input("token_embeddings", token_embeddings, self.embed_dim)
         state = self._state(incremental_state)
         tokens = prev_output_tokens[:, _seen(state) :]
         if not tokens.shape[1]:
@@ -193,7 +219,25 @@ class RetNetDecoder(nn.Module):
         return self.embed_tokens(tokens)
 
 
+def _check_kind(name: str, value: object, default: object) -> None:
+    """Raises: ValueError or TypeError unless value is of the kind of the default."""
+    if isinstance(default, bool):
+        check_flags(**{name: value})
+    elif isinstance(default, str):
+        check_is(name, value, str, "a string")
+    elif isinstance(default, float):
+        check_eps(name, value)
+    elif default is None:
+        check_whole(name, value, optional=True)
+    else:
+        check_whole(name, value, 1 if name.startswith("decoder_") else min(cast(int, default), 0))
+
+
 def _check(args: Any) -> None:
+    missing = [name for name in _NEEDED if not hasattr(args, name)]
+    if missing:
+        raise TypeError(f"args must be a RetNetConfig, or have its attributes; got args without {', '.join(missing)}")
+    check_rates(**{name: getattr(args, name) for name in _RATES})
     active = [f"{name} {getattr(args, name)!r}" for name in _ABSENT if getattr(args, name, None)]
     if active:
         raise ValueError(f"these options of torchscale are not there; leave them off; got {', '.join(active)}")
@@ -213,7 +257,6 @@ def _backbone(args: Any) -> RetNetBackbone:
     layer |= {"value_dim": args.decoder_value_embed_dim, "norm_eps": args.layernorm_eps}
     if args.chunkwise_recurrent:
         layer |= {"form": "chunkwise", "chunk_size": args.recurrent_chunk_size}
-    same_name = ("dropout", "activation_dropout", "drop_path_rate", "no_scale_embedding", "layernorm_embedding")
     return RetNetBackbone(
         args.decoder_embed_dim,
         args.decoder_layers,
@@ -225,7 +268,7 @@ def _backbone(args: Any) -> RetNetBackbone:
         deepnorm=args.deepnorm,
         subln=bool(args.subln and args.moe_freq),  # in experts alone
         retention=layer,
-        **{name: getattr(args, name) for name in (*same_name, "moe_freq", "moe_expert_count", "moe_top1_expert")},
+        **{name: getattr(args, name) for name in _SAME_NAME},
     )
 
 

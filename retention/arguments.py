@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -144,6 +144,11 @@ def check_score_norm(score_norm: object) -> None:
         raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {shown(score_norm)}")
 
 
+def weight_of(linear: Any) -> Tensor | None:
+    """The weight that meets what a layer is given, unless something in its place or around it may change that first."""
+    return linear.weight if type(linear) is torch.nn.Linear and "forward" not in vars(linear) else None
+
+
 def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *, tokens: bool = True) -> None:
     """Check x (batch, length, dim), or unless `tokens` x (..., dim), what a layer is given.
 
@@ -165,18 +170,18 @@ def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *,
         raise TypeError(f"{name} must be {weight.dtype}, as the weights are; got {name} {x.dtype}; use .to or autocast")
 
 
-def check_token_ids(tokens: object, vocab_size: int | None = None) -> None:
+def check_token_ids(tokens: object, vocab_size: int | None = None, name: str = "tokens") -> None:
     """Check tokens (batch, length), indices below `vocab_size`. Raises: TypeError or ValueError."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"tokens must be an int64 or int32 tensor (batch, length); got tokens {shown(tokens)}")
+        raise TypeError(f"{name} must be an int64 or int32 tensor (batch, length); got {name} {shown(tokens)}")
     if tokens.dim() != 2:
-        raise ShapeError(f"tokens must be (batch, length); got tokens {tuple(tokens.shape)}")
+        raise ShapeError(f"{name} must be (batch, length); got {name} {tuple(tokens.shape)}")
     if vocab_size is None or traced() or tokens.device.type != "cpu" or not tokens.numel():
         return  # an accelerator checks when it looks the tokens up
     low, high = (x.item() for x in tokens.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"tokens must be at least 0 and below vocab_size {vocab_size}; got tokens from {low} to {high}"
+            f"{name} must be at least 0 and below vocab_size {vocab_size}; got {name} from {low} to {high}"
         )
 
 

@@ -206,10 +206,8 @@ def generate(
         prompt = codec.opening if prompt is None else prompt
         if not codec.prompt(prompt):
             raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
-        loaded: Any
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            model, dtype=getattr(torch, dtype), output_loading_info=True
-        )
+        found: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
+        loaded, info = found
         if missing := sorted(info["missing_keys"]):
             raise ValueError(
                 f"the weights in {model} are not those of a whole model; missing: {', '.join(missing[:9])}"

@@ -82,6 +82,13 @@ def log_decays(decay: str | Tensor | Sequence[float], num_heads: int) -> tuple[f
     return tuple(values)
 
 
+def check_decay(decay: object) -> None:
+    """Refuse what is a decay for no number of heads. Raises: as `log_decays`."""
+    listed = isinstance(decay, Sequence) and not isinstance(decay, str)
+    count = len(decay) if listed else decay.numel() if isinstance(decay, Tensor) else 1  # type: ignore[arg-type]
+    log_decays(decay, max(count, 1))  # type: ignore[arg-type]
+
+
 @kept(32)
 def decay_factors(log_decay: Tensor) -> Tensor:
     """gamma of each head, (H, 1, 1)."""

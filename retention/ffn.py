@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .arguments import check_input, check_mask
+from .arguments import check_input, check_mask, weight_of
 from .backends.xformers.swiglu import check, swiglu
 from .layer import ACTIVATIONS
 from .norm import RMSNorm
@@ -103,7 +103,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim)."""
-        check_input("x", x, self.dim, tokens=False, weight=self.fc1.weight if type(self.fc1) is nn.Linear else None)
+        check_input("x", x, self.dim, tokens=False, weight=weight_of(self.fc1))
         if self.backend == "xformers" and self.gate is not None:
             y = swiglu(x, self.fc1, self.gate, self.fc2)
         else:
@@ -150,8 +150,7 @@ class MixtureOfExperts(nn.Module):
 
         mask (B, T) bool: padding does not count in the loss.
         """
-        router = self.router
-        check_input("x", x, router.in_features, router.weight if type(router) is nn.Linear else None)
+        check_input("x", x, self.router.in_features, weight_of(self.router))
         if mask is not None:
             check_mask(mask, x.shape[0], x.shape[1], x.device)
         tokens = x.flatten(0, 1)

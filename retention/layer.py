@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import backends
-from .arguments import ScoreNorm, check_contents, check_form, check_input, check_places, check_state, described
+from .arguments import (
+    ScoreNorm,
+    check_contents,
+    check_form,
+    check_input,
+    check_places,
+    check_state,
+    described,
+    weight_of,
+)
 from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, stepped, token_times
@@ -306,7 +315,7 @@ class MultiScaleRetention(HasBackend):
 
         ... is (B or 1, 1) with a mask, segments or a state, else nothing. None without rotary.
         """
-        self.check_inputs(x, x, x, mask=mask, cu_seqlens=cu_seqlens, state=state)
+        self.check_inputs(x, x, x, mask=mask, cu_seqlens=cu_seqlens, state=state, here=False)
         return self._rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
 
     def _rotation(
@@ -386,9 +395,13 @@ class MultiScaleRetention(HasBackend):
         rotation: Tensor | None = None,
         form: str | None = None,
         backend: str | None = None,
+        here: bool = True,
     ) -> None:
-        """Refuse what `forward` could not take. Raises: ShapeError, ValueError or TypeError that names the argument."""
-        self._check_tensors(x, key, value)
+        """Refuse what `forward` could not take. Raises: ShapeError, ValueError or TypeError that names the argument.
+
+        here: x is where the layer computes, in its dtype; False if hooks around the layer may still bring it there.
+        """
+        self._check_tensors(x, key, value, here)
         check_flags(return_state=return_state)
         if form is not None:
             check_form(form)
@@ -419,9 +432,8 @@ class MultiScaleRetention(HasBackend):
         if rotation is not None:
             self._check_rotation(rotation, 1)
 
-    def _check_tensors(self, x: Tensor, key: Tensor, value: Tensor) -> None:
-        q_proj = self.q_proj  # its weight counts only if nothing that stands in its place or holds it sees x first
-        check_input("x", x, self.dim, q_proj.weight if type(q_proj) is nn.Linear else None)
+    def _check_tensors(self, x: Tensor, key: Tensor, value: Tensor, here: bool = True) -> None:
+        check_input("x", x, self.dim, weight_of(self.q_proj) if here else None)
         if x is key is value:
             return
         for name, z in (("key", key), ("value", value)):

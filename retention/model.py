@@ -316,7 +316,7 @@ class RetNetBackbone(nn.Module):
         if state is not None:
             self._check_number(state)
         options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, return_state=return_state, backend=backend)
-        first.check_inputs(x, x, x, state=None if state is None else state[0], form=form, **options)
+        first.check_inputs(x, x, x, state=None if state is None else state[0], form=form, here=False, **options)
         rows = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         for layer, before in () if state is None else zip(all_layers, state, strict=True):
             layer.check_state(before, rows, x.dtype)

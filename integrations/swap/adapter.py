@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from retention.options import check_is, check_whole, shown
+
 # Integrations that bring adapters, by the library whose models they are for; imported when such a model comes.
 _INTEGRATIONS = {"timm": "timm", "torch": "torch_nn", "transformers": "transformers"}
 
@@ -22,6 +24,10 @@ class Heads:
     num_kv_heads: int
     key_dim: int
     value_dim: int
+
+    def __post_init__(self) -> None:
+        for name, size in vars(self).items():
+            check_whole(name, size)
 
 
 class Adapter:
@@ -83,8 +89,11 @@ def register_adapter(attention: type[nn.Module] | str, adapter: Adapter) -> None
     """Let `replace_attention` replace modules of exactly this class.
 
     attention: the class, or its full name, "package.module.Class", which need not be imported.
-    Raises: ValueError if it has an adapter.
+    Raises: ValueError if it has an adapter; TypeError for what is no class or no adapter.
     """
+    check_is("adapter", adapter, Adapter, "an Adapter")
+    if not isinstance(attention, str) and not (isinstance(attention, type) and issubclass(attention, nn.Module)):
+        raise TypeError(f"attention must be a class of modules, or its full name; got attention {shown(attention)}")
     name = attention if isinstance(attention, str) else full_name(attention)
     if name in _adapters:
         raise ValueError(f"{name} has an adapter already, {_adapters[name]!r}")
@@ -94,6 +103,7 @@ def register_adapter(attention: type[nn.Module] | str, adapter: Adapter) -> None
 
 def register_recogniser(recogniser: Recogniser) -> None:
     """Let `recogniser` name the adapter of a class that has none registered; None is for what it does not know."""
+    check_is("recogniser", recogniser, Callable, "a function of a class")
     _recognisers.append(recogniser)
     _found.clear()
 

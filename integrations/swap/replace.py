@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retention.options import check_choice
+from retention.options import check_choice, check_flags, check_is, shown
 
 from .adapter import Adapter
 from .calibration import calibrate
@@ -129,6 +129,7 @@ def restore_attention(model: nn.Module) -> list[str]:
     What training or `init="fresh"` has done to their projections stays.
     Returns: the names of the layers. Raises: ValueError if there are none.
     """
+    check_is("model", model, nn.Module, "an nn.Module")
     found = [place for place in _places(model) if isinstance(place.attention, Swapped)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no attention that was replaced by retention")
@@ -190,8 +191,10 @@ def _planned(
     allow_lost: bool,
     options: dict[str, Any],
 ) -> tuple[SwapReport, list[Place]]:
+    check_is("model", model, nn.Module, "an nn.Module")
+    check_flags(allow_lost=allow_lost)
     if where is not None and not callable(where):
-        raise TypeError(f"where must be a function of a layer's name and module; got {where!r}")
+        raise TypeError(f"where must be a function of a layer's name and module; got where {shown(where)}")
     places = _places(model)
     if not places:
         raise ValueError(_nothing_found(model))

@@ -9,12 +9,23 @@ import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
+from retention.arguments import check_contents, check_places
 from retention.backends import FORMS, check_name
 from retention.decay import HeadDecay, log_decays
 from retention.errors import ShapeError
 from retention.functional import retain, step
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
-from retention.options import check_choice, check_number
+from retention.options import (
+    check_choice,
+    check_device,
+    check_dtype,
+    check_flags,
+    check_is,
+    check_number,
+    check_whole,
+    number,
+    shown,
+)
 from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
@@ -65,17 +76,18 @@ class HostedRetention(HasBackend):
         dtype: Any = None,
     ):
         super().__init__()
-        check_choice("features", features, (True, False))
+        check_is("heads", heads, Heads, "Heads")
+        check_flags(features=features, learnable_decay=learnable_decay, grid=grid)
+        check_device(device)
+        check_dtype(dtype)
         scales = (2 if features else 1) if scales is None else scales
-        for name, size in (("scales", scales), ("window", window), ("chunk_size", chunk_size)):
-            whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-            check_number(name, size, whole or (size is None and name != "scales"), "whole and at least 1")
+        check_whole("scales", scales)
+        check_whole("window", window, optional=True)
+        check_whole("chunk_size", chunk_size, optional=True)
         if window is not None and not features:
             raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
-        check_choice("learnable_decay", learnable_decay, (True, False))
         check_choice("form", form, (*FORMS, "auto"))
         check_choice("causal", causal, (True, None))
-        check_choice("grid", grid, (True, False))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -180,7 +192,14 @@ class HostedRetention(HasBackend):
         prefix: int = 0,
     ) -> tuple[Tensor, RetentionState | None]:
         """As `forward`, without gain and gate."""
-        self._check_shapes(x, q, k, v, mask)
+        self._check_shapes(x, q, k, v)
+        check_number("scale", scale, abs(number(scale)) < math.inf, "finite")
+        check_flags(causal=causal, return_state=return_state)
+        check_whole("prefix", prefix, 0)
+        check_places(q.shape[0], q.shape[2], q.device, mask=mask, cu_seqlens=cu_seqlens)
+        check_contents(q.shape[2], mask, cu_seqlens)
+        if state is not None:
+            check_is("state", state, RetentionState, "a RetentionState, as this layer returned it")
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
@@ -194,7 +213,10 @@ class HostedRetention(HasBackend):
             y, after = self._with_window(self.window, self.rest(x), q, k, v, scale, **options)
         return self.norm(y.transpose(1, 2)).to(v.dtype), after
 
-    def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> None:
+    def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for name, z in (("x", x), ("q", q), ("k", k), ("v", v)):
+            if not isinstance(z, Tensor) or not z.is_floating_point():
+                raise TypeError(f"{name} must be a tensor of a floating dtype; got {name} {shown(z)}")
         if q.dim() != 4:
             raise ShapeError(f"q must be (batch, heads, length, key_dim); got q {tuple(q.shape)}")
         batch, _, length, _ = q.shape
@@ -203,16 +225,16 @@ class HostedRetention(HasBackend):
             ("q", q, (batch, heads.num_heads, length, heads.key_dim)),
             ("k", k, (batch, heads.num_kv_heads, length, heads.key_dim)),
             ("v", v, (batch, heads.num_kv_heads, length, heads.value_dim)),
-            ("mask", mask, (batch, length)),
         )
         for name, given, wanted in shapes:
-            if given is not None and given.shape != wanted:
+            if given.shape != wanted:
                 raise ShapeError(
                     f"{name} must be {wanted}, for q {tuple(q.shape)} and {heads}; got {name} {tuple(given.shape)}; "
                     "pass what belongs to the tokens of q, earlier ones are in state"
                 )
         reads_x = self.gate is not None or self.rest is not None
-        if reads_x and (x.shape[0], x.shape[-1], x.numel()) != (batch, heads.dim, batch * length * heads.dim):
+        sizes = (batch, heads.dim, batch * length * heads.dim)
+        if reads_x and (x.dim() < 2 or (x.shape[0], x.shape[-1], x.numel()) != sizes):
             raise ShapeError(
                 f"x must be ({batch}, {length}, {heads.dim}), or an image of as many cells; got x {tuple(x.shape)}"
             )

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.overrides import TorchFunctionMode
 
+from retention.decay import check_decay
 from retention.errors import ShapeError
 from retention.state import RetentionState
 
@@ -184,7 +185,12 @@ class RetentionAttention(Swapped, Attention):
 
 
 def retention_layer(**options: Any) -> type[RetentionAttention]:
-    """`RetentionAttention` with options of `HostedRetention`, for `timm.create_model(..., attn_layer=...)`."""
+    """`RetentionAttention` with options of `HostedRetention`, for `timm.create_model(..., attn_layer=...)`.
+
+    Raises: ValueError or TypeError that names the option.
+    """
+    check_decay(options.get("decay", "short"))
+    HostedRetention(Heads(8, 1, 1, 8, 8), **{**options, "decay": "short", "device": "meta"})
     return type("RetentionAttention", (RetentionAttention,), {"options": options, "__module__": __name__})
 
 

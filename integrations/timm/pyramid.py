@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from retention.decay import HeadDecay
+from retention.options import check_flags, check_rates, check_whole
 from retention.rotary import frequencies, rotate, rotation_table
 from retention.state import state_dtype
 
@@ -213,6 +214,10 @@ class Pyramid(nn.Module):
         drop_path_rate: float = 0.0,
         **options: Any,
     ):
+        check_flags(softmax=softmax)
+        check_whole("in_chans", in_chans)
+        check_whole("num_classes", num_classes, 0)
+        check_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         if softmax and options:
             raise TypeError(f"RMT's attention has no options of retention; got {', '.join(options)}")
         super().__init__()

@@ -11,6 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from retention.errors import ShapeError
+from retention.options import check_is, shown
 
 from ..swap import Swapped
 
@@ -24,6 +25,7 @@ def classify_strips(model: VisionTransformer, strips: Iterable[Tensor]) -> Tenso
     strips: (B, in_chans, rows, columns) each, from the top; rows a multiple of the patch size, columns the model's.
     Returns: (B, num_classes). Raises: ValueError for another model; ShapeError unless the strips make up its image.
     """
+    check_is("strips", strips, Iterable, "the strips of an image one after another")
     _check(model)
     embed: Any = model.patch_embed
     positions: Any = model.pos_embed
@@ -32,6 +34,9 @@ def classify_strips(model: VisionTransformer, strips: Iterable[Tensor]) -> Tenso
     length, total, tokens.states = 0, torch.zeros(()), {}
     try:
         for strip in strips:
+            if not isinstance(strip, Tensor) or strip.dim() != 4 or strip.shape[1] != embed.proj.in_channels:
+                want = f"(batch, {embed.proj.in_channels}, rows, columns)"
+                raise ShapeError(f"strips must be tensors {want}; got a strip {shown(strip)}")
             x = embed.norm(embed.proj(strip).flatten(2).mT)
             rest = positions[:, length : length + x.shape[1]]
             whole = strip.shape[2] % embed.patch_size[0] == 0 and strip.shape[3] == embed.img_size[1]

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import Cache, StaticCache
 
 from retention.errors import ShapeError
+from retention.options import shown
 from retention.state import RetentionState, state_dtype
 
 from .compat import (
@@ -213,8 +214,11 @@ def token_mask(attention_mask: Tensor | dict[str, Tensor | None] | None, x: Tens
         attention_mask = attention_mask[LAYER_TYPE]
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor (batch, length); got attention_mask {shown(attention_mask)}")
     batch, length = x.shape[:2]
-    longer = attention_mask.shape[-1] >= length if cached else attention_mask.shape[-1] == length
+    columns = attention_mask.shape[-1] if attention_mask.dim() == 2 else -1
+    longer = columns >= length if cached else columns == length
     if attention_mask.dim() != 2 or attention_mask.shape[0] != batch or not longer:
         want = f"at least {length}, with those in the cache" if cached else length
         raise ShapeError(

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
+from retention.options import check_eps, check_factor, check_is, check_whole, shown
+
 from ..swap import Swapped, plan_replacement, replace_attention, restore_attention
 from .training.progress import progress_bar
 from .training.resumable import ResumableTrainer
@@ -68,7 +70,7 @@ def replace_in_parts(
     train_data: Dataset,
     valid_data: Dataset,
     *,
-    out: Path,
+    out: str | Path,
     options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> list[Recovery]:
@@ -79,6 +81,11 @@ def replace_in_parts(
     Returns: what each part gave; the last is that of the model as it is now.
     Raises: ValueError as `replace_attention` does, before anything is trained.
     """
+    if isinstance(parts, str) or not isinstance(parts, Sequence) or not all(isinstance(x, Sequence) for x in parts):
+        raise TypeError(f"parts must be lists of numbers of layers, such as [[0, 1], [2]]; got parts {shown(parts)}")
+    check_is("out", out, str | Path, "a folder")
+    check_is("options", options, dict | None, "options of replace_attention by name, or None")
+    out = Path(out)
     plan_replacement(model, layers=[i for part in parts for i in part], **options or {})
     teacher = _frozen_copy(model)
     found = []
@@ -98,7 +105,7 @@ def recover(
     train_data: Dataset,
     valid_data: Dataset,
     *,
-    out: Path,
+    out: str | Path,
     teacher: PreTrainedModel | None = None,
     taught: Sequence[str] | None = None,
     transfer_steps: int = 600,
@@ -123,6 +130,19 @@ def recover(
     Raises: ValueError if nothing in the model is replaced, or taught is not. KeyboardInterrupt if a callback ended the
         training before its end, such as the one that saves on Ctrl-C. FloatingPointError if a training diverges.
     """
+    check_is("model", model, PreTrainedModel, "a model of transformers")
+    check_is("out", out, str | Path, "a folder")
+    check_is("teacher", teacher, PreTrainedModel | None, "a model of transformers, or None")
+    for name, count, least in (
+        ("transfer_steps", transfer_steps, 0),
+        ("tuning_steps", tuning_steps, 0),
+        ("batch", batch, 1),
+    ):
+        check_whole(name, count, least)
+    check_factor("transfer_lr", transfer_lr)
+    check_factor("tuning_lr", tuning_lr)
+    check_eps("label_weight", label_weight)
+    out = Path(out)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no replaced attention; call replace_attention first")

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from transformers import AttentionInterface
 
 from retention.backends.xformers import attention as xformers_attention
-from retention.decay import log_decays
+from retention.decay import check_decay
+from retention.options import check_is
 
 from ..swap import Heads, HostedRetention
 from .compat import AttentionMaskInterface, sdpa_mask
@@ -28,8 +29,8 @@ def register_attn_implementation(name: str = "retention", *, decay: Any = "short
 
     decay: as `MultiScaleRetention`. Raises: ValueError if it is none.
     """
-    if isinstance(decay, str):
-        log_decays(decay, 1)
+    check_is("name", name, str, "a string")
+    check_decay(decay)
 
     @cache
     def retention_for(heads: Heads, device: torch.device, dtype: torch.dtype) -> HostedRetention:
@@ -75,6 +76,7 @@ def register_xformers_attention(name: str = "xformers") -> None:
     operator for runs on `scaled_dot_product_attention`; `attention_ran` says which it was. Masks are those of "sdpa".
     Raises: BackendError, from its cause, if xformers is missing or does not work.
     """
+    check_is("name", name, str, "a string")
     xformers_attention.check("cpu")
     AttentionInterface.register(name, attend_by_name)
     AttentionMaskInterface.register(name, sdpa_mask)
@@ -108,6 +110,7 @@ def attend_by_name(
 
 def attention_ran(model: nn.Module) -> dict[str, str]:
     """What ran the last call of each attention layer under `register_xformers_attention`: "sdpa", or "xformers ..."."""
+    check_is("model", model, nn.Module, "an nn.Module")
     return {name: module.ran for name, module in model.named_modules() if isinstance(getattr(module, "ran", None), str)}
 
 

@@ -23,11 +23,13 @@ from transformers import (
     PreTrainedModel,
 )
 
+from retention.arguments import check_input, check_token_ids
 from retention.backends import FORMS
+from retention.ffn import BACKENDS as FFN_BACKENDS
 from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
-from retention.options import check_choice
+from retention.options import check_choice, check_eps, check_factor, check_flags, check_is, check_whole, shown
 
 from ..files import listed, one_line, refused
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
@@ -139,14 +141,40 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         width = kwargs.get("hidden_size", self.dim)
         if self.dim not in (width, type(self).dim):  # the default may come from no one
             raise ValueError(f"dim and hidden_size are one; got dim {self.dim}, hidden_size {width}; pass one of them")
+        check_whole("dim", self.dim)
+        check_whole("num_layers", self.num_layers)
+        for name in kwargs.keys() & self.attribute_map.keys():  # transformers counts with them before they are set
+            if self.attribute_map[name] in ("dim", "num_layers"):
+                check_whole(name, kwargs[name])
         super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
+        check_whole("vocab_size", self.vocab_size, 0)
+        check_whole("moe_freq", self.moe_freq, 0)
+        check_is("retention", self.retention, dict | None, "options of MultiScaleRetention by name, or None")
+        check_flags(use_cache=self.use_cache, output_retentions=self.output_retentions)
+        check_flags(tie_word_embeddings=self.tie_word_embeddings, lm_head_bias=self.lm_head_bias)
+        for name in ("pad_token_id", "bos_token_id"):
+            check_whole(name, getattr(self, name), -1, optional=True)
+        for eos in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
+            check_whole("eos_token_id", eos, -1, optional=True)
         check_choice("forward_mode", self.forward_mode, (*FORMS, "auto"))
+        for name in ("z_loss_coeff", "router_aux_loss_coef"):
+            check_eps(name, getattr(self, name))
         if self.initializer_range is None:
             self.initializer_range = self.dim**-0.5
+        check_factor("initializer_range", self.initializer_range)
         given = {name: value for name, value in others.items() if value is not None}
         if self.retention is not None or given:
             options = copy.deepcopy({**(self.retention or {}), **given})
             self.retention = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in options.items()}
+        self._check_options()
+
+    def _check_options(self) -> None:
+        """Raises: ValueError or TypeError that names the option which no backbone takes."""
+        options = {name: getattr(self, name) for name in _BACKBONE}
+        given = {name: x for name, x in (self.retention or {}).items() if name != "backend"}  # may be there later
+        check_choice("ffn_backend", self.ffn_backend, FFN_BACKENDS)
+        options |= {"num_layers": 1, "moe_freq": min(self.moe_freq, 2), "ffn_backend": "torch", "retention": given}
+        RetNetBackbone(**options, device="meta")  # one block without experts, which takes no memory
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -275,6 +303,7 @@ class RetNetModel(RetNetPreTrainedModel):
     """Hidden states of token indices."""
 
     def __init__(self, config: RetNetConfig):
+        check_is("config", config, RetNetConfig, "a RetNetConfig")
         super().__init__(config)
         self.embed_tokens = (
             nn.Embedding(config.vocab_size, config.dim, config.pad_token_id) if config.vocab_size else None
@@ -320,6 +349,14 @@ class RetNetModel(RetNetPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or none")
         check_keywords(self, kwargs)
+        if inputs_embeds is not None:
+            check_input("inputs_embeds", inputs_embeds, self.config.dim)
+        elif self.embed_tokens is not None:
+            check_token_ids(input_ids, self.config.vocab_size, name="input_ids")
+        for name, flag in (("use_cache", use_cache), ("output_retentions", output_retentions)):
+            check_choice(name, flag, (True, False, None))
+        check_choice("forward_mode", forward_mode, (*FORMS, "auto", None))
+        check_is("cache", cache, Cache | None, "a transformers.Cache, or None")
         self._refuse_what_retention_has_not(output_attentions, **kwargs)
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -457,6 +494,10 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         num_items_in_batch: what the loss is divided by, instead of the number of labels.
         shift_labels (B, T), by keyword: labels that are shifted already, in the place of `labels`.
         """
+        if labels is not None and not (isinstance(labels, Tensor) and labels.dim() == 2 and labels.dtype == torch.long):
+            raise TypeError(f"labels must be an int64 tensor (batch, length); got labels {shown(labels)}")
+        if not isinstance(logits_to_keep, Tensor):
+            check_whole("logits_to_keep", logits_to_keep, 0)
         # Not named above: the Trainer takes an argument for labels by its name, and would wait for both.
         shift_labels = kwargs.pop("shift_labels", None)
         out = self.model(

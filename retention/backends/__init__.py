@@ -18,7 +18,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -122,7 +122,7 @@ class Absent:
     def why_not(self, call: Call) -> list[str]:
         return [self.reason]
 
-    def __call__(self, *_: object) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
         raise BackendError(self.reason) from self.cause
 
 
@@ -176,7 +176,8 @@ def load_plugins() -> None:
         try:
             register(plugin.name, plugin.load())
         except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
-            _backends[plugin.name] = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
+            absent: Any = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
+            register(plugin.name, absent)
 
 
 def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:

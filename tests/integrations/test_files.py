@@ -20,7 +20,7 @@ from retention import cli
 from retention.integrations.checkpoints import load
 from retention.integrations.files import read_json
 from retention.integrations.swap import replace_attention
-from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, load_swapped
+from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, load_swapped, remote
 
 TINY = dict(vocab_size=20, dim=8, num_layers=2, num_heads=2, ffn_dim=8)
 
@@ -354,6 +354,16 @@ def test_every_door_to_a_config_reads_json_alike(content, tmp_path):
     for read in (RetNetConfig.from_pretrained, load_swapped):
         with pytest.raises(ValueError, match=content[1]):
             read(tmp_path)
+
+
+def test_the_code_in_a_folder_opens_configs_of_ours_alone(tmp_path):
+    for content, message in (
+        (b'{"model_type": ["llama"]}', r"model_type must be retention or retention_in_attention, .*; got \['llama'\]"),
+        JSON["deep"],
+    ):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            remote.Config.from_pretrained(tmp_path)
 
 
 def replaced(options):

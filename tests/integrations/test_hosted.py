@@ -358,7 +358,7 @@ def test_a_window_serves_torchs_attention_where_it_is_causal():
 
 
 def test_what_a_window_cannot_do_is_an_error():
-    with pytest.raises(ValueError, match="window must be a number, whole and at least 1; got window 0"):
+    with pytest.raises(ValueError, match="window must be an integer of at least 1, or None; got window 0"):
         HostedRetention(HEADS, window=0)
     with pytest.raises(ValueError, match="window needs features=True, .*; got window 8"):
         HostedRetention(HEADS, window=8, features=False)

@@ -411,7 +411,7 @@ def test_errors_name_what_is_there():
         replace_attention(model, gates="silu")
     with pytest.raises(ValueError, match="gate must be one of 'silu', .*; got gate 'sil'"):
         replace_attention(model, gate="sil")
-    with pytest.raises(ValueError, match="scales must be a number, whole and at least 1; got scales 0"):
+    with pytest.raises(ValueError, match="scales must be an integer of at least 1; got scales 0"):
         replace_attention(model, scales=0)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no attention that was replaced"):
         restore_attention(model)

@@ -216,7 +216,7 @@ def test_a_divergence_is_a_failure_in_one_line(settings, text, tmp_path, monkeyp
 
 BAD_SETTINGS = [
     ('{"speed": 1, "files": []}', "has settings that this version does not know: speed; install the newer version"),
-    ("", "training.json must be JSON"),
+    ("", "training.json .*; begin a new run in another folder"),
     ('{"steps"', "training.json must be JSON"),
     ("[1]", "must hold the settings of a run; got list"),
     ('{"steps": "12"}', "steps in .* must be int; got '12'"),

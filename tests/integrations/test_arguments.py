@@ -1,0 +1,266 @@
+"""Every public door of the integrations refuses what does not fit, before any computation, by the argument's name."""
+
+import copy
+import itertools
+import math
+
+import pytest
+import torch
+import transformers
+from doors import (
+    BACKBONE,
+    COUNT,
+    DEVICE,
+    DIM,
+    DTYPE,
+    EPS,
+    FACTOR,
+    FLAG,
+    FORWARD,
+    HEADS,
+    IDS,
+    IDS_WRONG,
+    INPUT,
+    MASK,
+    MAYBE_WHOLE,
+    NAME,
+    RATE,
+    SCALE,
+    VOCAB,
+    WHOLE,
+    B,
+    Door,
+    T,
+    X,
+    cases,
+    refuses,
+)
+
+from retention import MultiScaleRetention
+from retention.integrations import timm as timm_retention
+from retention.integrations import torchscale
+from retention.integrations.nanogpt import NanoGPTAttention
+from retention.integrations.swap import (
+    Heads,
+    HostedRetention,
+    plan_replacement,
+    register_adapter,
+    replace_attention,
+    restore_attention,
+)
+from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, register_attn_implementation
+from retention.integrations.transformers.distill import recover, replace_in_parts
+
+# Wrong for any number of heads.
+NO_DECAY = ["fast", "", 5, None, True, b"ab", [0.1, -0.1], [math.nan] * 2, ["a", "b"], [False, False], {0: -0.1}]
+HOSTED = dict(
+    scales=MAYBE_WHOLE,
+    decay=NO_DECAY,
+    learnable_decay=FLAG,
+    features=FLAG,
+    window=MAYBE_WHOLE,
+    gate=NAME,
+    causal=["no", 1, 0, False, [True]],
+    grid=FLAG,
+    backend=[*NAME, None],
+    form=[*NAME, None],
+    chunk_size=MAYBE_WHOLE,
+)
+COUNTS_OF_CONFIG = [True, -2, 1.5, "2", math.nan, [2]]
+
+
+def their_config():
+    return torchscale.RetNetConfig(
+        vocab_size=VOCAB,
+        decoder_embed_dim=DIM,
+        decoder_retention_heads=HEADS,
+        decoder_layers=1,
+        decoder_ffn_embed_dim=8,
+    )
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=DIM, intermediate_size=8, num_hidden_layers=2, num_attention_heads=HEADS
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def integration_doors():
+    numbers = itertools.count()
+    heads = Heads(DIM, HEADS, HEADS, 8, 8)
+    hosted = HostedRetention(heads).eval()
+    q = torch.randn(B, HEADS, T, 8)
+    causal_lm = RetNetForCausalLM(RetNetConfig(vocab_size=VOCAB, dim=DIM, num_layers=1, num_heads=HEADS)).eval()
+    decoder = torchscale.RetNetDecoder(their_config()).eval()
+    encoder = torch.nn.MultiheadAttention(DIM, HEADS, batch_first=True).eval()
+    replace_attention(encoder)
+    swapped = llama()
+    replace_attention(swapped)
+    replacing = dict(
+        model=[None, "model", transformers.LlamaForCausalLM],
+        layers=["0", 1, [0.5], [True], ["0"], [2], [-3]],
+        where=[3, "layers.0", [0]],
+        allow_lost=FLAG,
+        **{
+            name: [x for x in values if not (name == "decay" and isinstance(x, list | torch.Tensor) and len(x) == 4)]
+            for name, values in HOSTED.items()
+        },
+    )
+    config = {name: values for name, values in BACKBONE.items() if name not in ("device", "dtype")}
+    config |= dict(vocab_size=COUNT, num_heads=WHOLE, forward_mode=[*NAME, None], use_cache=FLAG, lm_head_bias=FLAG)
+    config |= dict(tie_word_embeddings=FLAG, output_retentions=FLAG, z_loss_coeff=EPS, router_aux_loss_coef=EPS)
+    config |= dict(initializer_range=[x for x in FACTOR if x is not None], bos_token_id=["a", True, 1.5])
+    theirs = dict.fromkeys(("decoder_embed_dim", "decoder_layers", "decoder_retention_heads"), WHOLE)
+    theirs |= dict.fromkeys(("dropout", "layernorm_eps", "drop_path_rate"), EPS)
+    theirs |= dict.fromkeys(("subln", "deepnorm", "chunkwise_recurrent", "no_scale_embedding"), FLAG)
+    theirs |= dict(vocab_size=COUNTS_OF_CONFIG, recurrent_chunk_size=COUNT, activation_fn=[None, 3, ["gelu"]])
+    ids = [x for x in IDS_WRONG if x is not None]
+    recovering = dict(model=swapped, train_data=[], valid_data=[], out="runs")
+    return {
+        "Heads": Door(
+            Heads,
+            lambda: dict(dim=DIM, num_heads=2, num_kv_heads=2, key_dim=8, value_dim=8),
+            dict.fromkeys(("dim", "num_heads", "num_kv_heads", "key_dim", "value_dim"), WHOLE),
+        ),
+        "HostedRetention": Door(
+            HostedRetention,
+            lambda: dict(heads=heads, scales=1),
+            dict(HOSTED, heads=[None, 3, (DIM, 2)], device=DEVICE, dtype=DTYPE),
+        ),
+        "HostedRetention.forward": Door(
+            hosted.forward,
+            lambda: dict(x=X, q=q, k=q, v=q, scale=0.5),
+            dict(
+                x=[*INPUT[:8], *INPUT[12:13]],
+                **{name: [None, 3, q.tolist(), q.long(), q[0], q[..., :-1]] for name in "qkv"},
+                scale=[*SCALE, None],
+                causal=FLAG,
+                mask=MASK,
+                cu_seqlens=FORWARD["cu_seqlens"],
+                state=[{}, 3, [], q],
+                return_state=FLAG,
+                prefix=COUNT,
+            ),
+        ),
+        "replace_attention": Door(
+            replace_attention,
+            lambda: dict(model=llama(), scales=1),
+            dict(replacing, init=[*NAME, None], calibrate_on=[3, [IDS], IDS]),
+            hides=tuple(HOSTED),
+        ),
+        "plan_replacement": Door(
+            plan_replacement, lambda: dict(model=llama(), scales=1), replacing, hides=tuple(HOSTED)
+        ),
+        "restore_attention": Door(
+            restore_attention, lambda: dict(model=copy.deepcopy(swapped)), dict(model=[None, "model", 3])
+        ),
+        "register_adapter": Door(
+            register_adapter,
+            lambda: dict(attention=f"tests.{next(numbers)}", adapter=NanoGPTAttention()),
+            dict(attention=[None, 3, torch.nn.Linear(2, 2), int], adapter=[None, "adapter", NanoGPTAttention]),
+        ),
+        "register_attn_implementation": Door(
+            register_attn_implementation,
+            lambda: dict(name="retention"),
+            dict(
+                name=[None, 3, ["retention"]],
+                decay=NO_DECAY,
+            ),
+        ),
+        "RetNetConfig": Door(
+            RetNetConfig, lambda: dict(dim=DIM, num_heads=HEADS, num_layers=2), config, hides=tuple(config)
+        ),
+        "RetNetForCausalLM": Door(
+            RetNetForCausalLM, lambda: dict(config=RetNetConfig(dim=DIM, num_heads=HEADS)), dict(config=[None, 3, {}])
+        ),
+        "RetNetForCausalLM.forward": Door(
+            causal_lm.forward,
+            lambda: dict(input_ids=IDS),
+            dict(
+                input_ids=ids,
+                attention_mask=[3, "x", [[1] * T] * B, torch.ones(B, T - 1), torch.ones(T), torch.tensor(1)],
+                labels=[3, "x", IDS.tolist(), IDS.float(), IDS[0]],
+                use_cache=["no", 1],
+                logits_to_keep=[True, -1, 1.5, "a"],
+                output_retentions=["no", 1],
+                forward_mode=NAME,
+            ),
+            hides=("name",),
+        ),
+        "RetNetForCausalLM.forward on embeddings": Door(
+            causal_lm.forward, lambda: dict(inputs_embeds=X), dict(inputs_embeds=[*INPUT[1:8], *INPUT[9:13]])
+        ),
+        "torchscale.RetNetConfig": Door(torchscale.RetNetConfig, dict, theirs),
+        "torchscale.RetNetDecoder": Door(
+            torchscale.RetNetDecoder, lambda: dict(args=their_config()), dict(args=[None, 3, {}, object()])
+        ),
+        "torchscale.RetNetDecoder.forward": Door(
+            decoder.forward,
+            lambda: dict(prev_output_tokens=IDS),
+            dict(
+                prev_output_tokens=IDS_WRONG[:9],
+                incremental_state=[3, [], "x"],
+                features_only=FLAG,
+                token_embeddings=INPUT[1:8],
+            ),
+        ),
+        "torch's MultiheadAttention": Door(
+            encoder.forward,
+            lambda: dict(query=X, key=X, value=X),
+            dict(
+                key_padding_mask=[3, "x", torch.ones(B, T).long(), torch.ones(B, T - 1).bool(), torch.ones(T).bool()],
+                attn_mask=[3, "x", torch.ones(T, T).long(), torch.ones(T, T - 1), torch.ones(T).bool()],
+            ),
+        ),
+        "timm's retention_layer": Door(timm_retention.retention_layer, dict, HOSTED, hides=tuple(HOSTED)),
+        "timm's Pyramid": Door(
+            timm_retention.pyramid.Pyramid,
+            lambda: dict(dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1)),
+            dict(
+                softmax=FLAG,
+                in_chans=WHOLE,
+                num_classes=COUNT,
+                drop_rate=RATE,
+                drop_path_rate=RATE,
+                gate=NAME,
+                gates=[None],
+            ),
+            hides=("gate", "gates"),
+        ),
+        "recover": Door(
+            recover,
+            lambda: recovering,
+            dict(
+                model=[None, 3, MultiScaleRetention(DIM, HEADS)],
+                out=[None, 3],
+                teacher=[3, "teacher"],
+                transfer_steps=COUNT,
+                tuning_steps=COUNT,
+                batch=WHOLE,
+                transfer_lr=FACTOR,
+                tuning_lr=FACTOR,
+                label_weight=EPS,
+            ),
+            runs=False,
+        ),
+        "replace_in_parts": Door(
+            replace_in_parts,
+            lambda: dict(recovering, model=llama(), parts=[[0], [1]]),
+            dict(parts=[None, 3, "01", [0, 1]], out=[None, 3], options=[3, "a", []]),
+            runs=False,
+        ),
+    }
+
+
+DOORS = integration_doors()
+
+
+@pytest.mark.parametrize(("door", "name", "i"), cases(DOORS))
+def test_what_does_not_fit_is_refused_by_name_before_any_computation(door, name, i):
+    assert refuses(DOORS[door], name, DOORS[door].wrong[name][i])
+
+
+@pytest.mark.parametrize("door", [name for name, door in DOORS.items() if door.runs])
+def test_what_fits_is_taken(door):
+    DOORS[door].call(**DOORS[door].valid())
