@@ -9,6 +9,9 @@ and the gradient of the state empty if there is none; that of log_decay is 0 unl
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from torch.library import CustomOpDef
 
 from ..state import state_dtype
-from .packing import empty
+from .packing import borders, empty, pack, unpack
 
 TENSORS = 7  # inputs before the options
 
@@ -37,6 +40,59 @@ def gradients(
     dq, dk, dv = (empty(x, x.shape, x.dtype) for x in (q, k, v))
     dstate = q.new_empty(0 if state is None else state.shape, dtype=state_dtype(q.dtype))
     return dq, dk, dv, torch.zeros_like(log_decay), dstate
+
+
+def packed_forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Let `run`, the function of a forward operator, see packed segments in the place of a mask, and no mask."""
+
+    @wraps(run)
+    def of_any(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, Tensor]:
+        if mask is None or bool(mask.all()):
+            return run(q, k, v, log_decay, state, None, cu_seqlens, *options)
+        out, final = run(*pack(mask, q, k, v), log_decay, state, None, borders(mask), *options)
+        return unpack(mask, out), final
+
+    return _with_types(of_any, run)
+
+
+def packed_backward(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """The same for the function of a backward operator."""
+
+    @wraps(run)
+    def of_any(
+        dout: Tensor,
+        dfinal: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        log_decay: Tensor,
+        state: Tensor | None,
+        mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        *options: Any,
+    ) -> tuple[Tensor, ...]:
+        if mask is None or bool(mask.all()):
+            return run(dout, dfinal, q, k, v, log_decay, state, None, cu_seqlens, *options)
+        dout, q, k, v = pack(mask, dout, q, k, v)
+        dq, dk, dv, *others = run(dout, dfinal, q, k, v, log_decay, state, None, borders(mask), *options)
+        return *(unpack(mask, x) for x in (dq, dk, dv)), *others
+
+    return _with_types(of_any, run)
+
+
+def _with_types(wrapper: Any, run: Any) -> Any:
+    """torch reads the schema of an operator from its types, which it cannot look up by name in another file."""
+    wrapper.__signature__ = inspect.signature(run, eval_str=True)
+    return wrapper
 
 
 def differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from ...call import Call
 from ...state import state_dtype
-from ..operators import differentiable, gradients, outputs
-from ..packing import ask_for_huge_pages, borders, clear_outside, pack, segment_borders, unpack
+from ..operators import differentiable, gradients, outputs, packed_backward, packed_forward
+from ..packing import ask_for_huge_pages, clear_outside, segment_borders
 from .grid import on_grid, on_grid_anew
 from .walk import Decays, backward, forward
 
@@ -74,6 +74,7 @@ class Chunked:
 backend = Chunked()
 
 
+@packed_forward
 def _chunkwise(
     q: Tensor,
     k: Tensor,
@@ -89,12 +90,6 @@ def _chunkwise(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
-    if mask is not None and not mask.all():
-        q, k, v = pack(mask, q, k, v)
-        options = (scale, causal, chunk_size, return_state, out_dtype)
-        out, final = _chunkwise(q, k, v, log_decay, state, None, borders(mask), *options)
-        return unpack(mask, out), final
-
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
@@ -114,6 +109,7 @@ chunkwise = torch.library.custom_op("retention::chunkwise", _chunkwise, mutates_
 
 
 @torch.library.custom_op("retention::chunkwise_backward", mutates_args=())
+@packed_backward
 def chunkwise_backward(
     dout: Tensor,
     dfinal: Tensor | None,
@@ -130,12 +126,6 @@ def chunkwise_backward(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
-    if mask is not None and not mask.all():
-        dout, q, k, v = pack(mask, dout, q, k, v)
-        rest = (log_decay, state, None, borders(mask), scale, causal, chunk_size, decay_grad)
-        dq, dk, dv, dlog_decay, dstate = chunkwise_backward(dout, dfinal, q, k, v, *rest)
-        return *(unpack(mask, x) for x in (dq, dk, dv)), dlog_decay, dstate
-
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     ask_for_huge_pages(dq, dk, dv)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..operators import differentiable, gradients, outputs
-from ..packing import ask_for_huge_pages, borders, clear_outside, pack, unpack
+from ..operators import differentiable, gradients, outputs, packed_backward, packed_forward
+from ..packing import ask_for_huge_pages, clear_outside
 from . import chunkwise, parallel
 
 
 @torch.library.custom_op("retention::block_sparse", mutates_args=())
+@packed_forward
 def block_sparse(
     q: Tensor,
     k: Tensor,
@@ -34,11 +35,6 @@ def block_sparse(
 
     Returns: out (B, H, T, V); the last state, empty unless return_state.
     """
-    options = (form, block_size, scale, causal, grid, eps)
-    if mask is not None and not mask.all():
-        rest = (log_decay, state, None, borders(mask), *options, return_state, out_dtype)
-        out, final = block_sparse(*pack(mask, q, k, v), *rest)
-        return unpack(mask, out), final
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     if form == "chunkwise":
@@ -55,6 +51,7 @@ def block_sparse(
 
 
 @torch.library.custom_op("retention::block_sparse_backward", mutates_args=())
+@packed_backward
 def block_sparse_backward(
     dout: Tensor,
     dfinal: Tensor | None,
@@ -74,12 +71,6 @@ def block_sparse_backward(
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
-    options = (form, block_size, scale, causal, grid, eps)
-    if mask is not None and not mask.all():
-        dout, q, k, v = pack(mask, dout, q, k, v)
-        rest = (log_decay, state, None, borders(mask), *options, decay_grad)
-        dq, dk, dv, dlog_decay, dstate = block_sparse_backward(dout, dfinal, q, k, v, *rest)
-        return *(unpack(mask, x) for x in (dq, dk, dv)), dlog_decay, dstate
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     tensors, grads = (q, k, v, dout), (dq, dk, dv)
     ask_for_huge_pages(*grads)
