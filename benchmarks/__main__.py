@@ -1,6 +1,7 @@
-"""`python -m benchmarks NAME`: one command for each claim that is measured rather than tested.
+"""`python -m benchmarks NAME`: one command for each claim about speed, memory or quality.
 
-Each keeps what it measured as JSON lines, with machine, versions and commit; `compare` tells two such files apart.
+Each records what it measured as JSON lines, with machine, versions and commit. `compare` shows the differences of two
+such files, and `report` writes the recorded results into the documents.
 """
 
 from pathlib import Path
@@ -53,10 +54,11 @@ for command in COMMANDS:
 def main(
     context: typer.Context,
     results: Annotated[
-        Path | None, typer.Option(help="File for the JSON lines; a plot goes beside it. [default: runs/benchmarks/]")
+        Path | None, typer.Option(help="File for the JSON lines; pictures go beside it. [default: in runs/benchmarks/]")
     ] = None,
     fresh_memory: Annotated[
-        bool, typer.Option("--fresh-memory", help="Leave malloc as it is; else, on Linux, it keeps what was freed.")
+        bool,
+        typer.Option("--fresh-memory", help="Leave malloc as it is. Without this, on Linux, it keeps freed memory."),
     ] = False,
 ) -> None:
     if not fresh_memory:

@@ -1,4 +1,4 @@
-"""What moved between two runs of the same benchmark."""
+"""Differences between two recorded runs of the same benchmark."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def compare(
     after: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines of another.")],
     everything: Annotated[bool, typer.Option("--all", help="Show what did not move, too.")] = False,
 ) -> None:
-    """What of AFTER is beyond the noise of BEFORE: quartiles that do not overlap, medians 10 % apart.
+    """Show what differs beyond noise: quartiles that do not overlap, and medians at least 10 % apart.
 
-    Times count relative to those of a side that is not ours and took turns with it, such as attention, so that it
-    does not matter how fast the machine was; without such a side, as they are.
+    Times are compared relative to a side that is not ours and ran in turns with it, such as attention, so that the
+    speed of the machine does not count. Without such a side, they are compared as they are.
     """
     (header, old), (new_header, new) = read(before), read(after)
     warn(header, new_header)

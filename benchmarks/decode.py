@@ -1,4 +1,4 @@
-"""Decoding: the cost of one more token, by how many came before it."""
+"""Decoding: time and memory of one more token, by the number of tokens before it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ Found = dict[tuple[str, int, int], tuple[dict[str, Measured], dict[str, int]]]  
 
 def decode(
     length: Lengths = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Rows; several times.")] = None,
-    models: Annotated[bool, typer.Option(help="Whole models too: a RetNet and a GPT-2.")] = True,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeat it for several.")] = None,
+    models: Annotated[bool, typer.Option(help="Also time whole models: a RetNet and a GPT-2.")] = True,
     device: Device = "cpu",
     limit: Limit = 3.0,
     quick: Quick = False,
 ) -> None:
-    """One more token after so many: layers of width 512 and whole models, tokens a second and memory of the cache.
+    """Time one more token after many others: layers of width 512 and whole models, with the size of their caches.
 
-    The attention layer writes into memory that is there already; GPT-2 (30 M parameters) has transformers' own cache,
-    beside a RetNet of 28 M.
+    The attention layer writes into memory that is allocated already. GPT-2 (25 M parameters and its learnt positions)
+    has transformers' DynamicCache, beside a RetNet of 28 M.
     """
     lengths = length or ([64, 4096] if quick else [64, 1024, 8192, 65536])
     batches = batch or ([1] if quick else [1, 8])

@@ -1,4 +1,4 @@
-"""The speed and memory that the operation must not fall below."""
+"""Bounds on time and memory of the operation."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from retention.backends.chunked import CHUNK_SIZE
 
 
 def floor(
-    chunks: Annotated[bool, typer.Option(help="Also compare chunk sizes.")] = False,
-    rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 9,
+    chunks: Annotated[bool, typer.Option(help="Also compare sizes of chunks.")] = False,
+    rounds: Annotated[int, typer.Option(help="Rounds that each side runs.")] = 9,
 ) -> None:
-    """The chunked backend against SDPA, a matrix product, its own length and its memory; fp32, B1 H8 K64 V128."""
+    """Check bounds of the backend `chunked`: against SDPA, a matrix product, its time per token, and its memory.
+
+    float32, batch 1, 8 heads, key dim 64, value dim 128.
+    """
     results = [
         *_against_attention(rounds),
         _against_matmul(rounds),

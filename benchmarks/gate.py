@@ -1,4 +1,4 @@
-"""What CI holds on to: ratios that a lost factor of two cannot hide in, on any machine."""
+"""The bounds that CI checks: ratios, which hold on any machine and break if code becomes twice as slow."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ATTEMPTS = 3
 
 
 def gate(
-    plant: Annotated[int, typer.Option(help="Run what is ours so many times: every check must then notice.")] = 1,
+    plant: Annotated[int, typer.Option(help="Run our side this many times; every check must then fail.")] = 1,
 ) -> None:
-    """Ratios within bounds that noise does not reach but a lost factor of two does. On one thread."""
+    """Check ratios against bounds that noise does not reach, but a loss of a factor of two does. On one thread."""
 
     torch.set_num_threads(1)  # with more, another process that runs takes from the two sides unequally
 
@@ -39,7 +39,7 @@ def gate(
 
 
 def attempt(check: Callable[[Planted], Result], planted: Planted) -> Result:
-    """The first result that holds, of at most three: whatever else the machine does, it seldom does it to one side."""
+    """The first result that holds, of at most three: a disturbance seldom meets the same side three times."""
     for _ in range(ATTEMPTS):
         if (result := check(planted)).holds():
             break

@@ -1,4 +1,4 @@
-"""The layer where an attention layer would be."""
+"""The layer beside an attention layer."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ Found = dict[tuple[str, int], dict[str, Measured]]  # by pass and length, then b
 
 def layer(
     length: Lengths = None,
-    backend: Annotated[list[str] | None, typer.Option(help="Default: all; several times.")] = None,
-    compiled: Annotated[bool, typer.Option("--compile", help="Also under torch.compile.")] = False,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend to time; repeat it for several. Default: all.")
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Also time the layers under torch.compile.")] = False,
     device: Device = "cpu",
     limit: Limit = 5.0,
     quick: Quick = False,
 ) -> None:
-    """MultiScaleRetention(512, 8 heads) on every backend against an attention layer of that width, by length."""
+    """Time MultiScaleRetention(512, 8 heads) on every backend beside an attention layer of that width, by length."""
     layers = {f"retention, {name}": retention(backend=name, form=_form(name)) for name in backend or backends.names()}
     if compiled:
         layers |= {"retention, compiled": retention(compiled=True), "attention, compiled": attention(compiled=True)}

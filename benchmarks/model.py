@@ -1,4 +1,4 @@
-"""Whole language models: reading a prompt, and a step of training."""
+"""Whole language models: a prompt, and a training step."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ MODELS: dict[str, Callable[[int], Any]] = {"RetNet": retnet, "GPT-2": gpt2, "Lla
 
 def model(
     length: Lengths = None,
-    batch: Annotated[int, typer.Option(help="Rows.")] = 1,
+    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
     device: Device = "cpu",
     limit: Limit = 20.0,
     quick: Quick = False,
 ) -> None:
-    """A RetNet (28 M parameters), a GPT-2 (26 M) and a Llama (29 M): tokens a second and memory, by length."""
+    """Time prompts and training steps of a RetNet (28 M parameters), a GPT-2 (26 M) and a Llama (29 M), by length."""
     found = {}
     lengths = length or ([256] if quick else [512, 2048, 8192])
     for way, tokens in (bar := tqdm(list(product(PASSES, lengths)), leave=False)):

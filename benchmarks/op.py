@@ -1,4 +1,4 @@
-"""The operation: which backend and form is how fast at which length, and how far each is from what is possible."""
+"""The operation in every backend and form: time and memory by length, beside SDPA and an estimate of the least time."""
 
 from __future__ import annotations
 
@@ -61,16 +61,22 @@ class Case:
 
 def op(
     length: Lengths = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="float16 to float64; several times.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Rows; several times.")] = None,
-    head_dims: Annotated[list[str] | None, typer.Option(help="Of a key and a value, as 64x128; several times.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Type of the inputs, float16 to float64; repeat it for several.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeat it for several.")] = None,
+    head_dims: Annotated[
+        list[str] | None, typer.Option(help="Width of a key and of a value, such as 64x128; repeat it for several.")
+    ] = None,
     heads: int = 8,
-    backend: Annotated[list[str] | None, typer.Option(help="Default: all; several times.")] = None,
+    backend: Annotated[
+        list[str] | None, typer.Option(help="Backend to time; repeat it for several. Default: all.")
+    ] = None,
     device: Device = "cpu",
     limit: Limit = 3.0,
     quick: Quick = False,
 ) -> None:
-    """Every backend and form, and SDPA: time and memory, forward and forward + backward, by length and size."""
+    """Time `retain` in every backend and form, and SDPA: forward and forward + backward, by length and size."""
     names = backend or list(backends.names())
     for name in names:
         backends.check_name(name)

@@ -1,4 +1,4 @@
-"""How far every form and backend is from the definition, over random calls."""
+"""Deviation of every form and backend from the definition, over random calls."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from retention import retain
 from tests import cases, oracle
 
 
-def parity(examples: Annotated[int, typer.Option(help="Random calls.")] = 1000) -> None:
-    """Largest deviation from the float64 token loop, by form, backend and dtype."""
+def parity(examples: Annotated[int, typer.Option(help="Number of random calls.")] = 1000) -> None:
+    """Measure the largest deviation from a float64 loop over tokens, by form, backend and dtype."""
     worst: dict[tuple[str, str, torch.dtype], float] = {}
     counts: dict[tuple[str, str, torch.dtype], int] = {}
 

@@ -1,4 +1,4 @@
-"""Other people's retention layers beside ours."""
+"""Other implementations of the retention layer beside ours."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ Function = Callable[[Tensor], Tensor]
 
 
 def peers(length: Lengths = None, device: Device = "cpu", limit: Limit = 10.0, quick: Quick = False) -> None:
-    """torchscale, yet-another-retnet and flash-linear-attention against ours, by length, and the floors of the layer.
+    """Time torchscale, yet-another-retnet and flash-linear-attention beside ours, by length, and check bounds.
 
-    The first two come by `pip install --no-deps -r tests/peers.txt`; what is not there is a row that says so.
-    yet-another-retnet has values as wide as keys, so that it is compared with ours of that size.
+    Install the first two with `pip install --no-deps -r tests/peers.txt`; a library that is missing is a row that says
+    so. yet-another-retnet has values as wide as its keys, so it is compared with ours of that width.
     """
     layers = {
         "retention": retention(),

@@ -59,6 +59,8 @@ def draw(picture: Picture, file: Path) -> None:
             axes.set_axis_off()
         for axes, panel in zip(line, row, strict=False):
             _draw_panel(axes, panel, names)
+    room = 0.25 / figure.get_figheight()  # for the corner's line of text, below the legend
+    figure.get_layout_engine().set(rect=(0, room, 1, 1 - room))
     below = dict(loc="outside lower center", borderaxespad=2, ncols=4, fontsize="small", frameon=False)
     figure.legend(*_handles(figure), **below)
     figure.text(0.995, 0.005, picture.corner, ha="right", va="bottom", fontsize=7, color="#555555")

@@ -1,4 +1,4 @@
-"""Does it learn as well as attention does? A RetNet and a transformer of the same size on the same text."""
+"""Training from scratch: the loss of a RetNet and of a transformer of the same size on the same text."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ def quality(
     batch: int = 12,
     dim: int = 128,
     layers: int = 4,
-    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rates; each model keeps its best.")] = None,
+    lr: Annotated[
+        list[float] | None, typer.Option(help="Peak learning rate; repeat it for several. Each model keeps its best.")
+    ] = None,
     seeds: int = 1,
     paper: Annotated[
-        bool, typer.Option("--paper", help="Also a RetNet with the layer's defaults, the paper's.")
+        bool, typer.Option("--paper", help="Also train a RetNet with the layer's defaults, which are the paper's.")
     ] = False,
 ) -> None:
-    """Validation loss of a RetNet and an equal-sized transformer: same data, order, steps and optimiser."""
+    """Train a RetNet and a transformer of the same size on the same batches, and compare their validation losses."""
     train, valid = (torch.frombuffer(bytearray(text), dtype=torch.uint8).long() for text in read_texts())
     models = {
         "RetNet": lambda: RetNet.from_preset("tiny", dim=dim, num_layers=layers),

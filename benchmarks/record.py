@@ -29,10 +29,10 @@ _files: list[TextIO] = []  # of the command that runs, if it is recorded
 _RESULTS = "benchmarks/results"  # what a run before this one has written there is no change of the code
 _LIBRARIES = ("transformers", "timm", "xformers", "triton", "torchscale", "yet-another-retnet")
 
-Quick = Annotated[bool, typer.Option("--quick", help="A minute's look: fewer and smaller cases.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Limit = Annotated[float, typer.Option(help="Seconds for all sides of a case; three rounds may take more.")]
-Lengths = Annotated[list[int] | None, typer.Option("--length", help="Tokens; may be given several times.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run fewer and smaller cases, in about a minute.")]
+Device = Annotated[str, typer.Option(help="Device to run on: cpu or cuda.")]
+Limit = Annotated[float, typer.Option(help="Seconds for all sides of a case together; at least three rounds run.")]
+Lengths = Annotated[list[int] | None, typer.Option("--length", help="Number of tokens; repeat it for several.")]
 
 
 class Result(NamedTuple):

@@ -1,4 +1,4 @@
-"""Decoding for a very long time."""
+"""Decoding of a very long stream."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCAB = 256
 
 
 def stream(tokens: int = 100_000) -> None:
-    """Decode one stream token by token; memory on the way, and its logits against one chunkwise pass over all of it."""
+    """Decode a long stream token by token: memory on the way, and its logits beside those of one chunkwise pass."""
     torch.manual_seed(0)
     text = torch.randint(VOCAB, (1, tokens))
     places = torch.arange(tokens // 100 - 1, tokens, tokens // 100)

@@ -21,11 +21,9 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_callback import ProgressCallback
 
 from benchmarks.measure import ratio, take_turns
 from benchmarks.record import show
@@ -36,8 +34,10 @@ from retention.integrations.transformers.distill import TRANSFER, Recovery, reco
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
 from retention.integrations.transformers.training.progress import Batch, Progress, SaveOnInterrupt
+from retention.integrations.transformers.training.resumable import ResumableTrainer
+from retention.integrations.transformers.training.saving import last_checkpoint, step_of
 from retention.integrations.transformers.training.swapping import StageProgress
-from retention.integrations.transformers.training.train import device_arguments, last_checkpoint, quiet
+from retention.integrations.transformers.training.train import device_arguments, quiet
 from retention.integrations.transformers.writing import stream
 
 CONTEXT = 256
@@ -145,20 +145,24 @@ def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
         save_total_limit=1,
         **common_arguments(),
     )
-    trainer = Learner(model, args, train_dataset=corpus.train, eval_dataset=corpus.valid, callbacks=[SaveOnInterrupt()])
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress(Batch(TEACHER_BATCH, 1, 1, CONTEXT, corpus.unit), corpus))
-    last = last_checkpoint(out)
-    if last and last.name == f"checkpoint-{steps}":
-        trainer._load_from_checkpoint(str(last))
-    else:
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-        if trainer.state.global_step < steps:
-            raise KeyboardInterrupt
+    batch = Batch(TEACHER_BATCH, 1, 1, CONTEXT, corpus.unit)
+    with SaveOnInterrupt() as stop:
+        trainer = Learner(
+            model,
+            args,
+            train_dataset=corpus.train,
+            eval_dataset=corpus.valid,
+            callbacks=[Progress(batch, corpus), stop],
+        )
+        last = last_checkpoint(out)
+        if last and step_of(last) == steps:
+            trainer._load_from_checkpoint(str(last))
+        else:
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
     return trainer.evaluate()["eval_loss"]
 
 
-class Learner(Trainer):
+class Learner(ResumableTrainer):
     """Evaluates by the mean over what is predicted; transformers' own divides by one more for each sequence."""
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
@@ -202,22 +206,24 @@ def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: i
     """transfer, tuning: steps of both stages. lr: of the second; less where less is replaced."""
     set_seed(0)
     eighth = max((transfer + tuning) // 8, 1)
-    return recover(
-        model,
-        corpus.train,
-        corpus.valid,
-        out=out,
-        teacher=teacher,
-        transfer_steps=transfer,
-        tuning_steps=tuning,
-        tuning_lr=lr,
-        batch=BATCH,
-        callbacks=[SaveOnInterrupt(), StageProgress(Batch(BATCH, 1, 1, CONTEXT, corpus.unit), corpus)],
-        eval_strategy="steps",
-        eval_steps=eighth,
-        save_steps=eighth,
-        **common_arguments(),
-    )
+    batch = Batch(BATCH, 1, 1, CONTEXT, corpus.unit)
+    with SaveOnInterrupt() as stop:
+        return recover(
+            model,
+            corpus.train,
+            corpus.valid,
+            out=out,
+            teacher=teacher,
+            transfer_steps=transfer,
+            tuning_steps=tuning,
+            tuning_lr=lr,
+            batch=BATCH,
+            callbacks=[StageProgress(batch, corpus), stop],
+            eval_strategy="steps",
+            eval_steps=eighth,
+            save_steps=eighth,
+            **common_arguments(),
+        )
 
 
 def common_arguments() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Does retention see as well as attention does, and what do large images cost? timm's ViT with either."""
+"""timm's ViT with retention and with attention: accuracy on digits, and the cost of large images."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ TUNED = 0.2  # of the epochs, after the swap
 
 
 def vision(
-    digits: Annotated[bool, typer.Option(help="Accuracies on scikit-learn's digits.")] = True,
-    images: Annotated[bool, typer.Option(help="Time and memory by the size of the image.")] = True,
-    grids: Annotated[bool, typer.Option(help="Which form of 2-D decay is faster, by the size of the grid.")] = True,
+    digits: Annotated[bool, typer.Option(help="Measure accuracies on scikit-learn's digits.")] = True,
+    images: Annotated[bool, typer.Option(help="Measure time and memory by the size of the image.")] = True,
+    grids: Annotated[bool, typer.Option(help="Compare the forms of 2-D decay by the size of the grid.")] = True,
     epochs: int = 60,
     seeds: int = 3,
     limit: Limit = 10.0,
     quick: Quick = False,
 ) -> None:
-    """A ViT with attention, with retention from scratch, and with attention that was replaced; fp32."""
+    """Compare a ViT with attention, with retention from the start, and with replaced attention, in float32."""
     if digits:
         _digits(*((6, 1) if quick else (epochs, seeds)))
     if images:

@@ -1,4 +1,4 @@
-"""When the backend on xformers' block-sparse products is worth choosing."""
+"""The backend xformers beside the others."""
 
 from __future__ import annotations
 
@@ -24,10 +24,13 @@ ROUGH = 1e-4
 
 
 def xformers(
-    rounds: Annotated[int, typer.Option(help="Turns of each side.")] = 9,
-    blocks: Annotated[bool, typer.Option(help="Also compare block sizes.")] = False,
+    rounds: Annotated[int, typer.Option(help="Rounds that each side runs.")] = 9,
+    blocks: Annotated[bool, typer.Option(help="Also compare sizes of blocks.")] = False,
 ) -> None:
-    """The backend xformers against chunked and eager, forward + backward; fp32, B1 H8 K64 V128."""
+    """Time the backend xformers beside chunked and eager, forward + backward.
+
+    float32, batch 1, 8 heads, key dim 64, value dim 128.
+    """
     typer.echo(backend.found("cpu"))
     show_results("The backend xformers, chunkwise", [*_memory(), *_dense(rounds), _packed(rounds)])
     _parallel(rounds)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from retention import cli
 from retention.cli import app
 
 PAGE = Path(__file__).parent / "pages/command-line.md"
@@ -20,12 +21,16 @@ prints the same.
 
 
 def page() -> str:
-    parts = [HEAD]
+    parts = [HEAD, _one_line(cli.__doc__.split("\n\n")[1]) + "\n"]
     for command in app.registered_commands:
         function: Any = command.callback
-        text = "\n\n".join(" ".join(part.split()) for part in inspect.getdoc(function).split("\n\n"))
+        text = "\n\n".join(map(_one_line, inspect.getdoc(function).split("\n\n")))
         parts += [f"## retention {command.name or function.__name__}\n", f"{text}\n", _table(function)]
     return "\n".join(parts)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def options(function: Any) -> dict[str, list[str]]:

@@ -1,14 +1,17 @@
 """Load the checkpoints of other RetNets, and write them as ours or as torchscale's; `formats` says whose.
 
 Loading is strict: every tensor has a place, and every place a tensor of its shape. Nothing is written before all that
-has been checked, nor over what is there.
+has been checked, nor over files that are there.
 """
 
 from __future__ import annotations
 
 import inspect
 import os
+import re
+import shutil
 import tempfile
+import warnings
 from dataclasses import fields
 from functools import reduce
 from pathlib import Path
@@ -16,17 +19,28 @@ from typing import Any
 
 import torch
 
+from retention.arguments import number
 from retention.layer import MultiScaleRetention
 
 from . import torchscale
-from .formats import FORMATS, TORCHSCALE, Format, Tensors, constants, described, detect, flat, listed
+from .files import listed, one_line, read_json, refused
+from .formats import FORMATS, TORCHSCALE, Format, Tensors, constants, described, detect, flat, tied
 from .transformers import RetNetConfig, RetNetForCausalLM, RetNetModel
-from .weights import read, read_config, write
+from .transformers.sharing import CODE
+from .weights import SUFFIXES, read, write
 
-__all__ = ["convert", "load", "read_config", "torchscale_options", "torchscale_tensors"]
+__all__ = ["convert", "load", "read_json", "torchscale_options", "torchscale_tensors"]
 
 Model = RetNetForCausalLM | RetNetModel
 TARGETS = ("retention", "torchscale")
+
+# With which torchscale, in evaluation, sends every token through all its experts, as ours does.
+_NONE_DROPPED = {"moe_eval_capacity_token_fraction": 1.0, "moe_second_expert_policy": "all"}
+
+# Beside weights. Others' weights would contradict the new ones.
+_WEIGHTS = {*SUFFIXES, ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
+_FOLDERS = ("additional_chat_templates",)
+_TOKENIZER = re.compile(r"^(tokenizer.*|special_tokens_map|added_tokens|vocab.*|merges|.*\.(model|spm|tiktoken)$)")
 
 # What torchscale's function is, where ours has a choice. The layer's defaults are the paper's, and so are most of its.
 _FREE = ("value_dim", "decay", "dropout", "init_gain", "init_scale", "backend", "form", "chunk_size")
@@ -48,6 +62,7 @@ def load(source: str | Path, format: str | None = None, config: dict[str, Any] |
     format: a name in `formats.FORMATS`; default: recognised by the names of the tensors.
     config: what the weights do not tell, under the implementation's names or ours. It stands above a config.json
         beside the weights, and that above the implementation's defaults.
+    Warns: of experts whose original drops tokens, which ours does not.
     Raises: OSError or ValueError that says what is wrong with the checkpoint, or what the config must say.
     """
     return _load(Path(source), format, config)[0]
@@ -63,26 +78,31 @@ def convert(
 ) -> Model:
     """Load a checkpoint and write it to `out`; returns the model.
 
+    source: as `load`. What stands beside the weights goes into the new folder: of a folder, and of one with a
+        config.json, all files but weights and hidden ones; beside a file on its own, those of a tokenizer.
     target: "retention", a folder for `from_pretrained`; or "torchscale", a file of tensors, .safetensors or .pt.
         Default: "retention", or "torchscale" if the source is ours.
+    Warns: as `load`.
     Raises: as `load`; FileExistsError if `out` exists; ValueError for what torchscale cannot compute.
     """
-    out = Path(out)
+    source, out = Path(source), Path(out)
     if target not in (*TARGETS, None):
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}")
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists; name another place")
-    model, found = _load(Path(source), format, config)
+    model, found = _load(source, format, config)
     if target is None:
         target = "torchscale" if found.name == "retention" else "retention"
     tensors = torchscale_tensors(model) if target == "torchscale" else None
     if tensors is not None and out.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"torchscale's weights go into a file, .safetensors or .pt; got {out.name}")
+    beside = _files_beside(source) if tensors is None else []
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         made = Path(folder, out.name)
         if tensors is None:
             model.save_pretrained(made)
+            _copy(beside, made)
         else:
             write(tensors, made)
         os.rename(made, out)  # all of it or nothing
@@ -105,6 +125,8 @@ def torchscale_options(model: Model) -> dict[str, Any]:
     told = {name: ours.get(targets[0]) for name, targets in TORCHSCALE.options.items() if targets}
     told |= {field.name: ours[field.name] for field in fields(torchscale.RetNetConfig) if field.name in ours}
     told |= {"subln": bool(ours["subln"]), "share_decoder_input_output_embed": ours["tie_word_embeddings"]}
+    if told["moe_freq"]:
+        told |= _NONE_DROPPED
     if told["activation_fn"] == "silu":
         told["activation_fn"] = "swish"
     usual = {field.name: field.default for field in fields(torchscale.RetNetConfig)}
@@ -131,23 +153,93 @@ def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}; got {name!r}")
     tensors, beside = read(source)
     found = detect(tensors) if name is None else FORMATS[name]
+    if found.name == "retention" and beside.get("tie_word_embeddings", True):
+        tensors = tied(tensors)
     tensors = found.prepare(tensors)
     ours = {known: x for key, x in tensors.items() if (known := found.to_ours(key)) is not None}
     unknown = [key for key in tensors if found.to_ours(key) is None]
     if found.name != "retention":
-        config = RetNetConfig(**found.config(ours, {**found.known(beside), **(given or {})}))
+        told = {**found.known(beside), **(given or {})}
+        config = RetNetConfig.from_dict(found.config(ours, told))
+        _warn_of_dropped_tokens(config, found, told)
     elif given or not beside:
-        raise ValueError(f"a model of ours has its own config.json, and takes no other; {source} has {listed(beside)}")
+        raise ValueError(
+            "a model of ours has its own config.json beside its weights, and takes no other config; "
+            f"{source} has {'one' if beside else 'none'}, and the config given is {one_line(repr(given))}"
+        )
     else:
-        config = RetNetConfig.from_dict(beside)
+        config = RetNetConfig.strictly_from(beside, source)
+        _check_own(config, ours, has_head=any(key.startswith("model.") for key in tensors))
     return _filled(config, ours, unknown, found), found
+
+
+def _check_own(config: RetNetConfig, ours: Tensors, *, has_head: bool) -> None:
+    """That it is safe to build the model, and right to tie its head; `_filled` compares all else by shapes."""
+    facts = described(ours)
+    if has_head and "lm_head.weight" not in ours:
+        raise ValueError("these weights are not a whole retention checkpoint: missing tensors: lm_head.weight")
+    names = ["num_layers", *(["moe_expert_count"] if config.moe_freq else [])]
+    if "lm_head.weight" in ours and config.tie_word_embeddings:
+        names.append("tie_word_embeddings")
+    for name in names:
+        if (value := getattr(config, name)) != facts[name]:
+            raise ValueError(
+                f"config.json contradicts the weights: {name} {value!r}, of which the weights have {facts[name]!r}"
+            )
+
+
+def _warn_of_dropped_tokens(config: RetNetConfig, found: Format, told: dict[str, Any]) -> None:
+    if not config.moe_freq or not _NONE_DROPPED.keys() <= found.options.keys():
+        return
+    usual = torchscale.RetNetConfig()
+    theirs = {name: told.get(name, getattr(usual, name)) for name in _NONE_DROPPED}
+    fraction, policy = theirs.values()
+    if number(fraction) >= 1 and (policy == "all" or config.moe_top1_expert):
+        return
+    warnings.warn(
+        f"these experts had {_spelt(theirs)}{'' if told.keys() & theirs.keys() else ', by default'}, with which "
+        f"{found.name} leaves tokens out, by their number or by chance; here none is left out: the logits are those "
+        f"of {found.name}, in evaluation, with {_spelt(_NONE_DROPPED)}",
+        stacklevel=4,
+    )
+
+
+def _spelt(options: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
+def _files_beside(source: Path) -> list[Path]:
+    """What goes with the weights: all files of a model's folder; beside a file on its own, those of a tokenizer."""
+    folder = source if source.is_dir() else source.parent
+    whole = source.is_dir() or (folder / "config.json").exists()
+    found = [path for path in sorted(folder.iterdir()) if _goes_along(path) and (whole or _TOKENIZER.search(path.name))]
+    for path in found:
+        if not path.exists() or path.is_fifo() or path.is_socket():
+            raise ValueError(f"{path} stands beside the weights and cannot be copied; remove it")
+    return found
+
+
+def _goes_along(path: Path) -> bool:
+    written = ("config.json", CODE)  # anew
+    if path.is_dir():
+        return path.name in _FOLDERS
+    left_out = path.name.startswith(".") or path.name in written or path.name.endswith(".index.json")
+    return not left_out and path.suffix not in _WEIGHTS
+
+
+def _copy(files: list[Path], folder: Path) -> None:
+    for file in files:
+        if file.is_dir():
+            shutil.copytree(file, folder / file.name)
+        else:
+            shutil.copyfile(file, folder / file.name)
 
 
 def _filled(config: RetNetConfig, ours: Tensors, unknown: list[str], found: Format) -> Model:
     """The model of `config` with these tensors as its parameters, each in the widest dtype among them."""
     ours = {key: x for key, x in ours.items() if not key.startswith("constant.")}
     config.dtype = reduce(torch.promote_types, {x.dtype for x in ours.values()})
-    with torch.device("meta"):  # no time and memory for weights that are replaced
+    with refused("the config makes no model"), torch.device("meta"):  # no time and memory for what is replaced
         model: Model = (RetNetForCausalLM if "lm_head.weight" in ours else RetNetModel)(config)
     places = {key.removeprefix("model."): (key, x.shape) for key, x in model.state_dict().items()}
     unknown += [str(found.to_theirs(key)) for key in ours.keys() - places.keys()]

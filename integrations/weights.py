@@ -2,47 +2,44 @@
 
 from __future__ import annotations
 
-import json
+import os
 import pickle
 import re
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+
+from retention.arguments import DTYPES
+
+from .files import check_file, listed, one_line, read_json, refused
 
 Tensors = dict[str, Tensor]
 
-_NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _WRAPPED_IN = ("model", "state_dict")  # fairseq, Lightning
+_MOST_WRAPPERS = 8
 _PREFIXES = ("module.", "decoder.")  # DistributedDataParallel, fairseq
 
 
 def read(source: Path) -> tuple[Tensors, dict[str, Any]]:
     """The tensors in a file, or in the file or shards of a folder, and the config.json beside them, empty if none is.
 
-    Raises: OSError, or ValueError for what is not a file of tensors.
+    Raises: OSError, or ValueError for what is not a file of finite floating-point tensors.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
     file = _file_in(source) if source.is_dir() else source
-    tensors = _unwrapped(_shards(file) if file.suffix == ".json" else _one(file), file)
-    config = file.parent / "config.json"
-    return tensors, read_config(config) if config.is_file() else {}
-
-
-def read_config(file: Path) -> dict[str, Any]:
-    """Raises: OSError, or ValueError if the file does not hold a JSON object."""
-    try:
-        config = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold options by name, {{...}}; got {type(config).__name__}")
-    return config
+    beside = file.parent / "config.json"
+    config = read_json(beside) if os.path.lexists(beside) and beside != file else {}
+    tensors = _unwrapped(_shards(file) if file.suffix == ".json" else _loaded(file), file)
+    _check_finite(tensors, file)
+    return tensors, config
 
 
 def write(tensors: Tensors, file: Path) -> None:
@@ -55,60 +52,124 @@ def write(tensors: Tensors, file: Path) -> None:
 
 def _file_in(folder: Path) -> Path:
     for name in _NAMES:
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             return folder / name
-    found = sorted(file for file in folder.iterdir() if file.suffix in _SUFFIXES)
+    found = sorted(file for file in folder.iterdir() if file.suffix in SUFFIXES)
     if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "none"
-        raise ValueError(f"{folder} must hold one file of weights, or shards with their index; got {names}")
+        raise ValueError(
+            f"{folder} must hold one file of weights, or shards with their index; "
+            f"got {listed(file.name for file in found) or 'none'}"
+        )
     return found[0]
 
 
 def _shards(index: Path) -> dict[str, Any]:
-    names = read_config(index).get("weight_map")
-    if not isinstance(names, dict):
-        raise ValueError(f"{index} must hold a weight_map, tensors to files")
+    """The tensors of all files that an index names: each in the file where it says, and no others."""
     tensors: dict[str, Any] = {}
-    for name in sorted(set(names.values())):
-        tensors |= _one(index.parent / Path(name).name)
+    for name, expected in _names_by_file(index).items():
+        if not os.path.lexists(index.parent / name):
+            raise ValueError(f"{index} names {name}, which is not there")
+        found = _loaded(index.parent / name)
+        if astray := sorted(map(str, found.keys() ^ expected)):
+            raise ValueError(f"{index} and {name} must name the same tensors; only one of them has {listed(astray)}")
+        tensors |= found
     return tensors
 
 
-def _one(file: Path) -> dict[str, Any]:
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is not a file of safetensors: {error}") from error
-    try:
-        found = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        code = re.search(r"GLOBAL (\S+)", str(error))
-        if code is None:
-            raise ValueError(f"{file} is not a file of tensors") from error
-        raise ValueError(
-            f"{file} runs code when it is loaded ({code[1]}), and that is refused; if you trust it, load it where that "
-            "code is and save its state dict alone: torch.save(model.state_dict(), ...)"
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{file} is not a file that torch can load: {error}") from error
+def _names_by_file(index: Path) -> dict[str, set[str]]:
+    wanted = "a weight_map, tensors to files"
+    names = read_json(index, wanted).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise ValueError(f"{index} must hold {wanted}; got weight_map {one_line(repr(names), 40)}")
+    files: dict[str, set[str]] = {}
+    for tensor, file in names.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or not file.isprintable() or {"/", "\\"} & {*file}:
+            raise ValueError(
+                f"{index} must name files beside itself; got {one_line(repr(file))} for {listed([tensor])}"
+            )
+        files.setdefault(file, set()).add(tensor)
+    return files
+
+
+def _loaded(file: Path) -> dict[Any, Any]:
+    check_file(file)
+    with refused(f"{file} is not a file of weights that can be read"):
+        found = load_file(file) if file.suffix == ".safetensors" else _torch_loaded(file)
     if not isinstance(found, dict):
         raise ValueError(f"{file} must hold a state dict; got {type(found).__name__}")
     return found
 
 
-def _unwrapped(found: dict[str, Any], file: Path) -> Tensors:
+def _check_zip(file: Path) -> None:
+    """What torch does not look at: checksums, and whether the content is larger than the file."""
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+            raise ValueError("its content is compressed, as torch.save never does")
+        has_checksums = any(entry.CRC for entry in entries)  # torch.save can be told to leave them out
+        if has_checksums and (damaged := archive.testzip()):
+            raise ValueError(f"{damaged} inside is damaged")
+
+
+def _torch_loaded(file: Path) -> Any:
+    with file.open("rb") as begun:
+        is_zip = begun.read(4) == b"PK\3\4"
+    if is_zip:
+        _check_zip(file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are of kinds of tensors that are refused anyway
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is None:
+            raise ValueError("its pickle is damaged, or of another kind than torch.save writes") from error
+        raise ValueError(
+            f"it runs code when it is loaded ({code[1]}), and that is refused; if you trust it, load it where that "
+            "code is and save its state dict alone: torch.save(model.state_dict(), ...)"
+        ) from error
+
+
+def _unwrapped(found: dict[Any, Any], file: Path) -> Tensors:
     """The state dict in what a trainer saved, with names that begin at the model."""
-    while inner := next((found[key] for key in _WRAPPED_IN if isinstance(found.get(key), dict)), None):
+    for _ in range(_MOST_WRAPPERS):
+        inner = next((found[key] for key in _WRAPPED_IN if isinstance(found.get(key), dict)), None)
+        if inner is None:
+            break
         found = inner
-    others = [f"{key} ({type(x).__name__})" for key, x in found.items() if not _is_weight(x)]
+    others = [f"{key} ({what})" for key, x in found.items() if (what := _other_than_weight(key, x))]
     if others or not found:
-        raise ValueError(f"{file} must hold floating-point tensors by name; got {', '.join(others[:10]) or 'nothing'}")
+        allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(
+            f"{file} must hold floating-point tensors by name; got {listed(others) or 'nothing'}; "
+            f"tensors must be dense and of {allowed}"
+        )
     for prefix in _PREFIXES:
         if all(key.startswith(prefix) for key in found):
             found = {key.removeprefix(prefix): x for key, x in found.items()}
     return found
 
 
-def _is_weight(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point()
+def _other_than_weight(name: Any, x: Any) -> str | None:
+    """What an entry is that is not a tensor of weights; None for one that is."""
+    if not isinstance(name, str):
+        return f"a name of type {type(name).__name__}"
+    if type(x) not in (Tensor, nn.Parameter):
+        return type(x).__name__
+    if x.is_nested or x.layout != torch.strided:
+        return "nested" if x.is_nested else str(x.layout).removeprefix("torch.")
+    if x.dtype not in DTYPES:
+        return str(x.dtype).removeprefix("torch.")
+    if x.device.type != "cpu":
+        return f"without values, on {x.device.type}"
+    if not x.dim() or not x.numel():
+        return f"of shape {tuple(x.shape)}"
+    if x.numel() * x.element_size() > x.untyped_storage().nbytes():
+        return f"{x.numel()} values of fewer that are stored"
+    return None
+
+
+def _check_finite(tensors: Tensors, file: Path) -> None:
+    wrong = [name for name, x in tensors.items() if not all(map(torch.isfinite, x.aminmax()))]
+    if wrong:
+        raise ValueError(f"{file} must hold finite values; it has NaN or infinity in {listed(wrong)}")

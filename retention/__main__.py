@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import backends
-from .backends import Call
+from .call import FORMS, Call
 from .version import __version__
 
 LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
@@ -55,7 +55,7 @@ def _answers(device: str) -> dict[str, str]:
     answers = {}
     for name in backends.names():
         can, cannot = [], []
-        for form in backends.FORMS:
+        for form in FORMS:
             call = Call(**sizes, dtype=torch.float32, device=device, out_dtype=torch.float32, scale=1.0, form=form)
             reasons = backends.why_not(call, name)
             can += [form] if not reasons else []

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .backends import FORMS, Call
+from .call import FORMS, Call
 from .constants import is_constant, traced
 from .errors import ShapeError
+from .normalisers import ScoreNorm
 from .options import DTYPES, check_flags, check_whole, is_whole, number, shown
 from .state import RetentionState, state_dtype
-
-ScoreNorm = bool | Literal["absolute"]
 
 
 def describe(

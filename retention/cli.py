@@ -1,10 +1,16 @@
-"""The `retention` command: train a language model, let it write, swap attention, convert checkpoints."""
+"""The `retention` command: train a language model, let it write, swap attention, convert checkpoints.
+
+Exit codes: 0 all went well; 1 failure, such as a full disk or a divergence;
+2 wrong usage; 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP.
+"""
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, fields
@@ -18,9 +24,10 @@ except ImportError as error:
 
 import torch
 
-from .errors import BackendError
+from .errors import BackendError, NotSavedError
 from .layer import set_backend
 from .model import PRESETS
+from .version import __version__
 
 if TYPE_CHECKING:
     from .integrations.transformers.training.codec import Codec
@@ -31,12 +38,28 @@ if TYPE_CHECKING:
 K = TypeVar("K", bound="Kept")
 TRACEBACK = "RETENTION_TRACEBACK"  # an environment variable: show tracebacks
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Backend = Annotated[str, typer.Option(help="auto, or a name that `python -m retention` lists.")]
 Form = Annotated[str, typer.Option(help="auto, parallel, chunkwise or recurrent.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is left to chance.")]
+ReportTo = Annotated[str, typer.Option(help="none, all, or an experiment tracker: tensorboard, wandb, ...")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -69,23 +92,20 @@ def train(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
+    report_to: ReportTo = "none",
     sample: Annotated[int, typer.Option(min=0, help="Tokens to write at the end; bytes without a tokenizer.")] = 400,
 ) -> None:
-    """Train a RetNet language model, then write a sample. Ctrl-C saves; --resume goes on.
+    """Train a RetNet language model, then write a sample. Ctrl-C, SIGTERM and SIGHUP save; --resume goes on.
 
     On many devices: torchrun --nproc_per_node N -m retention.cli train ...
     """
-    with _told():
+    _say("loading the libraries", err=True)
+    with _told(), _stopping("train", out):
         from .integrations.transformers.training import train as training
 
         training.quiet()
         settings = _settings(command, out)
         run = training.train(settings, out, resume=resume)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if run.loss is None:
-        _say(f"stopped and saved; continue with: retention train --resume --out {out}")
-        raise typer.Exit(130)
     _say(f"{run.corpus.report(run.loss)}; the model is in {out}, the losses in {out / training.PLOT}")
     if sample and _process("RANK") == 0:
         _sample(run, out, sample, seed)
@@ -132,14 +152,16 @@ def swap(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
+    report_to: ReportTo = "none",
     sample: Annotated[int, typer.Option(min=0, help="Tokens to write at the end; bytes without a tokenizer.")] = 200,
 ) -> None:
     """Put retention where a model has attention, and train it until it is as good as it was.
 
-    First each new layer learns what its attention gave, then the whole model what it said before. Ctrl-C saves;
-    --resume goes on. One process.
+    First each new layer learns what its attention gave, then the whole model what it said before. Ctrl-C, SIGTERM and
+    SIGHUP save; --resume goes on. One process.
     """
-    with _told():
+    _say("loading the libraries", err=True)
+    with _told(), _stopping("swap", out):
         from .integrations.transformers.training import swapping
         from .integrations.transformers.training.train import quiet
 
@@ -147,11 +169,7 @@ def swap(
         if _process("WORLD_SIZE"):
             raise ValueError("swap runs on one process; start it without torchrun")
         settings = _kept(command, swapping.SwapSettings, out, _swap_options(command.params))
-        try:
-            done = swapping.swap(settings, out, resume=resume)
-        except KeyboardInterrupt:
-            typer.echo(f"stopped and saved; continue with: retention swap --resume --out {out}")
-            raise typer.Exit(130) from None
+        done = swapping.swap(settings, out, resume=resume)
     typer.echo(f"{done.report}\n{done.recovery}\nthe model is in {out}, the losses in {out / swapping.PLOT}")
     if sample:
         _sample(done, out, sample, seed)
@@ -161,7 +179,8 @@ def swap(
 def generate(
     model: Annotated[Path, typer.Option(help="Folder that `retention train` or `retention swap` wrote.")],
     prompt: Annotated[
-        str | None, typer.Option(help="What the text begins with. Default: 'def '; with a tokenizer, nothing.")
+        str | None,
+        typer.Option(help="What the text begins with; '' begins a document. Default: 'def '; with a tokenizer, ''."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to write; bytes without a tokenizer.")] = 400,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
@@ -187,7 +206,12 @@ def generate(
         prompt = codec.opening if prompt is None else prompt
         if not codec.prompt(prompt):
             raise ValueError(f"prompt must hold at least one token; got prompt {prompt!r}")
-        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+        found: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype), output_loading_info=True)
+        loaded, info = found
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(
+                f"the weights in {model} are not those of a whole model; missing: {', '.join(missing[:9])}"
+            )
         if loaded.config.vocab_size < codec.size:
             raise ValueError(
                 f"the model must know the {codec.size} tokens of its tokenizer (bytes, if it has none); "
@@ -212,14 +236,22 @@ def convert(
     target: Annotated[str | None, typer.Option("--to", help="retention, or torchscale: default for ours.")] = None,
     config: Annotated[Path | None, typer.Option(help="JSON file of options that the weights do not tell.")] = None,
 ) -> None:
-    """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours."""
+    """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours.
+
+    What stands beside the weights, such as the tokenizer, comes along into a folder. A mixture of experts gives the
+    logits of torchscale with the options that are printed, with which no token is left out.
+    """
     with _told():
         from .integrations import checkpoints
         from .integrations.transformers.training.train import quiet
 
         quiet()
-        given = checkpoints.read_config(config) if config else None
-        model = checkpoints.convert(source, out, format=format, target=target, config=given)
+        given = checkpoints.read_json(config) if config else None
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            model = checkpoints.convert(source, out, format=format, target=target, config=given)
+    for warning in heard:
+        typer.secho(f"warning: {warning.message}", fg="yellow", err=True)
     typer.echo(f"{type(model).__name__}, {model.num_parameters():,} parameters, written to {out}")
     if out.is_file():
         options = ", ".join(f"{name}={value!r}" for name, value in checkpoints.torchscale_options(model).items())
@@ -262,9 +294,12 @@ def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]
 
     read: what has another form than on the command line.
     """
+    from .integrations.transformers.training.saving import check_folder, holds_run
+
+    check_folder(out)
     options = {f.name: command.params[f.name] for f in fields(kind) if f.name in command.params} | read
     if not command.params["resume"]:
-        if any(out.rglob("checkpoint-*")) or (out / "config.json").exists():
+        if holds_run(out):
             raise ValueError(f"{out} holds a run already; continue it with --resume, or name another --out")
         return kind(**options)
     begun = kind.read(out)
@@ -307,7 +342,7 @@ def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **o
     chance = torch.Generator(model.device).manual_seed(seed)
     new = stream(model.eval(), torch.tensor([start], device=model.device), tokens, generator=chance, **options)
     typer.echo(prompt, nl=False)
-    for text in codec.text(start, (token.item() for token in new)):
+    for text in codec.text(start, (int(token) for token in new)):
         typer.echo(text, nl=False)
     typer.echo()
 
@@ -317,22 +352,46 @@ def _process(rank: str) -> int:
     return int(os.environ.get(rank, 0))
 
 
-def _say(line: str) -> None:
+def _say(line: str, err: bool = False) -> None:
     if _process("RANK") == 0:
-        typer.echo(line)
+        typer.echo(line, err=err)
+
+
+@contextmanager
+def _stopping(name: str, out: Path) -> Iterator[None]:
+    """A signal ends a run with its own exit code, and with the command that continues it."""
+    from .integrations.transformers.training.progress import Stopped
+    from .integrations.transformers.training.settings import Kept
+
+    try:
+        yield
+    except Stopped as stop:
+        how = "stopped and saved" if stop.saved else f"stopped by {stop}"
+        begun = any((out / kind.FILE).is_file() for kind in Kept.__subclasses__())
+        _say(f"{how}; continue with: retention {name} --resume --out {out}" if begun else f"{how}; nothing was begun")
+        raise typer.Exit(128 + stop.number) from None
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Errors of the user's making are one line, without a traceback."""
+    """Errors of the user's making, and those of a run, are one line, without a traceback."""
     try:
         yield
-    except (ValueError, ImportError, OSError, BackendError) as error:
+    except (ValueError, ImportError, OSError, BackendError, FloatingPointError) as error:
         if _process("LOCAL_RANK") > 0:  # the first says it for all, if torchrun does not end it before
             time.sleep(10)
         else:
             typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(1 if _is_failure(error) else 2) from error
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether it is none of the user's making: a training that diverged, or a disk that is full or broken."""
+    broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+    return broken or isinstance(error, (FloatingPointError, NotSavedError))
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The two errors of this library that have a name of their own; everything else is a plain TypeError or ValueError."""
+"""The errors of this library that have a name of their own; everything else is a plain TypeError or ValueError."""
 
 
 class ShapeError(ValueError):
@@ -7,3 +7,7 @@ class ShapeError(ValueError):
 
 class BackendError(RuntimeError):
     """No backend, or not the one asked for, can run a call. The message holds every reason."""
+
+
+class NotSavedError(OSError):
+    """Something could not be written. The message says why, and which checkpoint is kept."""

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import ScoreNorm, describe
-from .backends import Call, eager
-from .decay import geometric_sum
+from .arguments import describe
+from .call import Call
 from .errors import ShapeError
+from .normalisers import ScoreNorm, score_divisor, total_decay
 from .options import check_device, check_dtype, check_flags, check_whole
+from .scores import scores as retention_scores
 from .state import RetentionState, state_dtype
+from .times import counts
 
 
 def retain(
@@ -138,7 +140,7 @@ def stepped(
 ) -> Tensor:
     """`step` for arguments that have been checked, and described in `call`."""
     out, _ = _run(call, backend, q, k, v, log_decay, state, mask, None, decay_norm, score_norm)
-    state.time += 1 if mask is None else _counts(call, mask, None, q.device)
+    state.time += 1 if mask is None else counts(call, mask, None, q.device)
     return out
 
 
@@ -157,11 +159,11 @@ def scores(
     """The retention scores R of the parallel form, (B, H, T, T): `retain` is R v. Arguments and source as there."""
     options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid, decay_norm=decay_norm)
     call = describe(q, k, k, log_decay, score_norm=score_norm, form="parallel", **options)
-    found = eager.scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
+    found = retention_scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
     if decay_norm:
-        found = found / _total_decay(call, log_decay, None, mask, None).sqrt()[..., None]
+        found = found / total_decay(call, log_decay, None, mask, None).sqrt()[..., None]
     if score_norm:
-        found = found / _clamped(
+        found = found / score_divisor(
             found.abs().sum(-1, True) if score_norm == "absolute" else found.sum(-1, True), score_norm
         )
     return found
@@ -200,27 +202,6 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
     return backends.explain(describe(q, k, v, log_decay, **options), backend)
 
 
-def token_times(
-    batch: int,
-    length: int,
-    device: torch.device,
-    state: RetentionState | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> Tensor:
-    """How many tokens of its own sequence stand before each token: (B, T) int64, or (1, T) where all rows agree."""
-    if length == 1 and state is not None and cu_seqlens is None:  # decoding: nothing but the state tells
-        return state.time.unsqueeze(1)
-    index = torch.arange(length, device=device)[None]
-    if cu_seqlens is not None:
-        segment = torch.searchsorted(cu_seqlens[1:], index[0], right=True)
-        index = index - cu_seqlens[segment]
-        return index if state is None else index + state.time[segment]
-    if mask is not None:
-        index = (mask.cumsum(1) - 1).clamp(min=0)
-    return index if state is None else index + state.time[:, None]
-
-
 def _run(
     call: Call,
     name: str,
@@ -248,55 +229,21 @@ def _run(
     out, kv = run(v, None if state is None else state.kv)
     mass = k_sum = None
     if score_norm == "absolute":
-        scores = eager.scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)
+        scores = retention_scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)
         mass = scores.detach().abs().sum(-1, keepdim=True)
     elif score_norm:  # sum_i R_ni is retention with values of 1
         before = None if state is None or state.k_sum is None else state.k_sum[..., None]
         mass, k_sum = run(torch.ones_like(v[..., :1]), before)
 
-    decay = _total_decay(call, log_decay, state, mask, cu_seqlens).sqrt()[..., None] if decay_norm else None
+    decay = total_decay(call, log_decay, state, mask, cu_seqlens).sqrt()[..., None] if decay_norm else None
     if mass is not None:
-        out = out / _clamped(mass if decay is None else mass / decay, score_norm)
+        out = out / score_divisor(mass if decay is None else mass / decay, score_norm)
     if decay is not None:
         out = out / decay
     if out.dtype != out_dtype:
         out = out.to(out_dtype)
     if not call.return_state or kv is None:
         return out, None
-    time = _counts(call, mask, cu_seqlens, q.device)
+    time = counts(call, mask, cu_seqlens, q.device)
     time = time if state is None else state.time + time
     return out, RetentionState(kv, time, None if k_sum is None else k_sum[..., 0])
-
-
-def _total_decay(
-    call: Call, log_decay: Tensor, state: RetentionState | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
-    """sum_i D_ni of each token, (B or 1, H, T)."""
-    wide = state_dtype(call.dtype)
-    if call.grid is not None:  # a sum over rows times a sum over columns
-        sides = (call._replace(batch=1, length=n, grid=None) for n in call.grid)
-        rows, columns = (_total_decay(side, log_decay, None, None, None) for side in sides)
-        return (rows[..., :, None] * columns[..., None, :]).flatten(2)
-    times = token_times(call.batch, call.length, log_decay.device, state, mask, cu_seqlens)
-    rate = log_decay.to(wide)[:, None]
-    behind = geometric_sum(rate, (times + 1)[:, None].to(wide))
-    if call.causal:
-        return behind
-    lengths = _counts(call, mask, cu_seqlens, log_decay.device)[:, None]
-    if cu_seqlens is not None:
-        lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
-    ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))
-    return behind + ahead - 1
-
-
-def _clamped(mass: Tensor, score_norm: ScoreNorm) -> Tensor:
-    return mass.abs().clamp(1, 5e4 if score_norm == "absolute" else None)
-
-
-def _counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """How many real tokens of each row or segment the call holds, int64."""
-    if cu_seqlens is not None:
-        return cu_seqlens.diff().long()
-    if mask is not None:
-        return mask.sum(1)
-    return torch.full((call.batch,), call.length, device=device)

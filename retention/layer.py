@@ -14,7 +14,6 @@ from torch.nn import functional as F
 
 from . import backends
 from .arguments import (
-    ScoreNorm,
     check_contents,
     check_form,
     check_input,
@@ -23,10 +22,12 @@ from .arguments import (
     described,
     weight_of,
 )
+from .call import FORMS
 from .decay import HeadDecay
 from .errors import ShapeError
-from .functional import initial_state, retain, scores, stepped, token_times
+from .functional import initial_state, retain, scores, stepped
 from .norm import HeadNorm
+from .normalisers import ScoreNorm
 from .options import (
     check_choice,
     check_device,
@@ -42,6 +43,7 @@ from .options import (
 )
 from .rotary import frequencies, pair_decays, rotation, rotation_table, turned
 from .state import RetentionState, state_dtype
+from .times import token_times
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -133,7 +135,7 @@ class MultiScaleRetention(HasBackend):
         check_choice("norm", norm, (*NORMS, None))
         check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
         check_choice("score_norm", score_norm, (False, True, "absolute"))
-        check_choice("form", form, (*backends.FORMS, "auto"))
+        check_choice("form", form, (*FORMS, "auto"))
         check_flags(learnable_decay=learnable_decay, interleaved=interleaved, bias=bias)
         check_flags(causal=causal, decay_norm=decay_norm)
         check_rates(dropout=dropout)
@@ -477,7 +479,7 @@ def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> 
     """
     check_is("model", model, nn.Module, "an nn.Module")
     backends.check_name(backend)
-    check_choice("form", form, (*backends.FORMS, "auto"))
+    check_choice("form", form, (*FORMS, "auto"))
     for module in model.modules():
         if isinstance(module, HasBackend):
             module.backend, module.form = backend, form

@@ -104,8 +104,8 @@ def build(family):
     return getattr(transformers, name + head)(config(**SIZES | (FAMILIES | MORE)[family])).eval()
 
 
-def readme_names():
-    """The families as the README calls them, in the order of the tables."""
+def documented_names():
+    """The families as the documents call them, in the order of the tables."""
     families = (family.partition("-")[0] for family in (*FAMILIES, *MORE, *ENCODERS))
     return list(dict.fromkeys(NAMES.get(family, family) for family in families))
 

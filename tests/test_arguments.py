@@ -64,6 +64,7 @@ LOG_DECAY += [torch.ones(4), torch.full((4,), math.nan), torch.full((4,), -math.
 
 def retain_door():
     call = {"scale": SCALE, "causal": FLAG, "decay_norm": FLAG, "return_state": FLAG, "chunk_size": MAYBE_WHOLE}
+    call |= {"out_dtype": [*DTYPE, torch.float16, torch.float64, torch.ones(2)]}
     call |= {"score_norm": [1, 0, None, "sum", "", [True], torch.ones(2), np.ones(2)], "form": [*NAME, None]}
     call |= {
         "out_dtype": [*DTYPE, torch.float64, "float32"],
@@ -147,7 +148,9 @@ def core_doors():
     packed = {name: x[:1] if name != "log_decay" else x for name, x in qkv().items()}
     square = {name: x[:1].expand(T, -1, -1, -1) if name != "log_decay" else x for name, x in qkv().items()}
     of_retain = retain_door()
-    of_step = {name: of_retain[name] for name in ("scale", "decay_norm", "score_norm", "backend", "log_decay")}
+    of_step = {
+        name: of_retain[name] for name in ("scale", "decay_norm", "score_norm", "out_dtype", "backend", "log_decay")
+    }
     of_scores = {name: x for name, x in of_retain.items() if name in inspect.signature(scores).parameters}
     doors = {
         "retain": Door(retention.retain, qkv, of_retain),

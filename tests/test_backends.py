@@ -103,8 +103,8 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
         EntryPoint("eager", "test_backends:refusing", "retention.backends"),
         EntryPoint("good", "test_backends:refusing", "retention.backends"),
     ]
-    monkeypatch.setattr(backends, "entry_points", lambda group: found)
-    monkeypatch.setattr(backends, "_plugins_loaded", False)
+    monkeypatch.setattr("retention.backends.registry.entry_points", lambda group: found)
+    monkeypatch.setattr("retention.backends.registry._plugins_loaded", False)
     with pytest.warns(UserWarning, match="test_backends:refusing is not used: there is a backend 'eager' already"):
         assert backends.names() == ("chunked", "eager", "xformers", "broken", "incomplete", "a_class", "good")
     assert "AttributeError" in backends.why_not(Call(**CALL), "incomplete")[0]

@@ -1,13 +1,20 @@
 """`python -m retention` and what the command needs."""
 
+import errno
 import os
+import re
 import subprocess
 import sys
 
+import pytest
 import torch
+import typer
+from typer.testing import CliRunner
 
 import retention
+from retention import cli
 from retention.__main__ import report
+from retention.errors import NotSavedError
 
 
 def test_report_names_versions_devices_and_every_backend():
@@ -54,3 +61,56 @@ def test_an_error_that_nobody_foresaw_is_one_line_unless_its_traceback_is_asked_
         assert result.returncode == 1
         assert ("Traceback" in result.stderr) == shown
         assert ("error: KeyError: 'key'\nRETENTION_TRACEBACK=1 shows" in result.stderr) != shown
+
+
+def test_version():
+    result = CliRunner().invoke(cli.app, ["--version"])
+    assert (result.exit_code, result.output) == (0, f"{retention.__version__}\n")
+
+
+def test_the_shell_completes_commands_and_options():
+    def completed(line):
+        environment = {"_RETENTION_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        return CliRunner().invoke(cli.app, [], prog_name="retention", env=environment).output.split()
+
+    assert completed("retention tr") == ["train"]
+    assert "--resume" in completed("retention train --res")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("no"), 2),
+        (FileNotFoundError(errno.ENOENT, "no"), 2),
+        (OSError("no such repository"), 2),
+        (retention.BackendError("no"), 2),
+        (OSError(errno.ENOSPC, "full"), 1),
+        (OSError(errno.EIO, "broken"), 1),
+        (NotSavedError("full"), 1),
+        (FloatingPointError("diverged"), 1),
+        (KeyError("unforeseen"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+    ids=repr,
+)
+def test_exit_codes(error, code, monkeypatch):
+    app = typer.Typer()
+    app.callback()(lambda: None)
+
+    @app.command()
+    def fail():
+        with cli._told():
+            raise error
+
+    monkeypatch.setattr(cli, "app", lambda: app(["fail"]))
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
+
+
+def test_wrong_usage_is_2_and_the_help_says_all_codes():
+    assert CliRunner().invoke(cli.app, ["train", "--steps", "many"]).exit_code == 2
+    assert CliRunner().invoke(cli.app, ["trian"]).exit_code == 2
+    text = " ".join(CliRunner().invoke(cli.app, ["--help"]).output.split())
+    for code in (0, 1, 2, 130, 143, 129):
+        assert re.search(rf"\b{code}\b", text)

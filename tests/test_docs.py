@@ -15,7 +15,7 @@ from benchmarks.__main__ import app as benchmarks_app
 from retention.cli import app as retention_app
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs/pages").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^|/)(?:retention|python -m benchmarks|-m retention\.cli) (.*)")
 
@@ -228,7 +228,7 @@ def test_the_tables_of_backends_are_complete(document, heading):
 def test_the_table_of_replacement_options_is_complete():
     from retention.integrations.swap import HostedRetention
 
-    table = section(ROOT / "docs/pages/replace-attention.md", "What is put there")
+    table = section(ROOT / "docs/pages/replace-attention.md", "The new layers")
     named = {name for row in first_column(table) for name in row}
     options = set(inspect.signature(HostedRetention).parameters)
     assert named == options - {"heads", "device", "dtype"}

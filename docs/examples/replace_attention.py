@@ -3,9 +3,10 @@
     python docs/examples/replace_attention.py --out runs/maps
     python docs/examples/replace_attention.py --model my_model/ --text my_text.txt --layer 3
 
-Without --model, a small Llama is trained first, on the source of Python's standard library, byte by byte, so that the
-script needs no download. It draws maps.png: for each head of a layer, how much each token (row) takes from the tokens
-up to it (columns), by attention, by retention as it was put in, and by retention after training.
+Without --model, a small Llama is trained first, on the source of Python's standard library, byte by byte. The script
+then needs no download and takes about two minutes on a CPU. It draws maps.png: for each head of a layer, how much each
+token (row) takes from the tokens up to it (columns), by attention, by retention as it was put in, and by retention
+after training.
 """
 
 from __future__ import annotations
@@ -137,10 +138,12 @@ def draw(maps: dict[str, torch.Tensor], file: Path) -> None:
     figure = Figure(figsize=(2.2 * heads + 1, 2.3 * len(maps) + 0.6), layout="constrained")
     grid = figure.subplots(len(maps), heads, squeeze=False)
     for row, (name, found) in zip(grid, maps.items(), strict=True):
-        for head, axes in enumerate(row):
-            image = axes.imshow(found[head].clamp(min=0).sqrt().numpy(), cmap="viridis", vmin=0, vmax=1)
-            axes.set(xticks=[], yticks=[], title=f"head {head + 1}" if row is grid[0] else "")
+        for axes, weights in zip(row, found, strict=False):
+            image = axes.imshow(weights.clamp(min=0).sqrt().numpy(), cmap="viridis", vmin=0, vmax=1)
+            axes.set(xticks=[], yticks=[])
         row[0].set_ylabel(name)
+    for head, axes in enumerate(grid[0], start=1):
+        axes.set_title(f"head {head}")
     scale = figure.colorbar(image, ax=grid, shrink=0.6, label="weight", ticks=[0, 0.1**0.5, 0.5**0.5, 1])
     scale.ax.set_yticklabels(["0", "0.1", "0.5", "1"])
     figure.suptitle("What a token (row) takes from the tokens up to it (columns)")

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .facts import Tensors, constants, described, listed, same
+from ..files import listed
+from .facts import Tensors, constants, described, same
 from .format import Format, flat
 
 __all__ = [
@@ -25,8 +26,8 @@ __all__ = [
     "described",
     "detect",
     "flat",
-    "listed",
     "same",
+    "tied",
 ]
 
 
@@ -51,7 +52,7 @@ def _gated(tensors: Tensors) -> Tensors:
     return _todays(tensors)
 
 
-def _tied(tensors: Tensors) -> Tensors:
+def tied(tensors: Tensors) -> Tensors:
     """With the head that shares the embedding's weight, and for that reason is not in the file."""
     embedding = tensors.get("model.embed_tokens.weight")
     return dict(tensors) if embedding is None else {"lm_head.weight": embedding, **tensors}
@@ -71,6 +72,8 @@ def _one_matrix_for_all_heads(tensors: Tensors) -> Tensors:
     count = {key.removesuffix("W_Q"): len(x) for key, x in whole.items() if key.endswith("W_Q")}
     for key, x in whole.items():
         if re.fullmatch(r"retentions\.\d+\.W_.", key):
+            if x.dim() not in (2, 3):
+                raise ValueError(f"{key} must have two dimensions, or three with the heads; got {tuple(x.shape)}")
             whole[key] = x.mT.flatten(0, -2).contiguous()
         elif ".group_norm." in key and len(x) % (n := count.get(key.partition("group_norm.")[0], 1)) == 0:
             whole[key] = x.view(n, -1)
@@ -138,7 +141,7 @@ SYNCDOTH = Format(
     options=TORCHSCALE.options
     | {"use_lm_decay": ("retention.decay",)}
     | dict.fromkeys(("tie_word_embeddings", "use_ffn_rms_norm", "disable_fused_ops", "forward_impl"), ()),
-    prepare=lambda tensors: _tied(_todays(tensors)),
+    prepare=lambda tensors: tied(_todays(tensors)),
 )
 
 YET_ANOTHER_RETNET = Format(
@@ -247,7 +250,6 @@ RETENTION = Format(
         ("backbone.*", "backbone.*"),
         ("lm_head.*", "lm_head.*"),
     ),
-    prepare=_tied,
 )
 
 FORMATS = {

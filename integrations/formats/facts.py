@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,11 +11,14 @@ from torch import Tensor
 from retention.decay import SCHEDULES
 from retention.rotary import frequencies, pair_decays
 
+from ..files import listed
+
 Tensors = dict[str, Tensor]
 
 
 def described(tensors: Tensors) -> dict[str, Any]:
     """The options that names and shapes tell. Raises: ValueError if these are not the tensors of a RetNet."""
+    _check_dimensions(tensors)
     norm, v_proj = _shapes(tensors, r"retention_norm\.weight"), _shapes(tensors, r"retention\.v_proj\.weight")
     if not (norm and v_proj and _shapes(tensors, r"ffn\..*fc1\.weight")):
         raise ValueError(f"these tensors have no norm, retention or feed-forward that is known; got {listed(tensors)}")
@@ -26,7 +28,7 @@ def described(tensors: Tensors) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "vocab_size": 0 if embedding is None else len(embedding),
         "dim": norm[0][0],
-        "num_layers": max(_blocks(tensors)) + 1,
+        "num_layers": _count(_blocks(tensors), "backbone.blocks"),
         "norm": "layer" if _shapes(tensors, r"retention_norm\.bias") else "rms",
         "norm_before": True,
         "final_norm": "backbone.norm.weight" in tensors,
@@ -34,14 +36,14 @@ def described(tensors: Tensors) -> dict[str, Any]:
         "retention.value_dim": v_proj[0][0],
         "retention.bias": bool(_shapes(tensors, r"retention\.q_proj\.bias")),
         "retention.norm_affine": "channel" if per_channel else "shared" if affine else False,
-        "tie_word_embeddings": embedding is not None and head is not None and torch.equal(embedding, head),
+        "tie_word_embeddings": embedding is not None and head is not None and _equal(embedding, head),
         "lm_head_bias": "lm_head.bias" in tensors,
     }
     return facts | _feed_forward(tensors) | ({"num_heads": affine[0][0]} if per_channel else {})
 
 
 def _feed_forward(tensors: Tensors) -> dict[str, Any]:
-    routers = {int(key.split(".")[2]): len(x) for key, x in tensors.items() if ".router." in key}
+    routers = _routers(tensors)
     norm = [_shapes(tensors, rf"ffn\.(experts\.\d+\.)?norm\.{part}") for part in ("weight", "bias")]
     facts: dict[str, Any] = {
         "ffn_dim": _shapes(tensors, r"ffn\..*fc1\.weight")[0][0],
@@ -62,7 +64,9 @@ def positions(tensors: Tensors, facts: dict[str, Any], usual: str) -> dict[str, 
     """
     heads, decays = {facts["num_heads"]} if "num_heads" in facts else set(), set()
     for name, x in tensors.items():
-        kind = name.split(".")[1] if name.startswith("constant.") else None
+        kind = name.split(".")[1] if _is_constant(name) else None
+        if kind is not None and x.numel() > facts["dim"]:
+            raise ValueError(f"{kind} must have at most dim {facts['dim']} values; these weights have {x.numel():,}")
         if kind in ("log_decays", "gammas"):
             heads.add(x.numel())
             decays.add(_decay(x.flatten(), usual, gammas=kind == "gammas"))
@@ -94,12 +98,6 @@ def same(x: Tensor, exact: Tensor) -> bool:
     )
 
 
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """The names with commas, the first of many."""
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _rotation(kind: str, key_dim: int) -> Tensor:
     if kind == "angles":  # of each channel
         return torch.tensor(frequencies("paper", key_dim), dtype=torch.float64).repeat_interleave(2)
@@ -113,6 +111,47 @@ def _decay(x: Tensor, usual: str, *, gammas: bool) -> str | tuple[float, ...]:
         if same(x, exact.exp() if gammas else exact):
             return name
     return tuple((x.double().log() if gammas else x.double()).tolist())
+
+
+def _check_dimensions(tensors: Tensors) -> None:
+    wrong = [f"{name} {tuple(x.shape)}" for name, x in tensors.items() if not _is_constant(name) and x.dim() > 2]
+    if wrong:
+        raise ValueError(f"weights must have one or two dimensions; got {listed(wrong)}")
+
+
+def _is_constant(name: str) -> bool:
+    return name.startswith("constant.")
+
+
+def _equal(x: Tensor, y: Tensor) -> bool:
+    return x.dtype == y.dtype and torch.equal(x, y)
+
+
+def _count(numbers: set[int], what: str) -> int:
+    """How many there are, if they are numbered from 0 without a gap."""
+    if absent := set(range(len(numbers))) - numbers:
+        raise ValueError(f"missing tensors: there is a {what}.{max(numbers)} but no {what}.{min(absent)}")
+    return len(numbers)
+
+
+def _routers(tensors: Tensors) -> dict[int, int]:
+    """How many experts there are in each block that has some. Raises: ValueError if weights and routers disagree."""
+    rows = {
+        int(found[1]): len(x)
+        for name, x in tensors.items()
+        if (found := re.fullmatch(r"backbone\.blocks\.(\d+)\.ffn\.router\.weight", name))
+    }
+    experts: dict[int, set[int]] = {}
+    for name in tensors:
+        if found := re.match(r"backbone\.blocks\.(\d+)\.ffn\.experts\.(\d+)\.", name):
+            experts.setdefault(int(found[1]), set()).add(int(found[2]))
+    for block in rows.keys() | experts.keys():
+        if set(range(rows.get(block, 0))) != experts.get(block, set()):
+            raise ValueError(
+                f"a router must have one row for each expert; in block {block} it has {rows.get(block, 0)}, "
+                f"for {len(experts.get(block, ()))} experts"
+            )
+    return rows
 
 
 def _blocks(tensors: Tensors) -> set[int]:

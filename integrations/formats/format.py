@@ -12,6 +12,7 @@ from typing import Any
 from retention.layer import MultiScaleRetention
 from retention.model import RetNetBackbone
 
+from ..files import one_line
 from .facts import Tensors, described, positions
 
 Rules = tuple[tuple[str, str], ...]
@@ -72,7 +73,8 @@ class Format:
             for ours in self._meaning(name):
                 told[ours] = _in_our_words(ours, value)
                 if ours in facts and ours != "retention.decay" and facts[ours] != told[ours]:
-                    raise ValueError(f"{name} {value!r} contradicts the weights, which have {ours} {facts[ours]!r}")
+                    got = one_line(repr(value))
+                    raise ValueError(f"{name} {got} contradicts the weights, which have {ours} {facts[ours]!r}")
         merged = {**self.defaults, **told, **facts}
         self._check_complete(merged)
         layer = {name[10:]: value for name, value in merged.items() if name.startswith("retention.")}
@@ -101,7 +103,7 @@ def flat(options: dict[str, Any]) -> dict[str, Any]:
     """The options with those of the layer beside them, under the prefix `retention.`."""
     layer = options.get("retention") or {}
     if not isinstance(layer, dict):
-        raise ValueError(f"retention must hold options of the layer, by name; got retention {layer!r}")
+        raise ValueError(f"retention must hold options of the layer, by name; got retention {one_line(repr(layer))}")
     return {k: v for k, v in options.items() if k != "retention"} | {f"retention.{k}": v for k, v in layer.items()}
 
 

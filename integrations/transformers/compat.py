@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
 )
+from transformers.integrations import get_available_reporting_integrations
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
     AttentionMaskInterface,
@@ -35,7 +36,7 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ProgressCallback, TrainerState
+from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerState
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
@@ -54,6 +55,7 @@ __all__ = [
     "BaseModelOutputWithPast",
     "CacheLayerMixin",
     "CausalLMOutputWithPast",
+    "ExportableState",
     "GenericForSequenceClassification",
     "GenericForTokenClassification",
     "GradientCheckpointingLayer",
@@ -68,6 +70,7 @@ __all__ = [
     "can_return_tuple",
     "check_keywords",
     "create_recurrent_attention_mask",
+    "get_available_reporting_integrations",
     "logging",
     "sdpa_mask",
     "swap_cache",

@@ -9,7 +9,8 @@ and the layers may be replaced in parts, one after another.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,13 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
 
 from retention.options import check_eps, check_factor, check_is, check_whole, shown
 
 from ..swap import Swapped, plan_replacement, replace_attention, restore_attention
-from .compat import ProgressCallback
-from .training.train import last_checkpoint
+from .training.progress import progress_bar
+from .training.resumable import ResumableTrainer
+from .training.saving import last_checkpoint, step_of
 
 TRANSFER, TUNING = "transfer", "tuning"  # the stages, and their folders
 
@@ -89,7 +91,9 @@ def replace_in_parts(
     found = []
     for number, part in enumerate(parts, start=1):
         there = {name for name, module in model.named_modules() if isinstance(module, Swapped)}
-        report = replace_attention(model, layers=part, calibrate_on=_first(train_data, 8), **options or {})
+        names = plan_replacement(model, layers=part, **options or {}).replaced
+        with _layers_shown(model, names, hidden=bool(arguments.get("disable_tqdm"))):
+            report = replace_attention(model, layers=part, calibrate_on=_first(train_data, 8), **options or {})
         new = [name for name in report.replaced if name not in there]
         folder = out / f"part-{number}"
         found.append(recover(model, train_data, valid_data, out=folder, teacher=teacher, taught=new, **arguments))
@@ -124,7 +128,7 @@ def recover(
     label_weight: of the labels' cross-entropy, beside the divergence from the teacher.
     arguments: for `transformers.TrainingArguments`.
     Raises: ValueError if nothing in the model is replaced, or taught is not. KeyboardInterrupt if a callback ended the
-        training before its end, such as the one that saves on Ctrl-C.
+        training before its end, such as the one that saves on Ctrl-C. FloatingPointError if a training diverges.
     """
     check_is("model", model, PreTrainedModel, "a model of transformers")
     check_is("out", out, str | Path, "a folder")
@@ -159,17 +163,17 @@ def recover(
             warmup_steps=min(20, steps // 10),
             weight_decay=0.0,
             max_grad_norm=1.0,
-            save_total_limit=1,
+            save_total_limit=2,
             **{"report_to": "none", "logging_steps": 10, "save_steps": max(steps // 4, 1), **arguments},
         )
 
-    options: Any = dict(train_dataset=train_data, eval_dataset=valid_data)
-    tuner = _Tuner(model, args(TUNING, tuning_steps, tuning_lr), callbacks, **options)
+    options: Any = dict(train_dataset=train_data, eval_dataset=valid_data, callbacks=callbacks)
+    tuner = _Tuner(model, args(TUNING, tuning_steps, tuning_lr), **options)
     tuner.label_weight, tuner.teacher = label_weight, cast(Any, teacher).to(tuner.args.device)
     as_teacher, replaced = _loss(tuner, tuner.teacher), _loss(tuner, model)
 
     transfer = AttentionTransfer(tuner.teacher, layers)
-    stage = _Stage(transfer, args(TRANSFER, transfer_steps, transfer_lr), callbacks, **options)
+    stage = _Stage(transfer, args(TRANSFER, transfer_steps, transfer_lr), **options)
     try:
         stage.run()
     finally:
@@ -218,24 +222,18 @@ class AttentionTransfer(nn.Module):
         return {"loss": torch.stack(errors).mean()}
 
 
-class _Stage(Trainer):
+class _Stage(ResumableTrainer):
     """The first stage, whose model computes the loss."""
 
     slowness = 0.1  # of all that was there before the replacement
 
-    def __init__(self, model: Any, args: TrainingArguments, callbacks: Sequence[TrainerCallback], **options: Any):
-        super().__init__(model, args, **options)
-        if any(isinstance(callback, ProgressCallback) for callback in callbacks):
-            self.remove_callback(ProgressCallback)  # one bar is enough
-        for callback in callbacks:
-            self.add_callback(callback)
-
     def run(self) -> None:
         """Train, or go on from where an earlier run ended."""
         last = last_checkpoint(Path(str(self.args.output_dir)))
-        if last and int(last.name.split("-")[1]) >= self.args.max_steps:
+        if last and step_of(last) >= self.args.max_steps:
             self._load_from_checkpoint(str(last))
         elif self.args.max_steps > 0:
+            set_seed(self.args.seed)  # so that it does not matter whether the stage before was trained or loaded
             self.train(resume_from_checkpoint=str(last) if last else None)
             if self.state.global_step < self.args.max_steps:
                 raise KeyboardInterrupt
@@ -273,6 +271,22 @@ class _Tuner(_Stage):
         labels = inputs.pop("labels")
         with torch.no_grad():
             return _cross_entropy(model(**inputs, use_cache=False).logits, labels), None, None
+
+
+@contextmanager
+def _layers_shown(model: PreTrainedModel, names: Sequence[str], *, hidden: bool) -> Iterator[None]:
+    """The calibration on a bar, which these layers move when they run."""
+    with progress_bar("calibrating", total=len(names), unit="layer", disable=hidden) as bar:
+
+        def move(*_: Any) -> None:
+            bar.update()
+
+        hooks = [model.get_submodule(name).register_forward_hook(move) for name in names]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 def _first(data: Any, count: int) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,9 +13,13 @@ import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from ..files import listed, one_line, read_json, refused
 from ..swap import replace_attention
+from ..swap.retention import HostedRetention
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
 
+_MOST = 10_000  # layers in a model, and retentions in a layer
+_OPTIONS = inspect.signature(HostedRetention).parameters.keys() - {"heads", "device", "dtype"}
 _CHILD = ".retention."  # in the names of what replaced layers have beside their host's
 
 
@@ -48,16 +54,17 @@ class RetentionInAttentionConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Raises: ValueError if config_dict is not what `MarkedConfig` writes."""
-        try:
-            kind, host, layers = (
-                config_dict[name] for name in ("attention_model_type", "attention_config", "retention_layers")
-            )
-        except KeyError as error:
-            raise ValueError(f"the config of a model with replaced layers must have {error}") from None
+        kind = _of_type(config_dict, "attention_model_type", str)
+        host = _of_type(config_dict, "attention_config", dict)
+        layers = _of_type(config_dict, "retention_layers", dict)
+        for name in layers:
+            _check_layer(name, _of_type(layers, name, dict))
         kept = {name: config_dict[name] for name in ("architectures", "dtype") if name in config_dict}
         host_class = _config_class(kind)
-        found = host_class.from_dict({**kept, **host}, **kwargs)
+        with refused(f"attention_config has an option that no {kind} has"):
+            found = host_class.from_dict({**kept, **host}, **kwargs)
         config = found[0] if isinstance(found, tuple) else found
+        _check_at_most("num_hidden_layers", getattr(config.get_text_config(), "num_hidden_layers", None))
         setattr(config, MARK, layers)
         config.__class__ = marked_class(host_class)
         register_auto_classes(host_class)
@@ -71,6 +78,8 @@ def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
     Raises: ValueError if the model in `folder` has no replaced layers, if its class is none of transformers, or if
         tensors of the replaced layers are missing or left over.
     """
+    if os.path.lexists(file := Path(folder, "config.json")):
+        read_json(file)
     config: Any = AutoConfig.from_pretrained(folder)
     if not marked_layers(config):
         raise ValueError(
@@ -105,6 +114,26 @@ def register_auto_classes(host_class: Any) -> None:
             mapping.register(marked, rebuilt)
 
 
+def _of_type(options: dict[str, Any], name: str, kind: type) -> Any:
+    value = options.get(name)
+    if not isinstance(value, kind):
+        got = one_line(repr(value)) if name in options else "nothing"
+        raise ValueError(f"the config of a model with replaced layers must have {name!r}, a {kind.__name__}; got {got}")
+    return value
+
+
+def _check_layer(name: str, options: dict[str, Any]) -> None:
+    if unknown := sorted(options.keys() - _OPTIONS):
+        raise ValueError(f"{name} has options that no replaced layer has: {listed(unknown)}; correct or remove them")
+    _check_at_most(f"scales of {name}", options.get("scales"))
+
+
+def _check_at_most(name: str, count: Any) -> None:
+    """A file of a few bytes must not ask for a model that takes hours to build."""
+    if isinstance(count, int) and count > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST:,}; got {count}")
+
+
 def _config_class(model_type: str) -> Any:
     if model_type not in CONFIG_MAPPING:
         raise ValueError(f"attention_model_type must be one that the installed transformers has; got {model_type!r}")
@@ -123,7 +152,8 @@ def _replace_again(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) ->
         alike.setdefault(repr(sorted(options.items())), []).append(name)
     for names in alike.values():
         chosen = {i for i, name in there.items() if name in names}
-        replace_attention(model, where=_one_of(chosen), allow_lost=True, **layers[names[0]])
+        with refused(f"the config has options for {names[0]} that cannot be"):
+            replace_attention(model, where=_one_of(chosen), allow_lost=True, **layers[names[0]])
 
 
 def _one_of(chosen: set[int]) -> Callable[[str, nn.Module], bool]:

@@ -31,6 +31,7 @@ from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
 from retention.options import check_choice, check_eps, check_factor, check_flags, check_is, check_whole, shown
 
+from ..files import listed, one_line, refused
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
 from .compat import (
     CACHE,
@@ -48,6 +49,18 @@ from .compat import (
 from .sharing import SaysHowToLoad
 
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
+_LAYER = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
+
+# What sizes in a file may be: a file of a few bytes must not ask for a model that takes hours to build.
+_MOST_MODULES, _WIDEST = 10_000, 2**24
+_SIZES = {
+    **dict.fromkeys(("num_layers", "num_heads"), (1, _MOST_MODULES)),
+    **dict.fromkeys(("moe_freq", "moe_expert_count"), (0, _MOST_MODULES)),
+    "vocab_size": (0, _WIDEST),
+    "num_labels": (0, 2**20),
+    **dict.fromkeys(("dim", "ffn_dim", "decoder_value_embed_dim", "recurrent_chunk_size"), (1, _WIDEST)),
+}
+_LAYER_SIZES = dict.fromkeys(("key_dim", "value_dim", "chunk_size"), (1, _WIDEST))
 
 
 @strict
@@ -163,6 +176,38 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         options |= {"num_layers": 1, "moe_freq": min(self.moe_freq, 2), "ffn_backend": "torch", "retention": given}
         RetNetBackbone(**options, device="meta")  # one block without experts, which takes no memory
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As of transformers. Raises: ValueError for an option of the wrong type, or a size that no model has."""
+        layer = config_dict.get("retention") or {}
+        if not isinstance(layer, dict):
+            raise ValueError(
+                f"retention must hold options of the layer, by name; got retention {one_line(repr(layer))}"
+            )
+        if unknown := sorted(layer.keys() - _LAYER):
+            raise ValueError(f"retention has options that no RetNet has: {listed(unknown)}; correct or remove them")
+        if fixed := [name for name in config_dict if _is_computed(cls, name)]:
+            raise ValueError(f"{listed(fixed)} follow from the other options and cannot be set; remove them")
+        _check_sizes({cls.attribute_map.get(name, name): x for name, x in config_dict.items()}, _SIZES)
+        _check_sizes(layer, _LAYER_SIZES)
+        with refused("the config makes no RetNet"):
+            return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def strictly_from(cls, options: dict[str, Any], source: object) -> RetNetConfig:
+        """The config of these options. source: where they stand, for errors.
+
+        Raises: ValueError as `from_dict`, and for options that are unknown or of another model, which that keeps.
+        """
+        kind = options.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(f"model_type must be {cls.model_type!r}; {source} is of a {one_line(repr(kind))}")
+        with refused(f"{source} has an option that cannot be"):
+            config: RetNetConfig = cls.from_dict(dict(options))
+        if unknown := sorted(config.to_dict().keys() - cls().to_dict().keys()):
+            raise ValueError(f"{source} has options that no RetNet has: {listed(unknown)}; correct or remove them")
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """All options, and the width under the name that other libraries look for."""
         return {**super().to_dict(), "hidden_size": self.dim}
@@ -185,6 +230,18 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """transformers' own check knows no types but its own."""
+
+
+def _is_computed(cls: type, name: str) -> bool:
+    found = getattr(cls, name, None)
+    return isinstance(found, property) and found.fset is None
+
+
+def _check_sizes(options: dict[str, Any], sizes: dict[str, tuple[int, int]]) -> None:
+    for name, (least, most) in sizes.items():
+        value = options.get(name)
+        if value is not None and not (type(value) is int and least <= value <= most):
+            raise ValueError(f"{name} must be an integer from {least} to {most:,}; got {name} {one_line(repr(value))}")
 
 
 @dataclass

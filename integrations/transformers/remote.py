@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING
+
+from ..files import one_line
+from .modeling import RetNetConfig
+from .replaced_config import MODEL_TYPE
 
 
 class Config:
@@ -12,8 +16,11 @@ class Config:
 
     @classmethod
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:
-        config_dict, kwargs = PreTrainedConfig.get_config_dict(folder, **kwargs)
-        return CONFIG_MAPPING[config_dict["model_type"]].from_dict(config_dict, **kwargs)
+        config_dict, kwargs = RetNetConfig.get_config_dict(folder, **kwargs)
+        kind, ours = config_dict.get("model_type"), (RetNetConfig.model_type, MODEL_TYPE)
+        if kind not in ours:
+            raise ValueError(f"model_type must be {' or '.join(ours)}, whose code this is; got {one_line(repr(kind))}")
+        return CONFIG_MAPPING[kind].from_dict(config_dict, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..files import read_json
+
 INSTALL = 'pip install "multiscale-retention[transformers]"'
 CODE = "retention_model.py"
 _CODE = f'''"""What trust_remote_code=True runs: the code of this model is in the library multiscale-retention."""
@@ -60,6 +62,12 @@ class SaysHowToLoad:
         (folder / CODE).write_text(_CODE)
         if not (folder / "README.md").exists():
             (folder / "README.md").write_text(self._card(folder.resolve().name))
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
+        """What transformers reads of config.json. Raises: as `read_json`."""
+        read_json(Path(json_file))
+        return super()._dict_from_json_file(json_file)  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:

@@ -7,16 +7,14 @@ paper's Section 2.2 are applied by the caller; half precision is computed in flo
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..decay import decay_factors, decay_matrix
+from ..call import Call
+from ..decay import decay_factors
+from ..scores import grid_decays, grid_scores, repeated_heads, scores
 from ..state import state_dtype
-
-if TYPE_CHECKING:
-    from . import Call
 
 SCORES_AT_ONCE = 2**22  # on a grid; larger leaves the cache
 
@@ -49,7 +47,7 @@ class Eager:
         if not call.dtype == log_decay.dtype == wide:
             q, k, v, log_decay = (x.to(wide) for x in (q, k, v, log_decay))
         q = q * call.scale
-        k, v = _repeated(k, call.heads), _repeated(v, call.heads)
+        k, v = repeated_heads(k, call.heads), repeated_heads(v, call.heads)
         if mask is not None:  # 0 * NaN is NaN: what stands in the padding must not count
             q, k, v = (x.masked_fill(~mask[:, None, :, None], 0) for x in (q, k, v))
         if call.grid is not None:
@@ -73,40 +71,6 @@ class Eager:
             outs.append(out)
             states += [] if after is None else [after]
         return torch.cat(outs, dim=2), torch.cat(states) if call.return_state else None
-
-
-def scores(
-    q: Tensor,
-    k: Tensor,
-    log_decay: Tensor,
-    *,
-    scale: float = 1.0,
-    causal: bool = True,
-    mask: Tensor | None = None,
-    grid: tuple[int, int] | None = None,
-) -> Tensor:
-    """R = scale (q k^T) * D, the retention scores (B, H, T, T) of Eq. 5, in float32 at least.
-
-    Shapes: q (B, H, T, K); k (B, Hkv, T, K); log_decay (H,); mask (B, T), True = real token; grid (rows, columns) with
-        rows * columns = T.
-    """
-    wide = state_dtype(q.dtype)
-    k = _repeated(k, q.shape[1])
-    if grid is not None:
-        return _grid_scores(q.to(wide) * scale, k.to(wide), *_grid_decays(log_decay.to(wide), grid))
-    log_decay = log_decay.to(wide)
-    products = (q.to(wide) * scale) @ k.to(wide).mT
-    if mask is None:
-        return products * decay_matrix(log_decay, q.shape[2], causal)
-    time = mask.cumsum(1).to(wide)  # padding does not advance it
-    distance = (time[:, :, None] - time[:, None, :]).abs()
-    seen = mask[:, None, :] & mask[:, :, None]
-    seen = seen.tril() if causal else seen
-    return torch.where(seen[:, None], products * (log_decay[:, None, None] * distance[:, None]).exp(), 0)
-
-
-def _repeated(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _parallel(
@@ -135,23 +99,10 @@ def _parallel(
 
 def _on_grid(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, grid: tuple[int, int]) -> Tensor:
     """Some rows of queries at a time: the scores of all of them need not be there at once."""
-    rows, columns = _grid_decays(log_decay, grid)
+    rows, columns = grid_decays(log_decay, grid)
     at_once = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * grid[1] * q.shape[2]))
     blocks = zip(q.split(at_once * grid[1], dim=2), rows.split(at_once, dim=1), strict=True)
-    return torch.cat([_grid_scores(q_i, k, rows_i, columns) @ v for q_i, rows_i in blocks], dim=2)
-
-
-def _grid_scores(q: Tensor, k: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Scores of some rows of queries (B, H, n columns, K) with all keys: the decay of a pair is a product of two."""
-    size = columns.shape[1]
-    found = (q @ k.mT).unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, H, n, columns, rows, columns)
-    return (found * rows[:, :, None, :, None] * columns[:, None, :, None, :]).flatten(4).flatten(2, 3)
-
-
-def _grid_decays(log_decay: Tensor, grid: tuple[int, int]) -> tuple[Tensor, ...]:
-    """gamma^distance between rows, (H, rows, rows), and between columns."""
-    indices = (torch.arange(n, device=log_decay.device) for n in grid)
-    return tuple((log_decay[:, None, None] * (x[:, None] - x).abs()).exp() for x in indices)
+    return torch.cat([grid_scores(q_i, k, rows_i, columns) @ v for q_i, rows_i in blocks], dim=2)
 
 
 def _recurrent(

@@ -284,6 +284,110 @@ def test_what_trainers_wrap_around_is_taken_off(wrap, tmp_path):
     assert torch.equal(load(tmp_path / "wrapped.pt")(tokens).logits, plain(tokens).logits)
 
 
+# Folders of ours.
+
+OURS = dict(vocab_size=50, dim=32, num_layers=2, num_heads=2)
+EXPERTS = dict(moe_freq=2, moe_expert_count=3)
+
+
+def own_folder(folder, model_class=RetNetForCausalLM, **options):
+    model = model_class(RetNetConfig(**OURS | options)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def change_config(folder, **options):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("options", [{}, EXPERTS, {"lm_head_bias": True}, {"norm": "layer", "num_labels": 5}], ids=str)
+def test_a_folder_of_ours_loads_as_from_pretrained_does(options, tied, tmp_path):
+    model, tokens = own_folder(tmp_path, tie_word_embeddings=tied, **options), torch.randint(50, (2, 9))
+    loaded = load(tmp_path)
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+
+
+def test_a_folder_of_ours_without_a_head_loads(tmp_path):
+    model, tokens = own_folder(tmp_path, RetNetModel), torch.randint(50, (2, 9))
+    assert torch.equal(load(tmp_path)(tokens).last_hidden_state, model(tokens).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("built", "told", "message"),
+    [
+        ({"tie_word_embeddings": False}, {"tie_word_embeddings": True}, "tie_word_embeddings True, .* have False"),
+        ({"tie_word_embeddings": True}, {"tie_word_embeddings": False}, "missing tensors: lm_head.weight"),
+        ({}, {"nrom_eps": 1e-3}, "has options that no RetNet has: nrom_eps; correct or remove them"),
+        ({}, {"retention": {"gama": 1}}, "has options that no RetNet has: gama"),
+        ({}, {"model_type": "llama"}, "model_type must be 'retention'; .* is of a 'llama'"),
+        ({}, {"num_layers": 3}, "num_layers 3, of which the weights have 2"),
+        ({}, {"vocab_size": 51}, r"embed_tokens.weight must be \(51, 32\), is \(50, 32\)"),
+        (EXPERTS, {"moe_expert_count": 4}, "moe_expert_count 4, of which the weights have 3"),
+        (EXPERTS, {"moe_freq": 0}, "unknown tensors: backbone.blocks.1.ffn.experts"),
+        ({}, {"retention": {"scale": "x"}}, "the config makes no model: scale must be"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_ours_is_held_to_its_config(built, told, message, tmp_path):
+    own_folder(tmp_path, **built)
+    change_config(tmp_path, **told)
+    with pytest.raises(ValueError, match=message.replace("backbone", "(model.)?backbone")):
+        load(tmp_path)
+
+
+# What stands beside the weights.
+
+BESIDE = ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "vocab.txt"]
+BESIDE += ["README.md", "LICENSE", "tokenizer.model", "added_tokens.json", "merges.txt", "special_tokens_map.json"]
+LEFT = ["optimizer.pt", "tf_model.h5", "pytorch_model.bin.index.json", ".gitattributes"]
+
+
+def folder_with_files(folder):
+    """A folder of syncdoth's, with what stands beside its weights."""
+    folder.mkdir()
+    saved(theirs("syncdoth", vocab=50, **SMALL)[0], folder / "model.safetensors")
+    (folder / "config.json").write_text('{"decoder_retention_heads": 2}')
+    for name in BESIDE + LEFT:
+        (folder / name).write_text(f"the {name}")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tools.jinja").write_text("tools")
+    (folder / "checkpoint-3").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize("name", [".", "model.safetensors"])
+def test_what_stands_beside_the_weights_comes_along(name, tmp_path):
+    source, out = folder_with_files(tmp_path / "theirs"), tmp_path / "ours"
+    assert command(source / name, out).exit_code == 0
+    assert all((out / name).read_text() == f"the {name}" for name in BESIDE)
+    assert (out / "additional_chat_templates/tools.jinja").read_text() == "tools"
+    written = {"config.json", "model.safetensors", "retention_model.py", "additional_chat_templates"}
+    assert {path.name for path in out.iterdir()} == {*BESIDE, *written}
+    assert json.loads((out / "config.json").read_text())["model_type"] == "retention"
+
+
+def test_a_file_on_its_own_brings_its_tokenizer_and_no_neighbours(tmp_path):
+    source, out = folder_with_files(tmp_path / "theirs"), tmp_path / "theirs/ours"
+    (source / "config.json").unlink()
+    assert command(source / "model.safetensors", out).exit_code == 0
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.txt", "merges.txt"}
+    assert "LICENSE" not in names
+    assert (out / "README.md").read_text().startswith("---\nlibrary_name: transformers")  # ours
+
+
+def test_what_cannot_be_copied_is_refused_before_anything_is_written(tmp_path):
+    source = folder_with_files(tmp_path / "theirs")
+    (source / "a.txt").symlink_to("absent")
+    result = command(source, tmp_path / "ours")
+    assert result.exit_code == 2
+    assert "a.txt stands beside the weights and cannot be copied" in result.output
+    assert not (tmp_path / "ours").exists()
+
+
 # The command, and what it refuses.
 
 

@@ -1,12 +1,12 @@
 """Attention classes of transformers that nobody has registered: recognised, or refused with the reason."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from hosts import ENCODERS, GROUPED, MORE, SIZES, build, padded, readme_names
-from test_readme import README
+from hosts import ENCODERS, GROUPED, MORE, SIZES, build, documented_names, padded
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -31,10 +31,10 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
-def test_the_readme_lists_the_families_that_are_tested():
-    listed = README.split("These are tested: ")[1].split(".")[0].replace("\n", " ")
-    *names, last = listed.replace(" and ", ", ").split(", ")
-    assert [*names, last] == readme_names()
+def test_the_page_on_replacement_lists_the_families_that_are_tested():
+    page = Path(__file__).parents[2] / "docs/pages/replace-attention.md"
+    listed = page.read_text().split("Tests run ")[1].split(". ")[0].replace("\n", " ")
+    assert listed.replace(" and ", ", ").split(", ") == documented_names()
 
 
 # --- decoders ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import signal
 
 import huggingface_hub
@@ -15,6 +16,7 @@ from retention.cli import app
 from retention.integrations.swap import Swapped
 from retention.integrations.transformers import load_swapped
 from retention.integrations.transformers.training import swapping
+from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.swapping import SwapSettings
 from retention.integrations.transformers.writing import stream
 
@@ -101,6 +103,104 @@ def test_ctrl_c_saves_and_resume_gives_what_an_uninterrupted_run_gives(host, tex
     whole, cut = (load_swapped(tmp_path / name).state_dict() for name in ("whole", "cut"))
     for name, weight in whole.items():
         assert torch.equal(weight, cut[name]), name
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_of_a_cluster_saves_too(name, host, text, tmp_path, monkeypatch):
+    class Heard(swapping.SaveOnInterrupt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                signal.raise_signal(getattr(signal, name))
+
+    monkeypatch.setattr(swapping, "SaveOnInterrupt", Heard)
+    result = run(host, text, "--out", tmp_path / "out", *QUIET)
+    assert result.exit_code == 128 + getattr(signal, name)
+    assert f"stopped and saved; continue with: retention swap --resume --out {tmp_path}/out" in result.output
+    assert (tmp_path / "out/part-1/transfer/checkpoint-3").is_dir()
+
+
+def test_a_signal_outside_of_the_steps_stops_at_once(host, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(swapping, "replace_in_parts", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    out = tmp_path / "out"
+    result = run(host, text, "--out", out, *QUIET)
+    assert result.exit_code == 143
+    assert f"stopped by SIGTERM; continue with: retention swap --resume --out {out}" in result.output
+    monkeypatch.setattr(swapping, "read_corpus", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = run(host, text, "--out", tmp_path / "other", *QUIET)
+    assert result.exit_code == 130
+    assert "stopped by SIGINT; nothing was begun" in result.output
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_stage_gives_the_same_whether_the_one_before_was_trained_or_loaded(text, tmp_path):
+    """With dropout, whose random numbers the first stage would use up."""
+    sizes = dict(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)
+    GPT2LMHeadModel(GPT2Config(**sizes, resid_pdrop=0.3)).save_pretrained(tmp_path / "host")
+    words = [tmp_path / "host", text, *QUIET, "--sample", "0"]
+    assert run(*words, "--out", tmp_path / "whole").exit_code == 0
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/part-1/tuning")
+    assert run("--resume", "--out", tmp_path / "cut").exit_code == 0
+    whole, cut = (load_swapped(tmp_path / name).state_dict() for name in ("whole", "cut"))
+    for name, weight in whole.items():
+        assert torch.equal(weight, cut[name]), name
+
+
+def test_a_damaged_checkpoint_of_a_stage_is_left_out_with_a_line(host, text, tmp_path):
+    out = tmp_path / "out"
+    words = [host, text, "--out", out, *QUIET, "--sample", "0", "--save-every", "2"]
+    assert run(*words).exit_code == 0
+    before = (out / "model.safetensors").read_bytes()
+    state = out / "part-1/transfer/checkpoint-8/trainer_state.json"
+    state.write_text(state.read_text()[:99])
+    result = run("--resume", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert f"{state.parent} is left out: its trainer_state.json is damaged" in result.output
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_host_whose_weights_changed_cannot_be_resumed(host, text, tmp_path):
+    out = tmp_path / "out"
+    assert run(host, text, "--out", out, *QUIET, "--sample", "0").exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(host)
+    model.transformer.h[1].mlp.c_fc.bias.data[3] += 1e-3
+    model.save_pretrained(host)
+    result = run("--resume", "--out", out)
+    assert result.exit_code == 2
+    told = "the weights of the model are not what they were when the run began; put them back, or begin a new run"
+    assert told in result.output
+
+
+def test_a_second_run_in_the_same_folder_is_refused(host, text, tmp_path):
+    with alone_in(tmp_path / "out"):
+        result = run(host, text, "--out", tmp_path / "out", *QUIET)
+    assert result.exit_code == 2
+    assert "another run writes to" in result.output
+
+
+def test_every_phase_shows_its_progress(host, text, tmp_path):
+    result = run(host, text, "--out", tmp_path / "out", *QUIET)
+    bars = ["Loading weights", "digest of the weights", "calibrating", "evaluating", "Writing model shards"]
+    assert [bar for bar in bars if not re.search(rf"{bar}: +0%\|.*<\?", result.stderr)] == []
+    assert result.stderr.startswith("loading the libraries\n")
+
+
+def test_a_training_that_diverges_says_so(host, text, tmp_path):
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--transfer-lr", "1e30")
+    assert result.exit_code == 1
+    assert "error: the training diverged at step " in result.output
+    assert "begin a new run with a lower learning rate (it was 1e+30)" in result.output
+
+
+def test_a_missing_model_is_called_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert f"no model in {tmp_path}/empty: it has no config.json" in run("empty").output
+    result = run("nowhere")
+    assert "error: model must be a folder or a name on the hub; 'nowhere' cannot be loaded" in result.output
+    assert "tokenizer" not in result.output
+    assert result.exit_code == 2
 
 
 def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):

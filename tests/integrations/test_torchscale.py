@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import json
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -10,7 +11,9 @@ import peers
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
+from retention import cli
 from retention.integrations import checkpoints
 from retention.integrations.torchscale import RetNetConfig, RetNetDecoder
 
@@ -259,8 +262,7 @@ def test_experts(options, tmp_path, monkeypatch):
     for a, b in zip(mine["l_aux"][1::2], extra["l_aux"][1::2], strict=True):
         assert peers.deviation(a, b) <= 1e-5
     torch.save(theirs.state_dict(), tmp_path / "moe.pt")
-    told = {name: value for name, value in vars(theirs.args).items() if not name.startswith("moe_") or "top1" in name}
-    converted = checkpoints.convert(tmp_path / "moe.pt", tmp_path / "ours", config=told)
+    converted = checkpoints.convert(tmp_path / "moe.pt", tmp_path / "ours", config=vars(theirs.args))
     out = converted(BATCH)
     assert peers.deviation(out.logits, wanted) <= 1e-5
     assert peers.deviation(out.aux_loss, torch.stack(extra["l_aux"][1::2]).mean()) <= 1e-5
@@ -268,6 +270,50 @@ def test_experts(options, tmp_path, monkeypatch):
     back, state = torch.load(tmp_path / "back.pt"), theirs.state_dict()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[key], state[key]) for key in state)
+
+
+@pytest.mark.parametrize(
+    ("told", "warned"),
+    [
+        ({}, "had moe_eval_capacity_token_fraction=0.25, moe_second_expert_policy='random', by default"),
+        (
+            {"moe_second_expert_policy": "all"},
+            "had moe_eval_capacity_token_fraction=0.25, moe_second_expert_policy='all',",
+        ),
+        ({"moe_eval_capacity_token_fraction": 1.0}, "moe_second_expert_policy='random',"),
+        ({"moe_eval_capacity_token_fraction": -1.0, "moe_second_expert_policy": "all"}, "token_fraction=-1.0"),
+        ({"moe_eval_capacity_token_fraction": "x"}, "token_fraction='x'"),
+        ({"moe_eval_capacity_token_fraction": 1.0, "moe_second_expert_policy": "all"}, None),
+        ({"moe_eval_capacity_token_fraction": 1.0, "moe_top1_expert": True}, None),
+    ],
+    ids=str,
+)
+def test_experts_that_leave_tokens_out_are_named_and_so_is_what_is_compared(told, warned, tmp_path):
+    options = dict(moe_freq=2, moe_expert_count=4)
+    torch.save(small(**options).state_dict(), tmp_path / "moe.pt")
+    (tmp_path / "told.json").write_text(json.dumps(told))
+    words = ["convert", str(tmp_path / "moe.pt"), str(tmp_path / "ours"), "--config", str(tmp_path / "told.json")]
+    result = CliRunner().invoke(cli.app, words)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.output.splitlines() if line.startswith("warning: ")]
+    kept = "moe_eval_capacity_token_fraction=1.0, moe_second_expert_policy='all'"
+    assert len(lines) == (warned is not None)
+    assert all(warned in line and f"in evaluation, with {kept}" in line for line in lines)
+    result = CliRunner().invoke(cli.app, ["convert", str(tmp_path / "ours"), str(tmp_path / "back.pt")])
+    assert kept in result.output
+
+
+def test_what_is_printed_is_the_torchscale_that_gives_the_same(tmp_path, monkeypatch):
+    options = checkpoints.RetNetConfig(
+        vocab_size=50, dim=32, num_layers=2, num_heads=2, moe_freq=2, moe_expert_count=4, subln=True,
+        retention=dict(value_dim=48, norm="rms", decay_norm=True, score_norm=True),
+    )  # fmt: skip
+    ours = peers.stirred(checkpoints.RetNetForCausalLM(options)).eval()
+    with group(tmp_path, monkeypatch):
+        theirs = peers.torchscale(**checkpoints.torchscale_options(ours))
+        theirs.load_state_dict(checkpoints.torchscale_tensors(ours))
+        wanted = peers.run(theirs, BATCH)[0]
+    assert peers.deviation(ours(BATCH).logits, wanted) <= 1e-5
 
 
 def test_it_needs_torch_alone():

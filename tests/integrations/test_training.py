@@ -21,8 +21,12 @@ from typer.testing import CliRunner
 from retention.cli import app
 from retention.integrations.transformers import RetNetForCausalLM
 from retention.integrations.transformers.training import progress
+from retention.integrations.transformers.training import settings as settings_module
 from retention.integrations.transformers.training import train as training
+from retention.integrations.transformers.training.codec import ByteCodec
 from retention.integrations.transformers.training.plot import draw, smooth
+from retention.integrations.transformers.training.progress import Stopped
+from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.settings import Settings, read_config
 from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
@@ -66,7 +70,10 @@ def losses_of(settings, out, monkeypatch, interrupt_at=None, **options):
     with monkeypatch.context() as patch:
         patch.setattr(training, "SaveOnInterrupt", Watched)
         patch.setattr(training, "_arguments", each_step)
-        run = training.train(settings, out, **options)
+        try:
+            run = training.train(settings, out, **options)
+        except Stopped:
+            return None, None, record.seen
     return run.model, run.loss, record.seen
 
 
@@ -100,6 +107,141 @@ def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(set
     assert same_loss == loss
 
 
+def history_of(checkpoint):
+    """What a run has logged, without times."""
+    entries = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return [{name: value for name, value in entry.items() if not name.startswith("eval_")} for entry in entries], [
+        (entry["step"], entry["eval_loss"]) for entry in entries if "eval_loss" in entry
+    ]
+
+
+def test_after_a_resume_the_losses_are_those_of_the_whole_run(settings, tmp_path, monkeypatch):
+    settings.steps = 24  # a loss is logged for every ten
+    training.train(settings, tmp_path / "whole")
+
+    class Interrupted(training.SaveOnInterrupt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 12:
+                signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "SaveOnInterrupt", Interrupted)
+        with pytest.raises(Stopped):
+            training.train(settings, tmp_path / "cut")
+    assert (tmp_path / "cut/checkpoint-13").is_dir()
+    training.train(settings, tmp_path / "cut", resume=True)
+    whole, cut = (history_of(tmp_path / name / "checkpoint-24") for name in ("whole", "cut"))
+    assert [entry["step"] for entry in whole[0] if "loss" in entry] == [10, 20]
+    assert cut == whole
+
+
+def test_a_damaged_checkpoint_is_left_out_with_a_line_and_the_last_whole_one_is_taken(settings, tmp_path, capsys):
+    out = tmp_path / "run"
+    loss = training.train(settings, out).loss
+    weights = (out / "model.safetensors").read_bytes()
+    (out / "checkpoint-abc").mkdir()
+    optimizer = out / "checkpoint-12/optimizer.pt"
+    for damage in (optimizer.unlink, lambda: optimizer.write_bytes(b"")):
+        damage()
+        capsys.readouterr()
+        assert training.train(settings, out, resume=True).loss == loss
+        told = capsys.readouterr().out
+        assert f"{out}/checkpoint-12 is left out: its optimizer.pt is" in told
+        assert f"{out}/checkpoint-abc is left out: a checkpoint is called checkpoint- and the number" in told
+        assert (out / "model.safetensors").read_bytes() == weights
+        assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-8", "checkpoint-12", "checkpoint-abc"}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(settings, tmp_path):
+    out = tmp_path / "run"
+    with alone_in(out), pytest.raises(ValueError, match="another run writes to .*; wait for its end, or name another"):
+        training.train(settings, out)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("place", ["run", "run/inside"])
+@pytest.mark.parametrize("words", [["train"], ["swap", "model"], ["train", "--resume"]])
+def test_out_on_a_file_says_so(words, place, tmp_path):
+    (tmp_path / "run").write_text("")
+    result = CliRunner().invoke(app, [*words, "--out", str(tmp_path / place)])
+    assert result.exit_code == 2
+    assert f"error: out must be a folder; {tmp_path}/run is a file; name another --out" in result.output
+
+
+def diverge_after(step, monkeypatch, value=math.nan):
+    """Let the weights break after a step, as an update that is too large does."""
+
+    class Broken(training.Plot):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == step:
+                with torch.no_grad():
+                    next(model.parameters()).fill_(value)
+
+    monkeypatch.setattr(training, "Plot", Broken)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("step", "told"), [(5, "at step 6: the loss is nan"), (6, "at step 6: "), (8, "at step 8: ")])
+def test_a_training_that_diverges_stops_before_that_is_saved(step, told, value, settings, tmp_path, monkeypatch):
+    # At 6 an evaluation comes, at 8 a checkpoint.
+    diverge_after(step, monkeypatch, value)
+    message = f"the training diverged {told}.*begin a new run with a lower learning rate .it was 0.004.*checkpoint-4 is"
+    with pytest.raises(FloatingPointError, match=message):
+        training.train(settings, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_a_decay_that_is_not_finite_any_more_is_a_divergence(settings, tmp_path, monkeypatch):
+    settings.config = {**SMALL, "retention": {"learnable_decay": True}}
+
+    class Broken(training.Plot):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if "decay" in name:
+                        weight.fill_(math.nan)
+
+    monkeypatch.setattr(training, "Plot", Broken)
+    with pytest.raises(FloatingPointError, match="the training diverged at step 2: .*decay.* is not finite"):
+        training.train(settings, tmp_path / "run")
+
+
+def test_a_divergence_is_a_failure_in_one_line(settings, text, tmp_path, monkeypatch):
+    diverge_after(2, monkeypatch)
+    words = ["train", str(text), "--preset", "test", "--out", str(tmp_path / "run"), *QUICK, "--steps", "9"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 1
+    assert "error: the training diverged at step 3: the loss is nan; begin a new run with" in result.output
+
+
+BAD_SETTINGS = [
+    ('{"speed": 1, "files": []}', "has settings that this version does not know: speed; install the newer version"),
+    ("", "training.json .*; begin a new run in another folder"),
+    ('{"steps"', "training.json must be JSON"),
+    ("[1]", "must hold the settings of a run; got list"),
+    ('{"steps": "12"}', "steps in .* must be int; got '12'"),
+    ('{"steps": true}', "steps in .* must be int; got True"),
+    ('{"files": "a.txt"}', r"files in .* must be list\[str\]; got 'a.txt'"),
+    ('{"files": [1]}', r"files in .* must be list\[str\]"),
+    ('{"warmup": 1.5}', r"warmup in .* must be int \| None"),
+    ('{"config": []}', r"config in .* must be dict"),
+]
+
+
+@pytest.mark.parametrize(("written", "message"), BAD_SETTINGS)
+def test_kept_settings_that_this_version_did_not_write_are_refused(written, message, tmp_path):
+    (tmp_path / Settings.FILE).write_text(written)
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path)])
+    assert result.exit_code == 2
+    assert re.search(f"error: .*{message}", result.output), result.output
+
+
+def test_kept_settings_are_read_as_they_were_written(tmp_path):
+    settings = Settings(files=["a"], config={"dim": 8}, lr=1, warmup=3, gradient_checkpointing=True)
+    settings.write(tmp_path)
+    assert Settings.read(tmp_path) == settings
+
+
 def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
     weights = (tmp_path / "run/model.safetensors").read_bytes()
@@ -126,11 +268,25 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_pat
     assert f"validation {loss:.4f} nats" in result.output
 
 
-def test_an_interrupted_command_says_how_to_go_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "train", lambda *_, **__: training.Run(None, None, None, None))
-    result = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "run")])
-    assert result.exit_code == 130
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_an_interrupted_command_says_how_to_go_on_and_by_its_code_what_stopped_it(
+    name, settings, tmp_path, monkeypatch
+):
+    number = getattr(signal, name)
+
+    class Heard(training.SaveOnInterrupt):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                signal.raise_signal(number)
+
+    monkeypatch.setattr(training, "SaveOnInterrupt", Heard)
+    before = signal.getsignal(number)
+    words = ["--preset", "test", "--steps", "12", "--batch", "2", "--context", "32", "--device", "cpu"]
+    result = CliRunner().invoke(app, ["train", settings.files[0], "--out", str(tmp_path / "run"), *words])
+    assert result.exit_code == 128 + number
     assert f"stopped and saved; continue with: retention train --resume --out {tmp_path}/run" in result.output
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-6"]
+    assert signal.getsignal(number) is before
 
 
 def test_training_learns(settings, tmp_path):
@@ -199,6 +355,7 @@ BAD = [
     (["train", "--config", "nowhere"], "no such config: nowhere"),
     (["train", "--config", "nowhere", "--preset", "tiny"], "preset and config must not both be given; got 'tiny' and"),
     (["train", "--tokenizer", "/nowhere"], "tokenizer must be a folder, a tokenizer.json or a name on the hub; '/now"),
+    (["train", "--report-to", "paper"], "report_to must be one of none, all.*; got report_to 'paper'"),
     (["train", "--resume"], "nothing to resume in runs/retnet: it has no training.json"),
     (["generate", "--model", "nowhere"], "no model in nowhere: it has no config.json"),
 ]
@@ -255,6 +412,25 @@ def test_the_learning_rate_and_its_warmup_and_decay(settings, tmp_path):
     assert training._arguments(settings, tmp_path).warmup_steps == 1  # a tenth of 12 steps
     settings.steps = 5000
     assert training._arguments(settings, tmp_path).warmup_steps == 100
+
+
+def test_the_experiment_tracker_is_the_users(settings, tmp_path, monkeypatch):
+    assert training._arguments(settings, tmp_path).report_to == []
+    monkeypatch.setattr(settings_module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    settings.report_to = "tensorboard"
+    settings.check()
+    assert training._arguments(settings, tmp_path).report_to == ["tensorboard"]
+
+
+def test_a_model_of_bytes_writes_from_an_empty_prompt(settings, tmp_path):
+    settings.steps = 1
+    training.train(settings, tmp_path / "run")
+    assert ByteCodec().prompt("") == [0]  # which ends a document, so that another begins
+    written = command("generate", "--model", tmp_path / "run", "--prompt", "", "--tokens", 5)
+    model = RetNetForCausalLM.from_pretrained(tmp_path / "run")
+    chance = torch.Generator().manual_seed(0)
+    new = [token.item() for token in stream(model, torch.tensor([[0]]), 5, temperature=0.8, generator=chance)]
+    assert written == "".join(ByteCodec().text([0], new)) + "\n"
 
 
 def test_the_validation_loss_is_the_cross_entropy_alone(settings, tmp_path):

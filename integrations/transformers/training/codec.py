@@ -33,7 +33,8 @@ class ByteCodec:
         return [list(text.encode()) for text in texts]
 
     def prompt(self, text: str) -> list[int]:
-        return list(text.encode())
+        """Its bytes; for no text, the beginning of a document."""
+        return list((text or END).encode())
 
     def text(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
         """What follows the prompt, as it comes; a character that is not whole yet waits."""

@@ -14,6 +14,8 @@ try:
 except ImportError as error:
     raise ImportError('the plot of the losses needs matplotlib; pip install "multiscale-retention[cli]"') from error
 
+from .saving import written_whole
+
 
 def draw(history: Sequence[dict[str, Any]], tokens_per_step: int, unit: str, file: Path) -> None:
     """Training and validation loss against what was seen, from the log of a transformers Trainer, as a PNG."""
@@ -28,7 +30,7 @@ def draw(history: Sequence[dict[str, Any]], tokens_per_step: int, unit: str, fil
     axes.set(xlabel=f"{unit} seen", ylabel=f"loss, nats per {unit.removesuffix('s')}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
 
 
 def draw_recovery(
@@ -56,7 +58,12 @@ def draw_recovery(
         axes.set(xlabel=f"{unit} seen", title=titles[stage], yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    figure.savefig(file, dpi=120)
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    with written_whole(file.parent, file.name) as folder:
+        figure.savefig(folder / file.name, dpi=120)
 
 
 def smooth(values: Sequence[float]) -> list[float]:

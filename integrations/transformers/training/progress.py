@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from ..compat import ProgressCallback
-from .corpus import Corpus
 from .plot import draw
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from .corpus import Corpus
 
 PLOT = "losses.png"
 
@@ -41,6 +46,13 @@ class Batch:
         return f"{' x '.join(factors)} x {self.context} {self.unit} = {self.tokens:,} {self.unit} a step"
 
 
+def progress_bar(what: str | None = None, **options: Any) -> tqdm:
+    """A bar with the time that is left, for all work that may take long. options: of tqdm."""
+    often = 0.1 if sys.stderr.isatty() else 20  # seconds; a log file wants few lines
+    leave = what is None  # the bar of a training stays
+    return tqdm(desc=what, leave=leave, dynamic_ncols=True, mininterval=often, **options)
+
+
 class Progress(ProgressCallback):
     """Loss and speed on the progress bar; a line for each evaluation."""
 
@@ -53,13 +65,7 @@ class Progress(ProgressCallback):
         if not state.is_world_process_zero:
             return
         self.current_step = state.global_step  # not 0 in a resumed run
-        self.training_bar = bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 20,  # seconds; a log file wants few lines
-        )
+        self.training_bar = bar = progress_bar(total=state.max_steps, initial=state.global_step, unit="step")
         bar.write(self.headline(args, model))
         self.last = time.perf_counter(), state.global_step
 
@@ -71,8 +77,15 @@ class Progress(ProgressCallback):
         """Of an evaluation, in words."""
         return self.corpus.report(loss)
 
-    def on_prediction_step(self, *_: Any, **__: Any) -> None:
-        """No second bar: an evaluation takes seconds."""
+    def on_prediction_step(
+        self, args: Any, state: Any, control: Any, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.prediction_bar is None and state.is_world_process_zero:
+            # Beside the bar of the training one for an evaluation of seconds would only be restless.
+            delay = 0 if self.training_bar is None else 1
+            self.prediction_bar = progress_bar("evaluating", total=len(eval_dataloader), unit="batch", delay=delay)
+        if self.prediction_bar is not None:
+            self.prediction_bar.update()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if self.training_bar is None:
@@ -99,32 +112,57 @@ class Plot(TrainerCallback):
             draw(state.log_history, self.batch.tokens, self.batch.unit, self.file)
 
 
-class SaveOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the current step, saves and stops; a second one stops at once.
+class Stopped(KeyboardInterrupt):
+    """A signal ended a run. number: of the signal. saved: whether all that was trained is in a checkpoint."""
 
-    Of several processes each hears it at a time of its own, and torchrun sends it once more: they stop together after
-    the step at whose end one has heard, and never at once.
+    def __init__(self, number: int, *, saved: bool):
+        super().__init__(signal.Signals(number).name)
+        self.number, self.saved = number, saved
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """Ctrl-C, SIGTERM or SIGHUP ends the current step, saves and stops; a second one stops at once, and so does the
+    first where nothing is trained. To be entered before the training; it raises `Stopped` at its end.
+
+    Of several processes each hears a signal at a time of its own, and torchrun sends it once more: they stop together
+    after the step at whose end one has heard, and never at once. A signal that is ignored, as by nohup, stays so.
     """
 
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = 0  # the signal
+        self.alone, self.training = True, False
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():  # no other may have handlers
+            heard = [number for number in self.SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self._ask) for number in heard}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.alone = args.world_size == 1
-        self.before = signal.signal(signal.SIGINT, self._ask)
+        self.alone, self.training = args.world_size == 1, True
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGINT, self.before)
+        self.training = False
+        if self.asked:
+            raise Stopped(self.asked, saved=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.alone:
-            asked = torch.tensor(int(self.asked), device=args.device)
+            asked = torch.tensor(self.asked, device=args.device)
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked.item())
+            self.asked = int(asked.item())
         if self.asked:
             control.should_save = control.should_training_stop = True
 
-    def _ask(self, *_: Any) -> None:
-        self.asked = True
-        if self.alone:
-            signal.signal(signal.SIGINT, self.before)
+    def _ask(self, number: int, _: Any) -> None:
+        at_once = (self.alone and bool(self.asked)) or not self.training
+        self.asked = number
+        if at_once:
+            raise Stopped(number, saved=False)

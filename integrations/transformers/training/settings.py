@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig
 
-from retention.layer import MultiScaleRetention
 from retention.model import PRESETS
 
+from ...files import read_json
+from ..compat import get_available_reporting_integrations
 from ..modeling import RetNetConfig
-from .codec import Codec, load_codec
+from .codec import ByteCodec, Codec, load_codec
+from .saving import write_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +27,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _CHANGED = {
     "vocabulary": "the tokenizer is not what it was when the run began; put it back, or begin a new run",
+    "weights": "the weights of the model are not what they were when the run began; put them back, or begin a new run "
+    "in another folder",
     "corpus": "the corpus is not what it was when the run began; put its files back, or begin a new run",
     "processes": "a resumed run keeps its number of processes, {begun}; got {found}; "
     "start it with torchrun --nproc_per_node {begun}",
@@ -40,15 +43,28 @@ class Kept:
 
     @classmethod
     def read(cls, out: Path) -> Self:
-        """Those of the run in `out`. Raises: ValueError if there is none."""
+        """Those of the run in `out`. Raises: ValueError if there are none, or not what `write` wrote."""
         file = out / cls.FILE
         if not file.is_file():
             raise ValueError(f"nothing to resume in {out}: it has no {cls.FILE}")
-        return cls(**json.loads(file.read_text()))
+        try:
+            options = read_json(file, "the settings of a run")
+        except ValueError as error:
+            raise ValueError(f"{error}; begin a new run in another folder") from error
+        hints = get_type_hints(cls)
+        unknown = sorted(options.keys() - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(
+                f"{file} has settings that this version does not know: {', '.join(unknown)}; "
+                "install the newer version of multiscale-retention that began the run, or begin a new one"
+            )
+        for name, value in options.items():
+            if not _is_a(value, hints[name]):
+                raise ValueError(f"{name} in {file} must be {cls.__annotations__[name]}; got {value!r}")
+        return cls(**options)
 
     def write(self, out: Path) -> None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / self.FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_text(out / self.FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def check_same(self, **found: Any) -> None:
         """Whether a run may go on. found: what it finds now. Raises: ValueError if it began with something else."""
@@ -90,6 +106,7 @@ class Settings(Kept):
     dtype: str = "float32"
     backend: str = "auto"
     form: str = "auto"
+    report_to: str = "none"  # an experiment tracker
     # Found out when the run begins, and the same when it is resumed.
     corpus: str = ""  # a SHA-256
     vocabulary: str = ""  # the tokenizer's SHA-256
@@ -111,6 +128,7 @@ class Settings(Kept):
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0; got weight_decay {self.weight_decay}")
         check_device(self.device)
+        check_report_to(self.report_to)
 
     def model_config(self, codec: Codec, least: int) -> RetNetConfig:
         """The model's options. least: how many tokens it must know.
@@ -128,6 +146,19 @@ class Settings(Kept):
         return config
 
 
+def _is_a(value: Any, kind: Any) -> bool:
+    """Whether a value read from JSON has the type that a field is annotated with."""
+    if kind is Any:
+        return True
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_a(item, *get_args(kind)) for item in value)
+    if get_origin(kind) is not None and get_origin(kind) is not dict:
+        return any(_is_a(value, one) for one in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else get_origin(kind) or kind)
+
+
 def check_dtype(dtype: str) -> None:
     """Raises: ValueError for a dtype that is unknown."""
     if dtype not in DTYPES:
@@ -143,13 +174,33 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} is not available here; use --device cpu")
 
 
+def check_report_to(tracker: str) -> None:
+    """Raises: ValueError for an experiment tracker that transformers does not know or that is not installed."""
+    known = ("none", "all", *get_available_reporting_integrations())
+    if tracker not in known:
+        raise ValueError(
+            f"report_to must be one of {', '.join(known)}, or another tracker of transformers once it is installed; "
+            f"got report_to {tracker!r}"
+        )
+
+
 def codec_of(folder: Path) -> Codec:
-    """How a model in a folder reads and writes text. Raises: ValueError if it was trained on tokens of unknown make."""
+    """How a model in a folder reads and writes text. Raises: ValueError if it knows tokens of unknown make."""
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_codec(str(folder))
-    if (folder / Settings.FILE).is_file() and Settings.read(folder).unit == "tokens":
+    unit = Settings.read(folder).unit if (folder / Settings.FILE).is_file() else ""
+    if unit == "tokens":
         raise ValueError(f"{folder} must hold the model's tokenizer, for it was trained on token ids; put it there")
+    if not unit and (size := _vocabulary(folder)) > ByteCodec.size:
+        raise ValueError(
+            f"{folder} must hold the model's tokenizer, for it knows {size} tokens, which are no bytes; put it there"
+        )
     return load_codec("")
+
+
+def _vocabulary(folder: Path) -> int:
+    read_json(folder / "config.json")
+    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -160,25 +211,9 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():
         raise ValueError(f"no such config: {file}")
-    try:
-        options = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} must be JSON; {error}") from error
-    if not isinstance(options, dict) or not options:
-        raise ValueError(f'{file} must hold options of a RetNet, such as {{"dim": 256, "num_layers": 6}}')
-    kind = options.get("model_type", RetNetConfig.model_type)
-    if kind != RetNetConfig.model_type:
-        raise ValueError(f"model_type must be {RetNetConfig.model_type!r}; {file} is of a {kind!r}")
-    try:
-        understood = RetNetConfig(**options).to_dict()
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} has an option that cannot be: {error}") from error
-    _check_names(file, understood.keys() - RetNetConfig().to_dict().keys())  # it keeps what it does not know
-    layer = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
-    _check_names(file, (understood["retention"] or {}).keys() - layer)
+    wanted = 'options of a RetNet, such as {"dim": 256, "num_layers": 6}'
+    options = read_json(file, wanted)
+    if not options:
+        raise ValueError(f"{file} must hold {wanted}")
+    RetNetConfig.strictly_from(options, file)
     return options
-
-
-def _check_names(file: Path, unknown: set[str]) -> None:
-    if unknown:
-        raise ValueError(f"{file} has options that no RetNet has: {', '.join(sorted(unknown))}; correct or remove them")

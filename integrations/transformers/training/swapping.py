@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,15 +16,16 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
 
 from ...swap import SwapReport, plan_replacement
-from ..compat import TRAINER_STATE_NAME, TrainerState
+from ..compat import TRAINER_STATE_NAME, TrainerState, logging
 from ..distill import TRANSFER, TUNING, Recovery, replace_in_parts
 from ..replaced_config import marked_layers
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
 from .plot import draw_recovery
-from .progress import PLOT, Batch, Progress, SaveOnInterrupt
-from .settings import Kept, check_device, check_dtype, codec_of
-from .train import device_arguments, last_checkpoint
+from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
+from .saving import alone_in, check_folder, checkpoints, written_whole
+from .settings import Kept, check_device, check_dtype, check_report_to, codec_of
+from .train import device_arguments
 
 RECOVERY = "recovery.json"  # the losses before, between and after
 
@@ -57,7 +61,9 @@ class SwapSettings(Kept):
     dtype: str = "float32"
     backend: str = "auto"
     form: str = "auto"
+    report_to: str = "none"  # an experiment tracker
     # Found out when the run begins, and the same when it is resumed.
+    weights: str = ""  # those of the model, a SHA-256
     corpus: str = ""  # a SHA-256
     vocabulary: str = ""  # the tokenizer's SHA-256
 
@@ -79,6 +85,7 @@ class SwapSettings(Kept):
             raise ValueError(f"context must be at least 2; got context {self.context}")
         check_dtype(self.dtype)
         check_device(self.device)
+        check_report_to(self.report_to)
 
 
 @dataclass
@@ -95,13 +102,20 @@ class Swap:
 def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
     """Run or continue a replacement; checkpoints, the model, its tokenizer and a plot of the losses go to `out`.
 
-    resume: go on from the last checkpoint in `out`, or from the beginning if there is none yet.
+    resume: go on from the last whole checkpoint in `out`, or from the beginning if there is none yet.
     Raises: ValueError, OSError, ImportError or BackendError for what cannot be, before anything is written to `out`.
-        KeyboardInterrupt when Ctrl-C has come and all is saved.
+        Stopped, a KeyboardInterrupt, when Ctrl-C or another signal ended the run. FloatingPointError if a training
+        diverges. NotSavedError if the disk is full.
     """
     settings.check()
-    codec = codec_of(Path(settings.model)) if Path(settings.model).is_dir() else load_codec(settings.model)
+    check_folder(out)
+    with SaveOnInterrupt() as stop, alone_in(out):
+        return _swap(settings, out, stop, resume)
+
+
+def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool) -> Swap:
     model = _host(settings)
+    codec = codec_of(Path(settings.model)) if Path(settings.model).is_dir() else load_codec(settings.model)
     plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
     layers = len(plan.replaced)
     if settings.parts > layers:
@@ -113,24 +127,58 @@ def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
             f"{settings.model} must know all {corpus.vocabulary} tokens of the corpus; it knows "
             f"{model.config.vocab_size}; put the tokenizer it was trained with into its folder"
         )
+    found: dict[str, Any] = {"vocabulary": codec.digest, "corpus": corpus.digest, "weights": _digest(model)}
     if resume:
-        settings.check_same(vocabulary=codec.digest, corpus=corpus.digest)
-    replace(settings, vocabulary=codec.digest, corpus=corpus.digest).write(out)
+        settings.check_same(**found)
+    replace(settings, **found).write(out)
 
     set_seed(settings.seed)
-    recovery = _recovered(model, settings, plan, corpus, out)
-    model.save_pretrained(out)
-    if codec.tokenizer is not None:
-        codec.tokenizer.save_pretrained(out)
-    (out / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
+    recovery = _recovered(model, settings, plan, corpus, out, stop)
+    with written_whole(out, "the model") as folder, _bars_of_transformers():
+        model.save_pretrained(folder)
+        if codec.tokenizer is not None:
+            codec.tokenizer.save_pretrained(folder)
+        (folder / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
     return Swap(model, codec, corpus, plan, recovery)
 
 
 def _host(settings: SwapSettings) -> Any:
-    config: Any = AutoConfig.from_pretrained(settings.model)
+    folder = Path(settings.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"no model in {folder}: it has no config.json")
+    try:
+        config: Any = AutoConfig.from_pretrained(settings.model)
+    except OSError as error:
+        raise ValueError(
+            f"model must be a folder or a name on the hub; {settings.model!r} cannot be loaded: {error}"
+        ) from error
     if marked_layers(config):
         raise ValueError(f"{settings.model} has retention already; name the model as it was before")
-    return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    with _bars_of_transformers():
+        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+
+
+@contextmanager
+def _bars_of_transformers() -> Iterator[None]:
+    """Its own bars, of a download, of loading and of saving, which `quiet` takes away."""
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    try:
+        yield
+    finally:
+        if not shown:
+            logging.disable_progress_bar()
+
+
+def _digest(model: Any) -> str:
+    """Of the weights, a SHA-256."""
+    whole, weights = hashlib.sha256(), model.state_dict()
+    with progress_bar("digest of the weights", total=len(weights), unit="tensor") as bar:
+        for name, weight in weights.items():
+            whole.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            whole.update(weight.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            bar.update()
+    return whole.hexdigest()
 
 
 def _context(settings: SwapSettings, model: Any) -> int:
@@ -144,7 +192,9 @@ def _context(settings: SwapSettings, model: Any) -> int:
     return settings.context
 
 
-def _recovered(model: Any, settings: SwapSettings, plan: SwapReport, corpus: Corpus, out: Path) -> Recovery:
+def _recovered(
+    model: Any, settings: SwapSettings, plan: SwapReport, corpus: Corpus, out: Path, stop: SaveOnInterrupt
+) -> Recovery:
     batch = Batch(settings.batch, 1, 1, corpus.train.context, corpus.unit)
     layers = range(len(plan.replaced)) if settings.layers is None else settings.layers
     found = replace_in_parts(
@@ -160,8 +210,9 @@ def _recovered(model: Any, settings: SwapSettings, plan: SwapReport, corpus: Cor
         transfer_lr=settings.transfer_lr,
         tuning_lr=settings.tuning_lr,
         label_weight=settings.label_weight,
-        callbacks=[SaveOnInterrupt(), StageProgress(batch, corpus), Picture(batch, out)],
+        callbacks=[StageProgress(batch, corpus), Picture(batch, out), stop],
         logging_nan_inf_filter=False,
+        report_to=settings.report_to,
         disable_tqdm=False,  # or a callback would print what the bar shows
         eval_strategy="steps",
         eval_steps=settings.eval_every,
@@ -203,5 +254,8 @@ def _stage(args: Any) -> str:
 
 
 def _history(stage: Path) -> list[dict[str, Any]]:
-    last = last_checkpoint(stage)
-    return TrainerState.load_from_json(str(last / TRAINER_STATE_NAME)).log_history if last else []
+    """Of the newest checkpoint that has one, whole or not: it is only drawn."""
+    for checkpoint in checkpoints(stage):
+        with suppress(OSError, ValueError, TypeError):
+            return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
+    return []

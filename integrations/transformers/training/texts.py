@@ -6,7 +6,10 @@ import sysconfig
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from tqdm.auto import tqdm
+
 from .codec import END
+from .progress import progress_bar
 
 _END = END.encode()
 
@@ -22,10 +25,16 @@ def read_texts(
     """
     paths = list(_documents(files)) if files else _standard_library()
     paths = [path for path in paths if skip is None or not path.resolve().is_relative_to(skip.resolve())]
-    texts = [text for text in (path.read_bytes() for path in paths) if _END not in text]
+    with progress_bar("reading", total=len(paths), unit="file") as bar:
+        texts = [text for text in (_read(path, bar) for path in paths) if _END not in text]
     if not texts:
         raise ValueError(f"the corpus must hold at least one text; got none in {', '.join(map(str, files))}")
     return split([text + _END for text in texts], validation_limit)
+
+
+def _read(path: Path, bar: tqdm) -> bytes:
+    bar.update()
+    return path.read_bytes()
 
 
 def split(documents: list[bytes], validation_limit: int) -> tuple[bytes, bytes]:

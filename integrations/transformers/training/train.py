@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import TrainingArguments, default_data_collator, set_seed
 
 from retention.layer import set_backend
 
-from ..compat import TRAINER_STATE_NAME, ProgressCallback, TrainerState, logging
+from ..compat import TRAINER_STATE_NAME, TrainerState, logging
 from ..modeling import RetNetForCausalLM
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
 from .progress import PLOT, Batch, Plot, Progress, SaveOnInterrupt
+from .resumable import ResumableTrainer
+from .saving import alone_in, check_folder, last_checkpoint, step_of, written_whole
 from .settings import Settings
 
 A_DAY = 24 * 60 * 60
@@ -24,12 +28,12 @@ A_DAY = 24 * 60 * 60
 
 @dataclass
 class Run:
-    """What a training gave. loss: in nats for each byte or token; None if Ctrl-C came before the end."""
+    """What a training gave. loss: in nats for each byte or token."""
 
     model: RetNetForCausalLM
     codec: Codec
     corpus: Corpus
-    loss: float | None
+    loss: float
 
 
 def quiet() -> None:
@@ -41,11 +45,19 @@ def quiet() -> None:
 def train(settings: Settings, out: Path, *, resume: bool = False) -> Run:
     """Run or continue a training; checkpoints, the model, its tokenizer and a plot of the losses go to `out`.
 
-    resume: go on from the last checkpoint in `out`, or from the beginning if there is none yet.
-    Raises: ValueError, ImportError or BackendError for what cannot be, before anything is written to `out`.
+    resume: go on from the last whole checkpoint in `out`, or from the beginning if there is none yet.
+    Raises: ValueError, ImportError or BackendError for what cannot be, before anything is written to `out`. Stopped, a
+        KeyboardInterrupt, when Ctrl-C or another signal ended the run. FloatingPointError if the training diverges.
+        NotSavedError if the disk is full.
     """
     settings.check()
+    check_folder(out)
     args = _arguments(settings, out)  # from here on the processes know of each other
+    with SaveOnInterrupt() as stop, alone_in(out) if args.process_index == 0 else nullcontext():
+        return _train(settings, args, out, stop, resume)
+
+
+def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnInterrupt, resume: bool) -> Run:
     codec = load_codec(settings.tokenizer)
     if resume:
         settings.check_same(processes=args.world_size, vocabulary=codec.digest)
@@ -54,34 +66,30 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> Run:
     if resume:
         settings.check_same(corpus=corpus.digest)
 
-    checkpoint = last_checkpoint(out) if resume else None
-    finished = checkpoint if checkpoint and _step(checkpoint) >= settings.steps else None
+    checkpoint = _agreed(args, out) if resume else None
+    finished = checkpoint if checkpoint and step_of(checkpoint) >= settings.steps else None
     set_seed(settings.seed)
     model = _model(settings, codec, corpus, finished)
+    trainer = _trainer(model, args, codec, corpus, out, stop)
     args.distributed_state.wait_for_everyone()  # so that nothing is written if one of them failed
     if args.process_index == 0:
         found = dict(processes=args.world_size, vocabulary=codec.digest, corpus=corpus.digest, unit=corpus.unit)
         replace(settings, **found).write(out)
 
-    trainer = _trainer(model, args, codec, corpus, out)
     if finished:
         trainer.state = TrainerState.load_from_json(str(finished / TRAINER_STATE_NAME))
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if trainer.state.global_step < settings.steps:
-            return Run(model, codec, corpus, None)
-    trainer.save_model(str(out))
+    if args.process_index == 0:
+        with written_whole(out, "the model") as folder:
+            trainer.save_model(str(folder))
     return Run(model, codec, corpus, trainer.evaluate()["eval_loss"])
 
 
-def last_checkpoint(out: Path) -> Path | None:
-    """Of the complete ones: the trainer's state is written last."""
-    found = [path.parent for path in out.glob(f"checkpoint-*/{TRAINER_STATE_NAME}")]
-    return max(found, key=_step, default=None)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.split("-")[1])
+def _agreed(args: TrainingArguments, out: Path) -> Path | None:
+    """The checkpoint to go on from, which the first process looks for."""
+    found = [last_checkpoint(out) if args.process_index == 0 else None]
+    return broadcast_object_list(found)[0]
 
 
 def _model(settings: Settings, codec: Codec, corpus: Corpus, finished: Path | None) -> RetNetForCausalLM:
@@ -98,7 +106,7 @@ def _model(settings: Settings, codec: Codec, corpus: Corpus, finished: Path | No
     return model
 
 
-class _Trainer(Trainer):
+class _Trainer(ResumableTrainer):
     """Evaluates by the cross-entropy alone: the model's own loss may have more in it, such as what balances experts."""
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
@@ -109,22 +117,21 @@ class _Trainer(Trainer):
         return loss, None, None
 
 
-def _trainer(model: RetNetForCausalLM, args: TrainingArguments, codec: Codec, corpus: Corpus, out: Path) -> Trainer:
+def _trainer(
+    model: RetNetForCausalLM, args: TrainingArguments, codec: Codec, corpus: Corpus, out: Path, stop: SaveOnInterrupt
+) -> ResumableTrainer:
     batch = Batch(
         args.train_batch_size, args.gradient_accumulation_steps, args.world_size, corpus.train.context, corpus.unit
     )
-    trainer = _Trainer(
+    return _Trainer(
         model=model,
         args=args,
         data_collator=default_data_collator,
         train_dataset=corpus.train,
         eval_dataset=corpus.valid,
         processing_class=codec.tokenizer,  # saved with the model
-        callbacks=[SaveOnInterrupt(), Plot(batch, out / PLOT)],
+        callbacks=[Progress(batch, corpus), Plot(batch, out / PLOT), stop],
     )
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(Progress(batch, corpus))
-    return trainer
 
 
 def device_arguments(device: str, dtype: str) -> dict[str, Any]:
@@ -162,7 +169,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         **device_arguments(settings.device, settings.dtype),
         ddp_find_unused_parameters=False,
         ddp_timeout=A_DAY,  # the first process may tokenise for hours while the others wait
-        report_to="none",
+        report_to=settings.report_to,
         disable_tqdm=False,  # or a callback would print what the bar shows
     )
     args._n_gpu = min(1, args.n_gpu)  # a process has one device; without this transformers would split batches over all

@@ -21,19 +21,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import pairwise
 from math import isqrt
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ...operators import differentiable, gradients, outputs
-from ...packing import ask_for_huge_pages, borders, clear_outside, pack, segment_borders, unpack
+from ...call import Call
 from ...state import state_dtype
+from ..operators import differentiable, gradients, outputs
+from ..packing import ask_for_huge_pages, borders, clear_outside, pack, segment_borders, unpack
 from .grid import on_grid, on_grid_anew
 from .walk import Decays, backward, forward
-
-if TYPE_CHECKING:
-    from .. import Call
 
 CHUNK_SIZE = 64  # on CPU as fast as any of 16 to 256, within the noise of `python -m benchmarks floor --chunks`
 GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`

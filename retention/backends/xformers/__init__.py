@@ -11,16 +11,12 @@ Other parts of xformers, for the layers around retention, stand beside it: `swig
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
+from ...call import Call
 from .blocks import SMALLEST
 from .operator import block_sparse
 from .probe import cause, found, trouble
-
-if TYPE_CHECKING:
-    from .. import Call
 
 
 class XFormers:

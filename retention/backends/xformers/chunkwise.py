@@ -17,8 +17,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ...packing import segment_borders
 from ...state import state_dtype
+from ..packing import segment_borders
 from .blocks import Alignment, Blocks, Piece, block_size
 
 BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads, so that they stay in the processor's cache

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ...operators import differentiable, gradients, outputs
-from ...packing import ask_for_huge_pages, borders, clear_outside, pack, unpack
+from ..operators import differentiable, gradients, outputs
+from ..packing import ask_for_huge_pages, borders, clear_outside, pack, unpack
 from . import chunkwise, parallel
 
 

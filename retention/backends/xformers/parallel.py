@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...packing import segment_borders
 from ...state import state_dtype
+from ..packing import segment_borders
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
 CACHE_BYTES = 64 * 2**20

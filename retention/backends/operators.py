@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.library import CustomOpDef
 
+from ..state import state_dtype
 from .packing import empty
-from .state import state_dtype
 
 TENSORS = 7  # inputs before the options
 

@@ -1,0 +1,132 @@
+"""A Trainer whose runs can be killed at any moment and resumed as if nothing had happened."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from ..compat import ExportableState, ProgressCallback
+from .saving import ASIDE, remove_older, written_whole
+
+PATIENCE = 10  # batches in a row whose loss may overflow in float16, where the scaler leaves their step out
+
+
+class LossSum(TrainerCallback, ExportableState):
+    """The losses since the last log. Trainer forgets them in a checkpoint; this is kept in its trainer_state.json."""
+
+    def __init__(self) -> None:
+        self.total: float | Tensor = 0.0
+        self.logged_at = 0  # the step
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"total": float(self.total), "logged_at": self.logged_at}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kept = state.stateful_callbacks[type(self).__name__]["attributes"]
+        self.total, self.logged_at = torch.tensor(kept["total"], device=args.device), kept["logged_at"]
+
+
+class ResumableTrainer(Trainer):
+    """Checkpoints are whole or not there, the first loss after a resume is that of all its steps, and a training that
+    diverges stops before that is saved.
+
+    callbacks: a bar among them stands in the place of transformers' own.
+    """
+
+    def __init__(
+        self, model: Any, args: TrainingArguments, *, callbacks: Sequence[TrainerCallback] = (), **options: Any
+    ):
+        self.losses = LossSum()
+        super().__init__(model, args, callbacks=[self.losses], **options)
+        if self.args.load_best_model_at_end:
+            raise ValueError("load_best_model_at_end must be False: a resumed run ends with its last step; got True")
+        self.overflows = 0  # batches in a row
+        self.whole: list[str] = []  # checkpoints, the oldest first
+        if any(isinstance(callback, ProgressCallback) for callback in callbacks):
+            self.remove_callback(ProgressCallback)
+        for callback in callbacks:
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
+        """As Trainer does. resume_from_checkpoint: a folder.
+
+        Raises: FloatingPointError if the training diverges. NotSavedError for a checkpoint that cannot be written.
+        """
+        self.whole = [Path(resume_from_checkpoint).name] if resume_from_checkpoint else []
+        try:
+            return super().train(resume_from_checkpoint, *args, **options)
+        finally:
+            for callback in self.callback_handler.callbacks:
+                bar = getattr(callback, "training_bar", None)
+                if bar is not None:  # an error came; what is said of it gets a line of its own
+                    bar.close()
+
+    def training_step(self, *args: Any, **options: Any) -> Tensor:
+        step = self.state.global_step + 1
+        try:
+            loss = super().training_step(*args, **options)
+        except ValueError as error:  # such as that of a layer whose decays are not finite any more
+            self._check_weights(step, error)
+            raise
+        self.losses.total += loss
+        self.overflows = 0 if loss.isfinite() else self.overflows + 1  # it waits for the device, as Trainer's own check
+        if self.overflows > (PATIENCE if self.args.fp16 else 0):
+            raise self._diverged(step, f"the loss is {loss.item()}")
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        if "loss" in logs:
+            total = self._mean_over_processes()
+            logs["loss"] = total.item() / (self.state.global_step - self.losses.logged_at)
+            self.losses.total, self.losses.logged_at = torch.zeros_like(total), self.state.global_step
+        super().log(logs, *args, **options)
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        if self.is_in_train:
+            self._check_weights(self.state.global_step)
+        return super().evaluate(*args, **options)
+
+    def _mean_over_processes(self) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(self.losses.total, "mean"))
+
+    def _check_weights(self, step: int, cause: Exception | None = None) -> None:
+        """Raises: FloatingPointError if one is not finite."""
+        for name, weight in cast(nn.Module, self.model).named_parameters():
+            if weight.requires_grad and not weight.isfinite().all():
+                raise self._diverged(step, f"{name} is not finite") from cause
+
+    def _diverged(self, step: int, what: str) -> FloatingPointError:
+        kept = f"{self.whole[-1]} is kept" if self.whole else "no checkpoint was written before"
+        float16 = "; or in bfloat16 or float32" if self.args.fp16 else ""
+        return FloatingPointError(
+            f"the training diverged at step {step}: {what}; begin a new run with a lower learning rate "
+            f"(it was {self.args.learning_rate:g}), or a longer warmup{float16}; {kept}"
+        )
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """As Trainer does, aside; then it is brought to its place. Of several processes each writes into one folder."""
+        self._check_weights(self.state.global_step)
+        self.losses.total = self._mean_over_processes()
+        out, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"
+        first, wait = self.args.should_save, self.accelerator.wait_for_everyone
+        with written_whole(out, name, as_folder=name) if first else nullcontext():
+            wait()
+            self.args.output_dir = str(out / ASIDE)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.output_dir = str(out)
+            wait()
+        wait()
+        if self.args.save_total_limit:
+            self.whole = [*self.whole, name][-self.args.save_total_limit :]
+            if first:
+                remove_older(out, self.whole)
+        else:
+            self.whole.append(name)

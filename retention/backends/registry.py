@@ -1,0 +1,172 @@
+"""Which code runs a retention call, and why.
+
+A form is mathematics (parallel, chunkwise, recurrent); a backend is code that computes one or more of them. A backend
+is one object with two abilities: to say why it cannot run a call, and to run it. All of them compute the same thing:
+
+    out[n] = scale * sum over m of gamma^|t_n - t_m| (q_n . k_m) v_m
+
+with m <= n if causal, over the real tokens of n's own segment, and out[n] = 0 where n is padding. On a grid the tokens
+are its cells, row by row, and their distance is that in rows plus that in columns. Normalisers and checks of the
+arguments stand above, in `retention.functional`, once for all backends.
+
+To add one: write an object like those in this folder and `register` it, or name it in the entry-point group
+`retention.backends` of your own distribution.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..call import Backend, Call
+from ..errors import BackendError
+from ..options import shown
+from . import chunked, eager, xformers
+
+# What form="auto" tries. Measured by `python -m benchmarks op`, and vision for the cells of a small grid.
+_PREFERRED = {
+    "token": ("recurrent", "chunkwise", "parallel"),
+    "small grid": ("parallel", "chunkwise"),
+    "short": ("parallel", "chunkwise", "recurrent"),
+    "sequence": ("chunkwise", "parallel", "recurrent"),
+}
+SMALL_GRID = 24 * 24
+SHORT, FEW_SCORES = 64, 2**19  # tokens; query-key pairs of all heads and rows
+SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality: the chunkwise form then walks twice
+
+
+class Absent:
+    """Stands in for a backend that could not be loaded, and gives the reason."""
+
+    def __init__(self, reason: str, cause: BaseException | None = None):
+        self.reason, self.cause = reason, cause
+
+    def why_not(self, call: Call) -> list[str]:
+        return [self.reason]
+
+    def __call__(self, *_: Any, **__: Any) -> tuple[Tensor, Tensor | None]:
+        raise BackendError(self.reason) from self.cause
+
+
+# The order of preference. xformers is never faster than chunked, and eager can be differentiated any number of times.
+_backends: dict[str, Backend] = {"chunked": chunked.backend, "eager": eager.backend, "xformers": xformers.backend}
+_plugins_loaded = False
+
+
+def names() -> tuple[str, ...]:
+    """The registered backends, in order of preference."""
+    load_plugins()
+    return tuple(_backends)
+
+
+def register(name: str, backend: Backend, *, before: str | None = None) -> None:
+    """Add a backend: last in the order of preference, or just before another.
+
+    Raises: ValueError if the name is taken (`unregister` it first) or `before` is unknown; TypeError for what is no
+        backend.
+    """
+    if not isinstance(name, str) or name in ("", "auto"):
+        raise ValueError(f"name must be that of one backend, not 'auto'; got name {shown(name)}")
+    if isinstance(backend, type) or not callable(backend) or not callable(getattr(backend, "why_not", None)):
+        raise TypeError(f"backend must have the why_not and __call__ of `Backend`; got backend {shown(backend)}")
+    if name in _backends:
+        raise ValueError(f"backend names must be unique; got name {name!r} again; unregister it first")
+    if before is not None and (not isinstance(before, str) or before not in _backends):
+        raise ValueError(f"before must be one of {', '.join(_backends)}; got before {shown(before)}")
+    after = {} if before is None else {n: _backends.pop(n) for n in list(_backends)[list(_backends).index(before) :]}
+    _backends[name] = backend
+    _backends.update(after)
+
+
+def unregister(name: str) -> None:
+    """Take a backend out again. Raises: ValueError for an unknown name."""
+    if not isinstance(name, str) or name not in _backends:
+        raise ValueError(f"name must be one of {', '.join(_backends)}; got name {shown(name)}")
+    del _backends[name]
+
+
+def load_plugins() -> None:
+    """Register what other distributions offer in the entry-point group `retention.backends`; once."""
+    global _plugins_loaded
+    if _plugins_loaded or torch.compiler.is_compiling():  # a layer has loaded them when it was built
+        return
+    _plugins_loaded = True
+    for plugin in entry_points(group="retention.backends"):
+        if plugin.name in (*_backends, "auto"):
+            warnings.warn(f"{plugin.value} is not used: there is a backend {plugin.name!r} already", stacklevel=2)
+            continue
+        try:
+            register(plugin.name, plugin.load())
+        except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
+            absent: Any = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
+            register(plugin.name, absent)
+
+
+def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
+    """The backend that runs `call`, and the call with its form decided. Never a silent second best.
+
+    Raises: ValueError for an unknown name; BackendError if none can, with every reason.
+    """
+    check_name(backend)
+    for _, candidate, asked, reasons in _answers(call, backend):
+        if not reasons:
+            return candidate, asked
+    refusals = [f"  {name}, {asked.form}: {'; '.join(why)}" for name, _, asked, why in _answers(call, backend)]
+    what = "no backend can" if backend == "auto" else f"backend {backend!r} cannot"
+    cause = None if backend == "auto" else getattr(_backends[backend], "cause", None)
+    raise BackendError("\n".join([f"{what} run {call}", *refusals])) from cause
+
+
+def explain(call: Call, backend: str = "auto") -> str:
+    """A line for every form and backend that `choose` would look at, in its order."""
+    check_name(backend)
+    lines, taken = [str(call)], False
+    for name, _, asked, reasons in _answers(call, backend):
+        answer = "cannot: " + "; ".join(reasons) if reasons else "can" if taken else "can, and is chosen"
+        taken = taken or not reasons
+        lines.append(f"  {asked.form:<10} {name:<10} {answer}")
+    found = {name: found_by(name, call.device) for name in (names() if backend == "auto" else (backend,))}
+    return "\n".join([*lines, *(f"  {name} found {text}" for name, text in found.items() if text)])
+
+
+def found_by(backend: str, device: str) -> str | None:
+    """What a backend says of the library that it leans on; None if there is none, or it cannot be used."""
+    found = getattr(_backends[backend], "found", None)
+    return None if found is None else found(device)
+
+
+def why_not(call: Call, backend: str) -> list[str]:
+    """Every reason why `backend` cannot run `call`, whose form is a concrete one."""
+    check_name(backend)
+    return _backends[backend].why_not(call)
+
+
+def check_name(backend: str) -> None:
+    """Raises: ValueError for a name that is neither registered nor "auto"."""
+    load_plugins()
+    if not isinstance(backend, str) or (backend != "auto" and backend not in _backends):
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {shown(backend)}")
+
+
+def _kind(call: Call) -> str:
+    if call.length == 1 and (call.has_state or call.return_state):
+        return "token"
+    if call.grid is not None:
+        return "small grid" if call.length <= SMALL_GRID else "sequence"
+    if call.packed or torch.compiler.is_exporting():  # an exported program is for all lengths
+        return "sequence"
+    both_ways = not call.causal and not call.masked  # with padding the parallel form needs a decay matrix for each row
+    short, few = (SHORT_BOTH_WAYS, FEW_BOTH_WAYS) if both_ways else (SHORT, FEW_SCORES)
+    return "short" if call.length <= short and call.batch * call.heads * call.length**2 <= few else "sequence"
+
+
+def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
+    for form in _PREFERRED[_kind(call)] if call.form == "auto" else (call.form,):
+        asked = call if call.form == form else call._replace(form=form)
+        for name in _backends if backend == "auto" else (backend,):
+            yield name, _backends[name], asked, _backends[name].why_not(asked)

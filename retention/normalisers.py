@@ -1,0 +1,44 @@
+"""The paper's two normalisers of the scores, which every form has: each is a sum that a state can carry on.
+
+decay_norm divides D_nm by sqrt(sum_i D_ni); score_norm divides R_nm by max(|sum_i R_ni|, 1).
+Source: Sun et al. 2023, arXiv:2307.08621, Section 2.2.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from .call import Call
+from .decay import geometric_sum
+from .state import RetentionState, state_dtype
+from .times import counts, token_times
+
+ScoreNorm = bool | Literal["absolute"]
+
+
+def total_decay(
+    call: Call, log_decay: Tensor, state: RetentionState | None, mask: Tensor | None, cu_seqlens: Tensor | None
+) -> Tensor:
+    """sum_i D_ni of each token, (B or 1, H, T)."""
+    wide = state_dtype(call.dtype)
+    if call.grid is not None:  # a sum over rows times a sum over columns
+        sides = (call._replace(batch=1, length=n, grid=None) for n in call.grid)
+        rows, columns = (total_decay(side, log_decay, None, None, None) for side in sides)
+        return (rows[..., :, None] * columns[..., None, :]).flatten(2)
+    times = token_times(call.batch, call.length, log_decay.device, state, mask, cu_seqlens)
+    rate = log_decay.to(wide)[:, None]
+    behind = geometric_sum(rate, (times + 1)[:, None].to(wide))
+    if call.causal:
+        return behind
+    lengths = counts(call, mask, cu_seqlens, log_decay.device)[:, None]
+    if cu_seqlens is not None:
+        lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
+    ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))
+    return behind + ahead - 1
+
+
+def score_divisor(total: Tensor, score_norm: ScoreNorm) -> Tensor:
+    """max(|total|, 1), what the scores of a token are divided by; "absolute" has the upper bound of torchscale."""
+    return total.abs().clamp(1, 5e4 if score_norm == "absolute" else None)
