@@ -428,7 +428,11 @@ def test_errors_name_what_is_there():
         ({"layers": [True]}, TypeError, "layers must be whole numbers, .*; got True"),
         ({"layers": 1}, TypeError, "layers must be a list|layers must be whole numbers"),
         ({"layers": []}, ValueError, "layers and where leave nothing to replace"),
-        ({"where": "layers.0"}, TypeError, "where must be a function of a layer's name and module; got where 'layers.0'"),
+        (
+            {"where": "layers.0"},
+            TypeError,
+            "where must be a function of a layer's name and module; got where 'layers.0'",
+        ),
         ({"calibrate_on": torch.zeros(1, 3).long()}, TypeError, "calibrate_on must be the keyword .*; got Tensor"),
         ({"window": True}, ValueError, "window must be an integer of at least 1, or None; got window True"),
         ({"scales": True}, ValueError, "scales must be an integer of at least 1; got scales True"),
