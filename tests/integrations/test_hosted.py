@@ -247,7 +247,7 @@ def test_shapes_are_checked_before_any_computation(window):
         ),
         ((x, q[:, :2], k, v, None), r"q must be \(2, 4, 9, 8\)"),
         ((x, q, k, v[..., :3], None), r"v must be \(2, 2, 9, 6\)"),
-        ((x, q, k, v, one), r"mask must be \(2, 9\)"),
+        ((x, q, k, v, one), r"mask must be \(batch, length\) \(2, 9\) .*got mask \(2, 1\)"),
         ((x[:, :4], q, k, v, None), r"x must be \(2, 9, 32\), or an image of as many cells; got x \(2, 4, 32\)"),
         ((x, q[0], k, v, None), r"q must be \(batch, heads, length, key_dim\); got q \(4, 9, 8\)"),
         ((x[:, :4], q, k, v, None), r"x must be \(2, 9, 32\)"),

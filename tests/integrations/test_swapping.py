@@ -219,7 +219,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
         ([], "name a model: retention swap MODEL"),
         (["HOST", "--layers", "a"], "layers must be numbers with commas, such as 0,2,-1; got 'a'"),
         (["HOST", "--layers", "7"], "layers must be from -2 to 1; got 7"),
-        (["HOST", "--window", "0"], "window must be a number, whole and at least 1; got window 0"),
+        (["HOST", "--window", "0"], "window must be an integer of at least 1, or None; got window 0"),
         (["HOST", "--gate", "tanh"], "gate must be one of 'silu'"),
         (["HOST", "--context", "65"], "context must be at most 64, the positions of "),
         (
