@@ -327,7 +327,7 @@ def test_a_folder_of_ours_without_a_head_loads(tmp_path):
         ({}, {"vocab_size": 51}, r"embed_tokens.weight must be \(51, 32\), is \(50, 32\)"),
         (EXPERTS, {"moe_expert_count": 4}, "moe_expert_count 4, of which the weights have 3"),
         (EXPERTS, {"moe_freq": 0}, "unknown tensors: backbone.blocks.1.ffn.experts"),
-        ({}, {"retention": {"scale": "x"}}, "the config makes no model: scale must be"),
+        ({}, {"retention": {"scale": "x"}}, "the config makes no RetNet: scale must be"),
     ],
     ids=str,
 )
