@@ -140,6 +140,18 @@ def test_absolute_score_norm_is_the_definition_and_has_the_parallel_form_only():
 # --- properties -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("decay_norm", [False, True])
+@pytest.mark.parametrize("score_norm", [False, True, "absolute"])
+@pytest.mark.parametrize(
+    "options", [{}, {"mask": torch.arange(10) > torch.tensor([[2], [0]])}, {"causal": False, "grid": (5, 2)}], ids=str
+)
+def test_retain_is_the_scores_times_the_values(options, score_norm, decay_norm):
+    q, k, v = qkv(kv_heads=1)
+    norms = dict(score_norm=score_norm, decay_norm=decay_norm)
+    scores = functional.scores(3 * q, k, LOG_DECAY, **options, **norms)
+    torch.testing.assert_close(scores @ v, retain(3 * q, k, v, LOG_DECAY, **options, **norms))
+
+
 @pytest.mark.parametrize("form", cases.FORMS)
 @pytest.mark.parametrize("pad", ["left", "right", "holes"])
 def test_a_padded_row_is_the_same_row_alone(form, pad):
