@@ -120,9 +120,7 @@ class HostedRetention(HasBackend):
             grid=grid,
         )
         by_scale = torch.tensor(values, dtype=torch.float64, device="cpu")  # the meta device holds no values
-        ordered = rearrange(
-            by_scale, "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads
-        )  # the order of heads in `_heads`
+        ordered = rearrange(by_scale, "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)  # the order of `_heads`
         self.decay = HeadDecay(ordered, len(values), learnable=learnable_decay, **dd)
         if features:
             self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
@@ -339,9 +337,7 @@ class HostedRetention(HasBackend):
         """
         weight = rearrange(weight, "b t h -> b h t 1")
         order = None if mask is None else real_last(mask)
-        if (
-            mask is not None and order is not None
-        ):  # move padding to the front, so that the tokens of a window are adjacent
+        if mask is not None and order is not None:  # padding first: a window's tokens are adjacent
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
         seen = span(k, v, window, mask, cu_seqlens, state)
