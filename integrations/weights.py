@@ -48,9 +48,8 @@ def read(source: Path) -> tuple[Tensors, dict[str, Any]]:
 def write(tensors: Tensors, file: Path) -> None:
     """Write tensors as safetensors if the file's suffix is .safetensors, else with torch.save."""
     if file.suffix == ".safetensors":
-        save_file(
-            {name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"}
-        )  # safetensors refuses tensors that share memory
+        # safetensors refuses tensors that share memory.
+        save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})
     else:
         torch.save(tensors, file)
 

@@ -115,9 +115,8 @@ def same(x: Tensor, exact: Tensor) -> bool:
 def _rotation(kind: str, key_dim: int) -> Tensor:
     if kind == "angles":  # one angle per channel
         return torch.tensor(frequencies("paper", key_dim), dtype=torch.float64).repeat_interleave(2)
-    return (
-        512 * torch.tensor(pair_decays(key_dim), dtype=torch.float64)
-    ).exp()  # the scale of xPos, one per pair of channels
+    # pair_scales: the scale of xPos, one per pair of channels
+    return (512 * torch.tensor(pair_decays(key_dim), dtype=torch.float64)).exp()
 
 
 def _decay(x: Tensor, usual: str, *, gammas: bool) -> str | tuple[float, ...]:

@@ -406,47 +406,47 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> Pyramid:
 
 @register_model
 def pyramid_retention_tiny(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the tiny size with retention; kwargs: of `Pyramid`."""
+    """Pyramid of the tiny size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_tiny", pretrained, **kwargs)
 
 
 @register_model
 def pyramid_retention_small(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the small size with retention; kwargs: of `Pyramid`."""
+    """Pyramid of the small size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_small", pretrained, **kwargs)
 
 
 @register_model
 def pyramid_retention_base(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the base size with retention; kwargs: of `Pyramid`."""
+    """Pyramid of the base size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_base", pretrained, **kwargs)
 
 
 @register_model
 def pyramid_retention_large(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the large size with retention; kwargs: of `Pyramid`."""
+    """Pyramid of the large size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_large", pretrained, **kwargs)
 
 
 @register_model
 def rmt_tiny(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the tiny size with RMT's attention; kwargs: of `Pyramid`."""
+    """Pyramid of the tiny size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_tiny", pretrained, **kwargs)
 
 
 @register_model
 def rmt_small(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the small size with RMT's attention; kwargs: of `Pyramid`."""
+    """Pyramid of the small size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_small", pretrained, **kwargs)
 
 
 @register_model
 def rmt_base(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the base size with RMT's attention; kwargs: of `Pyramid`."""
+    """Pyramid of the base size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_base", pretrained, **kwargs)
 
 
 @register_model
 def rmt_large(pretrained: bool = False, **kwargs: Any) -> Pyramid:
-    """Pyramid of the large size with RMT's attention; kwargs: of `Pyramid`."""
+    """Pyramid of the large size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_large", pretrained, **kwargs)

@@ -35,7 +35,7 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     _layer_type: str | None = LAYER_TYPE  # registers the class with `DynamicCache`
     keys = values = None
-    is_compileable = False  # or `generate` would pass masks that other layers misread
+    is_compileable = False  # else `generate` would pass masks that other layers misread
     is_croppable = False
     is_sliding = False
     supports_early_init = False
@@ -97,7 +97,7 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     def get_max_length(self) -> int:
         """Return -1: the length is unlimited."""
-        return -1  # none
+        return -1  # no limit
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the sequences by beam_idx (B,), as beam search does."""

@@ -272,7 +272,7 @@ class _Stage(ResumableTrainer):
         if last and step_of(last) >= self.args.max_steps:
             self._load_from_checkpoint(str(last))
         elif self.args.max_steps > 0:
-            set_seed(self.args.seed)  # equal whether the earlier stage was trained or loaded
+            set_seed(self.args.seed)  # same random state whether the earlier stage was trained or loaded
             self.train(resume_from_checkpoint=str(last) if last else None)
             if self.state.global_step < self.args.max_steps:
                 raise KeyboardInterrupt

@@ -117,9 +117,8 @@ def _own_keys(attention_mask: Tensor, length: int, columns: Tensor | None) -> Te
     own = torch.arange(length, device=attention_mask.device)
     if columns is None:
         return own
-    return own + columns.clamp(
-        max=attention_mask.shape[-1] - length
-    )  # a sliding window's mask holds only the last keys
+    # The mask of a sliding window holds fewer keys than the cache has seen.
+    return own + columns.clamp(max=attention_mask.shape[-1] - length)
 
 
 def _allowed(attention_mask: Tensor, keys: Tensor) -> Tensor:

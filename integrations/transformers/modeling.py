@@ -152,7 +152,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
             "chunk_size": kwargs.pop("recurrent_chunk_size", None),
         }
         width = kwargs.get("hidden_size", self.dim)
-        if self.dim not in (width, type(self).dim):  # if dim was given, it is not the default
+        if self.dim not in (width, type(self).dim):  # dim at its default counts as not given
             raise ValueError(f"dim and hidden_size are one; got dim {self.dim}, hidden_size {width}; pass one of them")
         check_whole("dim", self.dim)
         check_whole("num_layers", self.num_layers)
@@ -184,9 +184,8 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     def _check_options(self) -> None:
         """Raises: ValueError or TypeError that names an option which `RetNetBackbone` refuses."""
         options = {name: getattr(self, name) for name in _BACKBONE}
-        given = {
-            name: x for name, x in (self.retention or {}).items() if name != "backend"
-        }  # it may be registered later
+        # The backend may be registered later.
+        given = {name: x for name, x in (self.retention or {}).items() if name != "backend"}
         check_choice("ffn_backend", self.ffn_backend, FFN_BACKENDS)
         options |= {"num_layers": 1, "moe_freq": min(self.moe_freq, 2), "ffn_backend": "torch", "retention": given}
         RetNetBackbone(**options, device="meta")  # one block without experts, on a device without memory
@@ -558,7 +557,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             raise TypeError(f"labels must be an int64 tensor (batch, length); got labels {shown(labels)}")
         if not isinstance(logits_to_keep, Tensor):
             check_whole("logits_to_keep", logits_to_keep, 0)
-        # No parameter: the Trainer takes each parameter with "label" in its name for a required label.
+        # shift_labels is no parameter: the Trainer takes each parameter with "label" in its name for a required label.
         shift_labels = kwargs.pop("shift_labels", None)
         out = self.model(
             input_ids,
@@ -610,7 +609,7 @@ def _shifted(labels: Tensor | None) -> Tensor | None:
 class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPreTrainedModel):
     """RetNet with a linear head on the last real token of each sequence."""
 
-    accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the number of accumulated batches
+    accepts_loss_kwargs = False  # the loss is a mean; the Trainer divides it by the number of accumulated batches
 
 
 class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):

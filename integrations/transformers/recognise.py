@@ -242,10 +242,8 @@ def _separate_heads(attention: Any, q: str, k: str, v: str) -> Heads:
     value_dim = _quotient(v_width, num_kv_heads, v, "heads")
     output = _output_width(attention)
     num_heads = _quotient(output or width, value_dim if output else key_dim, "the output" if output else q, "channels")
-    if width not in (
-        num_heads * key_dim,
-        2 * num_heads * key_dim,
-    ):  # twice as wide if q_proj also makes a gate per channel
+    # q_proj is twice as wide if it also computes a gate per channel.
+    if width not in (num_heads * key_dim, 2 * num_heads * key_dim):
         raise UnreadableError(f"has {q} {width} wide, which is not {num_heads} heads of {key_dim}")
     return Heads(dim, num_heads, num_kv_heads, key_dim, value_dim)
 

@@ -18,8 +18,9 @@ from .texts import read_texts
 
 
 class Blocks(Dataset):
-    """A stream of tokens, cut into examples of `context` tokens: {"input_ids": (context,), "labels": (context,)},
-    int64.
+    """A stream of tokens that is cut into examples of `context` tokens.
+
+    An example is {"input_ids": (context,), "labels": (context,)}, both the same int64 tensor.
 
     Args:
         part: "training" or "validation", for errors.

@@ -86,9 +86,8 @@ class ResumableTrainer(Trainer):
             self._check_weights(step, error)
             raise
         self.losses.total += loss
-        self.overflows = (
-            0 if loss.isfinite() else self.overflows + 1
-        )  # synchronises with the device, as Trainer's own check does
+        # This synchronises with the device, as Trainer's own check does.
+        self.overflows = 0 if loss.isfinite() else self.overflows + 1
         if self.overflows > (PATIENCE if self.args.fp16 else 0):
             raise self._diverged(step, f"the loss is {loss.item()}")
         return loss
