@@ -1,7 +1,7 @@
 """RetNet as a transformers model, and retention in transformers' attention layers.
 
-Needs transformers: `pip install "multiscale-retention[transformers]"`. The import registers RetNet with the Auto
-    classes.
+It needs transformers, which `pip install "multiscale-retention[transformers]"` installs. The import registers RetNet
+with the Auto classes.
 """
 
 try:
