@@ -1,4 +1,4 @@
-"""Adapters into other libraries' models. Import as `retention.integrations`."""
+"""Integrations with other libraries' models; import the package as `retention.integrations`."""
 
 if __name__ != "retention.integrations":
     raise ImportError(f"import retention.integrations, not {__name__}: pyproject.toml maps the folder there")

@@ -1,7 +1,7 @@
-"""Load the checkpoints of other RetNets, and write them as ours or as torchscale's; `formats` says whose.
+"""Load checkpoints of other RetNet implementations, and write them in this library's or torchscale's format.
 
-Loading is strict: every tensor has a place, and every place a tensor of its shape. Nothing is written before all that
-has been checked, nor over files that are there.
+`formats` lists the supported formats. Loading is strict: each tensor must have a parameter of its shape, and each
+parameter a tensor. All of it is checked before anything is written, and existing files are not overwritten.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = ["convert", "load", "read_json", "torchscale_options", "torchscale_ten
 Model = RetNetForCausalLM | RetNetModel
 TARGETS = ("retention", "torchscale")
 
-# With which torchscale, in evaluation, sends every token through all its experts, as ours does.
+# Options with which torchscale, in evaluation, drops no token at its experts, as this library.
 _NONE_DROPPED = {"moe_eval_capacity_token_fraction": 1.0, "moe_second_expert_policy": "all"}
 
-# Beside weights. Others' weights would contradict the new ones.
+# Files beside the weights: those with weights of other formats are not copied, as they could contradict the new ones.
 _WEIGHTS = {*SUFFIXES, ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
 _FOLDERS = ("additional_chat_templates",)
 _TOKENIZER = re.compile(r"^(tokenizer.*|special_tokens_map|added_tokens|vocab.*|merges|.*\.(model|spm|tiktoken)$)")
 
-# What torchscale's function is, where ours has a choice. The layer's defaults are the paper's, and so are most of its.
+# torchscale's fixed choices for options of this library. Most are those of the paper, like the layer's defaults.
 _FREE = ("value_dim", "decay", "dropout", "init_gain", "init_scale", "backend", "form", "chunk_size")
 _LAYER = {
     f"retention.{name}": option.default
@@ -56,14 +56,18 @@ _THEIRS: dict[str, Any] = {
 
 
 def load(source: str | Path, format: str | None = None, config: dict[str, Any] | None = None) -> Model:
-    """The model in a checkpoint, in evaluation mode: a `RetNetModel` if there is no head in it.
+    """Load a checkpoint as a transformers model in evaluation mode.
 
-    source: a safetensors or torch file, or a folder that holds one, or its shards and their index.
-    format: a name in `formats.FORMATS`; default: recognised by the names of the tensors.
-    config: what the weights do not tell, under the implementation's names or ours. It stands above a config.json
-        beside the weights, and that above the implementation's defaults.
-    Warns: of experts whose original drops tokens, which ours does not.
-    Raises: OSError or ValueError that says what is wrong with the checkpoint, or what the config must say.
+    Args:
+        source: a safetensors or torch file, or a folder with one such file, or with shards and their index.
+        format: a name in `formats.FORMATS`. Default: recognised by the names of the tensors.
+        config: options that the weights do not determine, under the implementation's names or this library's. They
+            override a config.json beside the weights, which overrides the implementation's defaults.
+    Returns: a `RetNetForCausalLM`, or a `RetNetModel` if the checkpoint has no head.
+    Raises: OSError or ValueError that names the fault of the checkpoint, or the missing option.
+    Warns: UserWarning if the original model drops tokens at its experts, which this library does not.
+    Example:
+        model = load("torchscale.pt", config={"decoder_retention_heads": 4})
     """
     return _load(Path(source), format, config)[0]
 
@@ -76,14 +80,21 @@ def convert(
     target: str | None = None,
     config: dict[str, Any] | None = None,
 ) -> Model:
-    """Load a checkpoint and write it to `out`; returns the model.
+    """Load a checkpoint and write it to `out` in another format.
 
-    source: as `load`. What stands beside the weights goes into the new folder: of a folder, and of one with a
-        config.json, all files but weights and hidden ones; beside a file on its own, those of a tokenizer.
-    target: "retention", a folder for `from_pretrained`; or "torchscale", a file of tensors, .safetensors or .pt.
-        Default: "retention", or "torchscale" if the source is ours.
+    Args:
+        source: as in `load`. Its companion files are copied into the new folder: all files of a model's folder except
+            weights and hidden files; of a folder without config.json around a single file, those of a tokenizer.
+        out: the folder or file to write; it must not exist.
+        format: the source's format, as in `load`.
+        target: "retention", a folder for `from_pretrained`; or "torchscale", a file of tensors, .safetensors or .pt.
+            Default: "torchscale" if the source is in this library's format, else "retention".
+        config: as in `load`.
+    Returns: the model.
+    Raises: as `load`; FileExistsError if `out` exists; ValueError for a model that torchscale cannot compute.
     Warns: as `load`.
-    Raises: as `load`; FileExistsError if `out` exists; ValueError for what torchscale cannot compute.
+    Example:
+        convert("torchscale.pt", "runs/converted", config={"decoder_retention_heads": 4})
     """
     source, out = Path(source), Path(out)
     if target not in (*TARGETS, None):
@@ -105,12 +116,15 @@ def convert(
             _copy(beside, made)
         else:
             write(tensors, made)
-        os.rename(made, out)  # all of it or nothing
+        os.rename(made, out)  # the rename is atomic
     return model
 
 
 def torchscale_tensors(model: Model) -> Tensors:
-    """The state dict of torchscale's RetNetDecoder for this model. Raises: ValueError for what it cannot compute."""
+    """Return the state dict of torchscale's RetNetDecoder for this model.
+
+    Raises: ValueError for a model that torchscale cannot compute.
+    """
     _check_torchscale_can(model.config)
     base: Any = getattr(model, "model", model)
     layer = base.backbone.blocks[0].retention
@@ -119,7 +133,7 @@ def torchscale_tensors(model: Model) -> Tensors:
 
 
 def torchscale_options(model: Model) -> dict[str, Any]:
-    """What torchscale's RetNetConfig must be told for these weights: all that is not its default."""
+    """Return the options of torchscale's RetNetConfig for this model that differ from its defaults."""
     said = {name: value for name, value in flat(model.config.to_dict()).items() if value is not None}
     ours = described(_tensors(model)) | said
     told = {name: ours.get(targets[0]) for name, targets in TORCHSCALE.options.items() if targets}
@@ -174,7 +188,7 @@ def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple
 
 
 def _check_own(config: RetNetConfig, ours: Tensors, *, has_head: bool) -> None:
-    """That it is safe to build the model, and right to tie its head; `_filled` compares all else by shapes."""
+    """Check that the model is safe to build and its head rightly tied; `_filled` compares all shapes."""
     facts = described(ours)
     if has_head and "lm_head.weight" not in ours:
         raise ValueError("these weights are not a whole retention checkpoint: missing tensors: lm_head.weight")
@@ -209,7 +223,7 @@ def _spelt(options: dict[str, Any]) -> str:
 
 
 def _files_beside(source: Path) -> list[Path]:
-    """What goes with the weights: all files of a model's folder; beside a file on its own, those of a tokenizer."""
+    """The companion files of the weights: all files of a model's folder, or a tokenizer's beside a single file."""
     folder = source if source.is_dir() else source.parent
     whole = source.is_dir() or (folder / "config.json").exists()
     found = [path for path in sorted(folder.iterdir()) if _goes_along(path) and (whole or _TOKENIZER.search(path.name))]
@@ -220,7 +234,7 @@ def _files_beside(source: Path) -> list[Path]:
 
 
 def _goes_along(path: Path) -> bool:
-    written = ("config.json", CODE)  # anew
+    written = ("config.json", CODE)  # written anew
     if path.is_dir():
         return path.name in _FOLDERS
     left_out = path.name.startswith(".") or path.name in written or path.name.endswith(".index.json")
@@ -236,10 +250,10 @@ def _copy(files: list[Path], folder: Path) -> None:
 
 
 def _filled(config: RetNetConfig, ours: Tensors, unknown: list[str], found: Format) -> Model:
-    """The model of `config` with these tensors as its parameters, each in the widest dtype among them."""
+    """Build the model of `config` with these tensors as parameters, in the widest dtype among them."""
     ours = {key: x for key, x in ours.items() if not key.startswith("constant.")}
     config.dtype = reduce(torch.promote_types, {x.dtype for x in ours.values()})
-    with refused("the config makes no model"), torch.device("meta"):  # no time and memory for what is replaced
+    with refused("the config makes no model"), torch.device("meta"):  # the initial weights are replaced
         model: Model = (RetNetForCausalLM if "lm_head.weight" in ours else RetNetModel)(config)
     places = {key.removeprefix("model."): (key, x.shape) for key, x in model.state_dict().items()}
     unknown += [str(found.to_theirs(key)) for key in ours.keys() - places.keys()]

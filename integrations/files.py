@@ -1,4 +1,4 @@
-"""Checks of files before they are trusted: what is no regular file, and JSON that no config needs. Needs nothing."""
+"""Checks of untrusted files before they are read, and strict JSON. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -10,26 +10,32 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-_LARGEST_JSON = 64 * 2**20  # bytes; the index of a thousand shards has less than a tenth
-_DEEPEST_JSON = 32  # objects and lists in each other; configs of composed models have about five
+_LARGEST_JSON = 64 * 2**20  # bytes; the index of a thousand shards has less than a tenth of it
+_DEEPEST_JSON = 32  # levels of nested objects and lists; configs of composed models have about five
 _LARGEST_INTEGER = 2**63 - 1
 
 
 def check_file(file: Path) -> None:
-    """Raises: OSError, or ValueError for an empty file, and for what is none: a folder, a pipe, a socket, a device."""
+    """Check that a path is a regular file with contents.
+
+    Raises: OSError if it cannot be opened; ValueError for an empty file, a folder, a pipe, a socket or a device.
+    """
     found = file.stat()
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{file} must be a regular file, not {_kind(found.st_mode)}")
     if not found.st_size:
         raise ValueError(f"{file} is empty")
-    file.open("rb").close()  # its OSError names the file, those of other libraries may not
+    file.open("rb").close()  # its OSError names the file; those of other libraries may not
 
 
 def read_json(file: Path, holds: str = "options by name, {...}") -> dict[str, Any]:
-    """The object in a JSON file. holds: of what, for the error if it is none.
+    """Return the object in a JSON file.
 
-    Raises: OSError, or ValueError if the file holds something else, one name twice, NaN or infinity, an integer beyond
-        64 bits, or is much larger or deeper than a config.
+    Args:
+        file: the file.
+        holds: describes the expected object, for the error.
+    Raises: OSError, or ValueError if the file holds no JSON object, a name twice, NaN, infinity, or an integer beyond
+        64 bits, or is much larger or deeper nested than a config.
     """
     check_file(file)
     if (size := file.stat().st_size) > _LARGEST_JSON:
@@ -53,9 +59,9 @@ def read_json(file: Path, holds: str = "options by name, {...}") -> dict[str, An
 
 @contextmanager
 def refused(what: str) -> Iterator[None]:
-    """Any error inside becomes a ValueError of one line that begins with `what`.
+    """Turn any error inside the block into a ValueError of one line that begins with `what`.
 
-    For libraries that are given what came from a file: there is no end to the types of their errors.
+    It surrounds calls of other libraries with contents of files, as the types of their errors are unknown.
     """
     try:
         yield
@@ -64,14 +70,14 @@ def refused(what: str) -> Iterator[None]:
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """What an error says, without line breaks and shortened; its type where it says nothing."""
+    """Return an error's message on one line of at most `most` characters; the error's type if it has no message."""
     text = "".join(c if c.isprintable() else " " for c in str(error) or type(error).__name__)
     text = " ".join(text.split())
     return text if len(text) <= most else f"{text[:most]}..."
 
 
 def listed(names: Iterable[str], most: int = 10) -> str:
-    """The names with commas, the first of many, each on one line."""
+    """Join names by commas: the first `most` of them, each on one line, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(one_line(name) for name in names[:most]) + more

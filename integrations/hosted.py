@@ -1,4 +1,4 @@
-"""The former place of `Heads` and `HostedRetention`, which are in `retention.integrations.swap`; gone in 0.2."""
+"""The former place of `Heads` and `HostedRetention`, now in `retention.integrations.swap`; removed in 0.2."""
 
 from .swap import Heads, HostedRetention
 

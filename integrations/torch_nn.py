@@ -1,4 +1,9 @@
-"""Retention in torch's own attention: `nn.MultiheadAttention`, and with it `nn.TransformerEncoder` and its kin."""
+"""Retention in torch's `nn.MultiheadAttention`, and so in `nn.TransformerEncoder` and its layers.
+
+Example:
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, batch_first=True), num_layers=2)
+    replace_attention(encoder)
+"""
 
 from __future__ import annotations
 
@@ -15,17 +20,19 @@ from .swap import Adapter, Heads, register_adapter, replaced_by
 
 
 class MultiheadAttention(Adapter):
-    """Adapter for `nn.MultiheadAttention` that attends to its own input.
+    """Adapter for `nn.MultiheadAttention` as self-attention.
 
-    Causal if `is_causal` or if `attn_mask` is the causal mask, else in both directions; another `attn_mask` is an
-    error. There are no weights to return: `need_weights` gives None in their place.
+    A call is causal if `is_causal` is set or `attn_mask` is the causal mask, else bidirectional; any other `attn_mask`
+    is an error. There are no attention weights: with `need_weights`, None is returned in their place.
     """
 
     def heads(self, attention: Any) -> Heads:
+        """Return the sizes of the heads, from the layer's attributes."""
         size = attention.head_dim
         return Heads(attention.embed_dim, attention.num_heads, attention.num_heads, size, size)
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """Refuse cross-attention, and layers with an extra key (add_bias_kv or add_zero_attn)."""
         reasons = []
         layers = (module for module in model.modules() if isinstance(module, nn.TransformerDecoderLayer))
         crossing = any(layer.multihead_attn is attention for layer in layers)
@@ -36,6 +43,7 @@ class MultiheadAttention(Adapter):
         return reasons
 
     def reset(self, attention: Any, model: nn.Module) -> None:
+        """Draw new weights as torch's layer does."""
         attention.out_proj.reset_parameters()
         attention._reset_parameters()
 
@@ -52,6 +60,13 @@ class MultiheadAttention(Adapter):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, None]:
+        """Run the layer's projections around retention; arguments as in `nn.MultiheadAttention.forward`.
+
+        Shapes: query (B, T, dim) with batch_first, else (T, B, dim), or (T, dim); key_padding_mask (B, T), True or -inf
+            = padding. Returns the shape of query, and None.
+        Raises: ValueError for cross-attention or an attn_mask that is not causal; TypeError or ShapeError for a wrong
+            input.
+        """
         if query is not key or key is not value:
             raise ValueError(
                 "key and value must be the query itself, as retention is in its order; got cross-attention"
@@ -78,14 +93,16 @@ class MultiheadAttention(Adapter):
         return (y if attention.batch_first else y.transpose(0, 1)), None
 
     def attach(self, model: Any) -> None:
-        # Or nn.TransformerEncoder and its layers would compute attention by themselves when there are no gradients.
+        """Turn off torch's fast paths around the replaced layers, which do not call them."""
+        # Without gradients, nn.TransformerEncoder and its layers would else compute attention in a fused function.
         for attention in replaced_by(self, model).values():
             attention._qkv_same_embed_dim = False
         for module in model.modules():
             if getattr(module, "use_nested_tensor", False) and replaced_by(self, module):
-                module.use_nested_tensor = None  # counts as False, and tells that it was True
+                module.use_nested_tensor = None  # false, and `detach` sees that it was True
 
     def detach(self, model: Any) -> None:
+        """Turn torch's fast paths on again."""
         for attention in replaced_by(self, model).values():
             attention._qkv_same_embed_dim = True
         for module in model.modules():
@@ -94,14 +111,14 @@ class MultiheadAttention(Adapter):
 
 
 def _real(name: str, mask: Tensor) -> Tensor:
-    """True where a token is real; torch's mask is True, or -inf, where it is not. Raises: TypeError."""
+    """Return True where a token is real; torch's masks are True or -inf where it is not. Raises: TypeError."""
     if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
         raise TypeError(f"{name} must be a tensor of bool or a floating dtype, as torch takes it; got {shown(mask)}")
     return ~mask if mask.dtype == torch.bool else mask == 0
 
 
 def _is_causal(attn_mask: Tensor | None, length: int) -> bool:
-    """Raises: ValueError for a mask that is neither causal nor open."""
+    """Tell whether a mask is causal. Raises: ValueError for a mask that is neither causal nor empty."""
     if attn_mask is None:
         return False
     seen = _real("attn_mask", attn_mask)

@@ -1,8 +1,9 @@
-"""torchscale's RetNet on our blocks: for code written for torchscale, only the import changes. Needs torch alone.
+"""torchscale's RetNet on this library's blocks: code written for torchscale only changes its import.
 
     from retention.integrations.torchscale import RetNetConfig, RetNetDecoder
 
-The results are those of torchscale 0.3.0, and so are the names in the state dict: checkpoints go in both directions.
+The results and the names in the state dict are those of torchscale 0.3.0, so checkpoints can be exchanged in both
+directions. Needs torch only.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .formats import TORCHSCALE, constants, same
 _ABSENT = ("multiway", "use_xmoe", "xpos_rel_pos", "rel_pos_buckets", "max_rel_pos", "fsdp")
 _RATES = ("dropout", "activation_dropout", "drop_path_rate")
 _SAME_NAME = (*_RATES, "no_scale_embedding", "layernorm_embedding", "moe_freq", "moe_expert_count", "moe_top1_expert")
-_NEEDED = (  # of the attributes of a config
+_NEEDED = (  # the attributes that a config must have
     *("decoder_embed_dim", "decoder_value_embed_dim", "decoder_retention_heads", "decoder_ffn_embed_dim"),
     *(
         "decoder_layers",
@@ -42,14 +43,18 @@ ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
 
 @dataclass(kw_only=True)
 class RetNetConfig:
-    """The options of torchscale's RetNetConfig and their defaults; an unknown one is a TypeError.
+    """The options of torchscale's RetNetConfig with its defaults; an unknown option is a TypeError.
 
-    decoder_value_embed_dim: torchscale's default, 1280, cannot be divided among its 3 heads; here it is that of the
-        paper, 2 decoder_embed_dim.
-    moe_*: as there, but no token is dropped and the second expert is always taken, so that those about capacities and
-        chance have no effect.
-    multiway, use_xmoe, xpos_rel_pos, rel_pos_buckets, max_rel_pos, fsdp: must be off.
+    Args:
+        decoder_value_embed_dim: total width of v. Default: 2 decoder_embed_dim, as in the paper; torchscale's default,
+            1280, does not divide by its 3 heads.
+        moe_*: as in torchscale, but no token is dropped and the second expert always takes part, so the options of
+            capacities and of random choices have no effect.
+        multiway, use_xmoe, xpos_rel_pos, rel_pos_buckets, max_rel_pos, fsdp: not supported; must be off.
     Raises: ValueError or TypeError that names the option.
+    Example:
+        config = RetNetConfig(vocab_size=256, decoder_embed_dim=64, decoder_retention_heads=4, decoder_layers=2)
+        logits, extra = RetNetDecoder(config)(tokens)  # tokens (B, T) int64
     """
 
     decoder_embed_dim: int = 768
@@ -101,9 +106,9 @@ class RetNetConfig:
             self.decoder_normalize_before = True
 
     def override(self, args: Any) -> None:
-        """Take over what `args` has as attributes under these names, unless None; then the rules apply anew."""
+        """Take each option from the attribute of `args` with its name, if that is set and not None; check again."""
         if self.decoder_value_embed_dim == 2 * self.decoder_embed_dim:
-            self.decoder_value_embed_dim = None  # follows the width
+            self.decoder_value_embed_dim = None  # recomputed from the width below
         for name in vars(self):
             if getattr(args, name, None) is not None:
                 setattr(self, name, getattr(args, name))
@@ -113,11 +118,12 @@ class RetNetConfig:
 class RetNetDecoder(nn.Module):
     """Embedding, blocks and head: tokens (B, T) in, logits (B, T, vocab_size) out.
 
-    args: a `RetNetConfig`, or anything with its attributes.
-    embed_tokens: default: an embedding of its own if args.vocab_size is above 0.
-    output_projection: default: a head, unless args.no_output_layer; with share_decoder_input_output_embed it has the
-        embedding's weight.
-    Raises: ValueError for options that are not there, TypeError for args without one that is needed.
+    Args:
+        args: a `RetNetConfig`, or an object with its attributes.
+        embed_tokens: Default: a new embedding if args.vocab_size is above 0.
+        output_projection: Default: a new head unless args.no_output_layer; with args.share_decoder_input_output_embed,
+            it uses the embedding's weight.
+    Raises: ValueError for options that are not supported; TypeError if args lacks an option.
     """
 
     def __init__(self, args: Any, embed_tokens: nn.Module | None = None, output_projection: nn.Module | None = None):
@@ -141,6 +147,7 @@ class RetNetDecoder(nn.Module):
 
     @property
     def layers(self) -> nn.ModuleList:
+        """The blocks."""
         return self.backbone.blocks
 
     def forward(
@@ -152,17 +159,20 @@ class RetNetDecoder(nn.Module):
         token_embeddings: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[str, Any]]:
-        """Logits (B, T, vocab_size), or with features_only the hidden states (B, T, dim); and a dict with
+        """Compute logits, or hidden states with features_only, and a dict of further outputs.
 
-            inner_states: the input of the first block and the output of each; l_aux: the loss of each block's experts,
-            None without; attn: None.
-
-        incremental_state: a dict that the caller keeps, at first empty. Each call is given the tokens from the start,
-            computes those it has not seen, in one pass, and returns logits for these alone. It then holds for each
-            block tensors by name whose first dimension is the batch. {"is_first_step": True} forgets what was there.
-        token_embeddings (B, T, dim): instead of the embedding, of all tokens or of the new ones.
-        kwargs: what fairseq passes to other models; return_all_hiddens: they come anyway.
-        Raises: ValueError if no token is new.
+        Shapes: prev_output_tokens (B, T) int64. Returns (B, T, vocab_size), or (B, T, dim) with features_only.
+        Args:
+            incremental_state: a dict that the caller keeps, empty at first. Each call takes all tokens from the start,
+                computes in one pass those that are new, and returns logits for these only. The dict then holds, for
+                each block, tensors by name with the batch as first dimension. {"is_first_step": True} starts again.
+            features_only: return hidden states.
+            return_all_hiddens: ignored; all hidden states are returned anyway.
+            token_embeddings: (B, T, dim), used instead of the embedding; of all tokens or of the new ones.
+            kwargs: ignored; fairseq passes them.
+        Returns: the output and a dict with inner_states (input of the first block, output of each), l_aux (the loss of
+            each block's experts, None without experts) and attn (None).
+        Raises: ValueError if no token is new; TypeError or ShapeError for a wrong input.
         """
         check_token_ids(prev_output_tokens, name="prev_output_tokens")
         check_is("incremental_state", incremental_state, dict | None, "a dict, or None")
@@ -187,28 +197,30 @@ class RetNetDecoder(nn.Module):
     def forward_embedding(
         self, tokens: Tensor, token_embedding: Tensor | None = None, incremental_state: dict[Any, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What goes into the first block, and the scaled embedding before norm and dropout."""
+        """Return the input of the first block, and the scaled embedding before norm and dropout, (B, T, dim) each."""
         if token_embedding is None:
             token_embedding = self._embedded(tokens[:, _seen(self._state(incremental_state)) :])
         scaled = token_embedding * self.backbone.embedding_scale
         return self.backbone.dropout(self.backbone.embedding_norm(scaled)), scaled
 
     def output_layer(self, features: Tensor) -> Tensor:
+        """Map hidden states (B, T, dim) to logits (B, T, vocab_size). Raises: ValueError without a head."""
         if self.output_projection is None:
             raise ValueError("this decoder has no output layer; pass features_only=True, or a vocab_size to its config")
         return self.output_projection(features)
 
     def is_first_step(self, incremental_state: dict[Any, Any] | None) -> bool:
+        """Tell whether incremental_state asks to start again."""
         return incremental_state is not None and bool(incremental_state.get("is_first_step", False))
 
     def reorder_incremental_state(self, incremental_state: dict[Any, Any], new_order: Tensor) -> None:
-        """Rows of the batch, as many as new_order names and in that order, for beam search."""
+        """Select the rows `new_order` of the batch in incremental_state, in place, for beam search."""
         for i in range(self.num_layers):
             for name, x in incremental_state.get(i, {}).items():
                 incremental_state[i][name] = x.index_select(0, new_order)
 
     def _state(self, incremental_state: dict[Any, Any] | None) -> list[RetentionState] | None:
-        """What the dict holds, if it is not the beginning."""
+        """Return the state of each block in incremental_state; None at the first step."""
         if not incremental_state or not incremental_state.get(0) or self.is_first_step(incremental_state):
             return None
         return [RetentionState(**incremental_state[i]) for i in range(self.num_layers)]
@@ -220,7 +232,7 @@ class RetNetDecoder(nn.Module):
 
 
 def _check_kind(name: str, value: object, default: object) -> None:
-    """Raises: ValueError or TypeError unless value is of the kind of the default."""
+    """Raises: ValueError or TypeError unless value has the type of the default, and a possible size."""
     if isinstance(default, bool):
         check_flags(**{name: value})
     elif isinstance(default, str):
@@ -248,7 +260,7 @@ def _check(args: Any) -> None:
 
 
 def _seen(state: list[RetentionState] | None) -> int:
-    """How many tokens the state holds, the same in all rows."""
+    """Return how many tokens the state holds; all rows hold the same number."""
     return 0 if state is None else int(state[0].time[0])
 
 
@@ -266,7 +278,7 @@ def _backbone(args: Any) -> RetNetBackbone:
         norm_eps=args.layernorm_eps,
         norm_before=args.decoder_normalize_before,
         deepnorm=args.deepnorm,
-        subln=bool(args.subln and args.moe_freq),  # in experts alone
+        subln=bool(args.subln and args.moe_freq),  # in experts only
         retention=layer,
         **{name: getattr(args, name) for name in _SAME_NAME},
     )
@@ -278,7 +290,7 @@ def _buffers(decoder: Any) -> dict[str, Tensor]:
 
 
 def _to_theirs(decoder: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """After `state_dict`: torchscale's names, and its buffers."""
+    """Hook after `state_dict`: use torchscale's names and add its buffers."""
     for key in [key for key in state if key.startswith(prefix)]:
         ours = key.removeprefix(prefix)
         state[prefix + (TORCHSCALE.to_theirs(ours) or ours)] = state.pop(key)
@@ -297,7 +309,7 @@ def _to_ours(
     unexpected: list[str],
     errors: list[str],
 ) -> None:
-    """Before `load_state_dict`: our names; the buffers are compared, since ours are computed."""
+    """Hook before `load_state_dict`: use this library's names, and compare the buffers with computed values."""
     computed = _buffers(decoder)
     for key in [key for key in state if key.startswith(prefix)]:
         theirs = key.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""Tensors by name, from files and to files: safetensors, or torch's own without the code that those can hold."""
+"""Reads and writes files of tensors: safetensors, and torch's format without executing code in it."""
 
 from __future__ import annotations
 
@@ -22,15 +22,18 @@ Tensors = dict[str, Tensor]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _NAMES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-_WRAPPED_IN = ("model", "state_dict")  # fairseq, Lightning
+_WRAPPED_IN = ("model", "state_dict")  # keys of fairseq and Lightning
 _MOST_WRAPPERS = 8
-_PREFIXES = ("module.", "decoder.")  # DistributedDataParallel, fairseq
+_PREFIXES = ("module.", "decoder.")  # of DistributedDataParallel and fairseq
 
 
 def read(source: Path) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors in a file, or in the file or shards of a folder, and the config.json beside them, empty if none is.
+    """Read the tensors of a checkpoint and the config.json beside them.
 
-    Raises: OSError, or ValueError for what is not a file of finite floating-point tensors.
+    Args:
+        source: a file, or a folder with one file of weights or with shards and their index.
+    Returns: the tensors by name, and the contents of config.json, {} without one.
+    Raises: OSError, or ValueError unless the source holds finite floating-point tensors by name.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist")
@@ -43,9 +46,10 @@ def read(source: Path) -> tuple[Tensors, dict[str, Any]]:
 
 
 def write(tensors: Tensors, file: Path) -> None:
-    """As safetensors if the file is named so, else as torch.save does."""
+    """Write tensors as safetensors if the file's suffix is .safetensors, else with torch.save."""
     if file.suffix == ".safetensors":
-        save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})  # none may share
+        # safetensors refuses tensors that share memory.
+        save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})
     else:
         torch.save(tensors, file)
 
@@ -64,7 +68,7 @@ def _file_in(folder: Path) -> Path:
 
 
 def _shards(index: Path) -> dict[str, Any]:
-    """The tensors of all files that an index names: each in the file where it says, and no others."""
+    """Read all files that an index names; each must hold exactly the tensors that the index assigns to it."""
     tensors: dict[str, Any] = {}
     for name, expected in _names_by_file(index).items():
         if not os.path.lexists(index.parent / name):
@@ -101,7 +105,7 @@ def _loaded(file: Path) -> dict[Any, Any]:
 
 
 def _check_zip(file: Path) -> None:
-    """What torch does not look at: checksums, and whether the content is larger than the file."""
+    """Check a zip file beyond torch's own checks: its checksums, and that its content is not compressed."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
@@ -118,7 +122,7 @@ def _torch_loaded(file: Path) -> Any:
         _check_zip(file)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are of kinds of tensors that are refused anyway
+            warnings.simplefilter("ignore")  # warnings concern kinds of tensors that are refused below
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
@@ -131,7 +135,7 @@ def _torch_loaded(file: Path) -> Any:
 
 
 def _unwrapped(found: dict[Any, Any], file: Path) -> Tensors:
-    """The state dict in what a trainer saved, with names that begin at the model."""
+    """Return the state dict inside a trainer's checkpoint, without prefixes of wrappers in its names."""
     for _ in range(_MOST_WRAPPERS):
         inner = next((found[key] for key in _WRAPPED_IN if isinstance(found.get(key), dict)), None)
         if inner is None:
@@ -151,7 +155,7 @@ def _unwrapped(found: dict[Any, Any], file: Path) -> Tensors:
 
 
 def _other_than_weight(name: Any, x: Any) -> str | None:
-    """What an entry is that is not a tensor of weights; None for one that is."""
+    """Describe an entry that is not a tensor of weights; None for a tensor of weights."""
     if not isinstance(name, str):
         return f"a name of type {type(name).__name__}"
     if type(x) not in (Tensor, nn.Parameter):

@@ -1,8 +1,9 @@
-"""What other RetNets call their tensors and options, and what they compute, in our terms. Needs torch alone.
+"""The checkpoint formats of other RetNet implementations: names of tensors and options, and fixed choices.
 
-A format is a table. To add one, write a `Format` like those below and enter it in FORMATS: detection, `checkpoints` and
-`retention convert` then know it. In our terms: tensors are named as in `RetNetForCausalLM`, without the prefix
-`model.`; options as in `RetNetBackbone`, those of the layer with the prefix `retention.`.
+A format is a table. To add one, write a `Format` like those below and add it to FORMATS; `detect`, `checkpoints` and
+`retention convert` then support it. This library's names of tensors are those of `RetNetForCausalLM` without the prefix
+`model.`; its names of options are those of `RetNetBackbone`, and those of `MultiScaleRetention` with the prefix
+`retention.`. Needs torch only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = [
 
 
 def _todays(tensors: Tensors) -> Tensors:
-    """Refuses torchscale's first layers, which compute something else under the same names."""
+    """Refuse torchscale's earliest layers, which compute something else under the same names."""
     if any(key.endswith("wg_reduction.weight") for key in tensors):
         raise ValueError("this is a mixture of experts with X-MoE routing (use_xmoe), which has no counterpart here")
     if any(key.endswith("q_proj.bias") for key in tensors):
@@ -44,6 +45,7 @@ def _todays(tensors: Tensors) -> Tensors:
 
 
 def _gated(tensors: Tensors) -> Tensors:
+    """Refuse torchscale's earliest feed-forwards, which have no gate; then do the checks of `_todays`."""
     if any(".ffn.fc1." in key for key in tensors) and not any(".ffn.gate." in key for key in tensors):
         raise ValueError(
             "these weights have no ffn.gate: they are of torchscale before 2023-09-28, whose layers compute something "
@@ -53,13 +55,13 @@ def _gated(tensors: Tensors) -> Tensors:
 
 
 def tied(tensors: Tensors) -> Tensors:
-    """With the head that shares the embedding's weight, and for that reason is not in the file."""
+    """Add the head that shares the embedding's weight and is therefore not in the file."""
     embedding = tensors.get("model.embed_tokens.weight")
     return dict(tensors) if embedding is None else {"lm_head.weight": embedding, **tensors}
 
 
 def _one_matrix_for_all_heads(tensors: Tensors) -> Tensors:
-    """Jamie Stirling's W_Q, W_K and W_V, of each head or (heads, in, out), as one matrix; all W turned to (out, in)."""
+    """Join Jamie Stirling's W_Q, W_K, W_V of all heads to one matrix each, and transpose all W to (out, in)."""
     whole = dict(tensors)
     heads: dict[str, dict[int, Tensor]] = {}
     for key in tensors:
@@ -135,7 +137,7 @@ SYNCDOTH = Format(
     rules=(
         ("lm_head.*", "lm_head.*"),
         *((f"model.{theirs}", ours) for theirs, ours in TORCHSCALE.rules),
-        *TORCHSCALE.rules,  # of its RetNetModel alone
+        *TORCHSCALE.rules,  # for a checkpoint of its RetNetModel, which has no prefix
     ),
     defaults=TORCHSCALE.defaults,
     options=TORCHSCALE.options
@@ -258,7 +260,12 @@ FORMATS = {
 
 
 def detect(keys: Iterable[str]) -> Format:
-    """The format that keys are of. Raises: ValueError if it is none in FORMATS."""
+    """Return the format of a checkpoint.
+
+    Args:
+        keys: names of its tensors.
+    Raises: ValueError if no format in FORMATS has such names.
+    """
     keys = list(keys)
     for known in FORMATS.values():
         if known.detects(keys):

@@ -1,4 +1,4 @@
-"""What a checkpoint's tensors, under our names, tell about the model."""
+"""Derives the options of a model from the names, shapes and buffers in its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ Tensors = dict[str, Tensor]
 
 
 def described(tensors: Tensors) -> dict[str, Any]:
-    """The options that names and shapes tell. Raises: ValueError if these are not the tensors of a RetNet."""
+    """Return the options that follow from the names and shapes of tensors.
+
+    Args:
+        tensors: tensors under this library's names.
+    Raises: ValueError unless they are the tensors of a RetNet.
+    """
     _check_dimensions(tensors)
     norm, v_proj = _shapes(tensors, r"retention_norm\.weight"), _shapes(tensors, r"retention\.v_proj\.weight")
     if not (norm and v_proj and _shapes(tensors, r"ffn\..*fc1\.weight")):
@@ -51,16 +56,20 @@ def _feed_forward(tensors: Tensors) -> dict[str, Any]:
         "moe_freq": min(routers, default=-1) + 1,
         "moe_expert_count": next(iter(routers.values()), 0),
     }
-    if len(routers) < len(_blocks(tensors)):  # those without experts
+    if len(routers) < len(_blocks(tensors)):  # some blocks have no experts
         facts["use_glu"] = bool(_shapes(tensors, r"ffn\.gate\.weight"))
         facts["ffn_bias"] = bool(_shapes(tensors, r"ffn\.fc1\.bias"))
     return facts
 
 
 def positions(tensors: Tensors, facts: dict[str, Any], usual: str) -> dict[str, Any]:
-    """Heads and decays, as buffers tell them. usual: the schedule to think of first.
+    """Return the number of heads and the decays that follow from the buffers in a checkpoint.
 
-    Raises: ValueError if buffers contradict each other, or hold angles that we do not compute.
+    Args:
+        tensors: tensors under this library's names; buffers begin with `constant.`.
+        facts: the result of `described`.
+        usual: the schedule to compare the decays with first.
+    Raises: ValueError if buffers contradict each other, or hold angles other than this library computes.
     """
     heads, decays = {facts["num_heads"]} if "num_heads" in facts else set(), set()
     for name, x in tensors.items():
@@ -84,7 +93,12 @@ def positions(tensors: Tensors, facts: dict[str, Any], usual: str) -> dict[str, 
 
 
 def constants(key_dim: int, decays: tuple[float, ...]) -> Tensors:
-    """The angles and log-decays that torchscale keeps as buffers, bit for bit as it computes them in float32."""
+    """Return the angles and log-decays that torchscale stores as buffers, with its float32 rounding.
+
+    Args:
+        key_dim: channels of one head of q and k.
+        decays: log-decay of each head.
+    """
     angles = (1.0 / 10000 ** torch.linspace(0, 1, key_dim // 2)).repeat_interleave(2)
     paper = torch.log(1 - 2 ** (-5 - torch.arange(len(decays), dtype=torch.float32)))
     is_paper = decays == SCHEDULES["paper"](len(decays))
@@ -92,20 +106,21 @@ def constants(key_dim: int, decays: tuple[float, ...]) -> Tensors:
 
 
 def same(x: Tensor, exact: Tensor) -> bool:
-    """Equal but for the rounding of float32, in which it was computed, and of the dtype that x is kept in."""
+    """Tell whether x equals `exact` up to the rounding of float32 and of the dtype of x."""
     return x.shape == exact.shape and torch.allclose(
         x.double().cpu(), exact.double(), rtol=1e-5 + 2 * torch.finfo(x.dtype).eps, atol=2e-7
     )
 
 
 def _rotation(kind: str, key_dim: int) -> Tensor:
-    if kind == "angles":  # of each channel
+    if kind == "angles":  # one angle per channel
         return torch.tensor(frequencies("paper", key_dim), dtype=torch.float64).repeat_interleave(2)
-    return (512 * torch.tensor(pair_decays(key_dim), dtype=torch.float64)).exp()  # xPos' scale of each pair
+    # pair_scales: the scale of xPos, one per pair of channels
+    return (512 * torch.tensor(pair_decays(key_dim), dtype=torch.float64)).exp()
 
 
 def _decay(x: Tensor, usual: str, *, gammas: bool) -> str | tuple[float, ...]:
-    """The schedule that a buffer holds, or else its log-decays."""
+    """Return the schedule whose decays a buffer holds, or the log-decays if no schedule fits."""
     for name in dict.fromkeys((usual, *SCHEDULES)):
         exact = torch.tensor(SCHEDULES[name](len(x)), dtype=torch.float64)
         if same(x, exact.exp() if gammas else exact):
@@ -128,14 +143,14 @@ def _equal(x: Tensor, y: Tensor) -> bool:
 
 
 def _count(numbers: set[int], what: str) -> int:
-    """How many there are, if they are numbered from 0 without a gap."""
+    """Return how many numbers there are. Raises: ValueError unless they run from 0 without a gap."""
     if absent := set(range(len(numbers))) - numbers:
         raise ValueError(f"missing tensors: there is a {what}.{max(numbers)} but no {what}.{min(absent)}")
     return len(numbers)
 
 
 def _routers(tensors: Tensors) -> dict[int, int]:
-    """How many experts there are in each block that has some. Raises: ValueError if weights and routers disagree."""
+    """Return the number of experts by block. Raises: ValueError if experts and routers disagree."""
     rows = {
         int(found[1]): len(x)
         for name, x in tensors.items()
@@ -159,5 +174,5 @@ def _blocks(tensors: Tensors) -> set[int]:
 
 
 def _shapes(tensors: Tensors, pattern: str) -> list[tuple[int, ...]]:
-    """Of the tensors in any block that are named so."""
+    """Return the shapes of the tensors whose name within a block matches the pattern."""
     return [tuple(x.shape) for key, x in tensors.items() if re.fullmatch(rf"backbone\.blocks\.\d+\.{pattern}", key)]

@@ -1,4 +1,4 @@
-"""`Format`: how one implementation of RetNet writes a model down."""
+"""`Format`, which describes how one implementation of RetNet names its tensors and options."""
 
 from __future__ import annotations
 
@@ -25,14 +25,19 @@ OPTIONS = {*_BACKBONE, *_HEADS, "vocab_size", "lm_head_bias", *(f"retention.{nam
 
 @dataclass(frozen=True)
 class Format:
-    """How one implementation writes a model down.
+    """Describes the checkpoints of one implementation.
 
-    marks: patterns of keys; a checkpoint that has a key like one of them is of this format.
-    rules: pairs of patterns (theirs, ours), read in both directions. A star is one part of a name, at the end all the
-        rest. The first that fits counts. What is `constant.` on our side is compared with what we compute.
-    defaults: options that weights do not tell: what the implementation does, or does unless told otherwise.
-    options: what their options are called here; () for those that change nothing or that the weights tell.
-    prepare: their tensors to tensors that the rules can rename, each as we keep it; refuses what is not of this format.
+    Attributes:
+        name: the name of the format.
+        marks: patterns of tensor names; a checkpoint with a matching name has this format.
+        rules: pairs of patterns (theirs, ours), applied in both directions; the first match counts. A star stands for
+            one part of a name, at the end for all further parts. Tensors whose name here begins with `constant.` are
+            compared with this library's computed values.
+        defaults: options that the weights do not determine: fixed choices and defaults of the implementation.
+        options: their names of options and the corresponding names here; () if an option has no effect or follows from
+            the weights.
+        prepare: brings their tensors into the layout that the rules expect; raises ValueError for a checkpoint that is
+            not supported.
     """
 
     name: str
@@ -43,29 +48,33 @@ class Format:
     prepare: Callable[[Tensors], Tensors] = dict
 
     def detects(self, keys: Iterable[str]) -> bool:
+        """Tell whether one of the keys matches one of the marks."""
         return any(_pattern(mark).fullmatch(key) for key in keys for mark in self.marks)
 
     def to_ours(self, key: str) -> str | None:
-        """Our name for a key of theirs; None if no rule knows it."""
+        """Return this library's name of their tensor; None if no rule matches."""
         return _renamed(key, self.rules)
 
     def to_theirs(self, key: str) -> str | None:
+        """Return their name of this library's tensor; None if no rule matches."""
         return _renamed(key, tuple((ours, theirs) for theirs, ours in self.rules))
 
     def known(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Those of the options that `config` takes: a config.json holds many more."""
+        """Return the options that `config` accepts; a config.json holds many more."""
         return {name: value for name, value in options.items() if name in self.options or name in OPTIONS}
 
     def config(self, tensors: Tensors, given: dict[str, Any]) -> dict[str, Any]:
-        """The options of the model whose tensors, under our names, these are; for `RetNetConfig`.
+        """Return the options of the model in a checkpoint, for `RetNetConfig`.
 
-        given: options under their names or ours, for what the weights do not tell.
-        Raises: ValueError for an unknown option, one that contradicts the weights, or one that is needed and unknown.
+        Args:
+            tensors: its tensors under this library's names.
+            given: options that the weights do not determine, under their names or this library's.
+        Raises: ValueError for an unknown option, one that contradicts the weights, or a missing one.
         """
         facts = described(tensors)
         facts |= positions(tensors, facts, self.defaults.get("retention.decay", "paper"))
         if not facts.pop("final_norm") and self.defaults.get("final_norm", True):
-            facts["norm_before"] = False  # with its norms after the sums, a model has none at the end
+            facts["norm_before"] = False  # a model with norms after the sums has no final norm
         else:
             facts["deepnorm"] = False
         told: dict[str, Any] = {}
@@ -100,7 +109,10 @@ class Format:
 
 
 def flat(options: dict[str, Any]) -> dict[str, Any]:
-    """The options with those of the layer beside them, under the prefix `retention.`."""
+    """Return the options with those in `retention` moved to the top level, under the prefix `retention.`.
+
+    Raises: ValueError if `retention` is not a dict.
+    """
     layer = options.get("retention") or {}
     if not isinstance(layer, dict):
         raise ValueError(f"retention must hold options of the layer, by name; got retention {one_line(repr(layer))}")

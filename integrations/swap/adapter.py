@@ -1,4 +1,4 @@
-"""How retention is put into one class of attention: the interface `Adapter`, and which class has which adapter."""
+"""The `Adapter` interface, which tells how a class of attention is replaced, and the registry of adapters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,23 @@ from torch import nn
 
 from retention.options import check_is, check_whole, shown
 
-# Integrations that bring adapters, by the library whose models they are for; imported when such a model comes.
+# The integration that registers the adapters for a library's models; imported when the first such model is given.
 _INTEGRATIONS = {"timm": "timm", "torch": "torch_nn", "transformers": "transformers"}
 
 
 @dataclass(frozen=True)
 class Heads:
-    """What retention needs to know of an attention layer. dim: of its input; key_dim, value_dim: of one head."""
+    """The sizes of the heads of an attention layer.
+
+    Args:
+        dim: width of the layer's input.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads.
+        key_dim, value_dim: channels of one head of q and k, and of v.
+    Raises: TypeError or ValueError unless all are whole numbers of at least 1.
+    Example:
+        Heads(dim=64, num_heads=4, num_kv_heads=2, key_dim=16, value_dim=16)
+    """
 
     dim: int
     num_heads: int
@@ -31,35 +41,60 @@ class Heads:
 
 
 class Adapter:
-    """How retention takes the place of the softmax in one class of attention. `heads` and `forward` are needed."""
+    """Tells how retention replaces the softmax in one class of attention.
+
+    A subclass must define `heads` and `forward`; the other methods have defaults. One adapter serves all layers of its
+    class and keeps no state of its own.
+
+    Example:
+        class MyAdapter(Adapter):
+            def heads(self, attention):
+                return Heads(dim=64, num_heads=4, num_kv_heads=4, key_dim=16, value_dim=16)
+
+            def forward(self, attention, host_forward, x):
+                q, k, v = attention.project(x)  # (B, H, T, K) each
+                y, _ = attention.retention(x, q, k, v, scale=16**-0.5)
+                return attention.c_proj(y.flatten(2))
+
+        register_adapter(MyAttention, MyAdapter())
+    """
 
     def heads(self, attention: Any) -> Heads:
-        """The sizes of the layer."""
+        """Return the sizes of the layer's heads."""
         raise NotImplementedError
 
     def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The layer's forward, with `attention.retention` where the softmax was; host_forward: its own, bound to it."""
+        """Run the layer with `attention.retention` in place of its softmax.
+
+        Args:
+            attention: the replaced layer; its child `retention` is a `HostedRetention`.
+            host_forward: the forward of the original class, bound to the layer.
+            args, kwargs: the arguments of the layer's call.
+        Returns: the output in the form in which the original forward returns it.
+        """
         raise NotImplementedError
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
-        """Every reason why it cannot be replaced in `model`; none if it can."""
+        """List every reason why the layer cannot be replaced in `model`; an empty list allows the replacement."""
         return []
 
     def lost(self, attention: Any) -> list[str]:
-        """What the layer does that retention will not do, such as a sliding window.
+        """List the layer's features that retention does not have, such as a sliding window.
 
-        Not dropout of the attention weights, which has no counterpart but changes nothing of what a model computes.
+        Such a layer is replaced only with allow_lost=True. Dropout of the attention weights is not listed: retention
+        has no counterpart, but dropout does not change the output in evaluation mode.
         """
         return []
 
     def both_ways(self, attention: Any) -> bool:
-        """Whether it is known before any call that tokens also see those after them."""
+        """Tell whether the layer is known, before any call, to let tokens attend to later tokens."""
         return False
 
     def reset(self, attention: Any, model: nn.Module) -> None:
-        """Give the layer, which `model` has a twin of, new weights.
+        """Draw new weights for the layer, which is a copy of a layer of `model`.
 
-        Raises: ValueError if it is not known how.
+        The default calls `reset_parameters` of the layer and of its children.
+        Raises: ValueError if a module with parameters has no `reset_parameters`.
         """
         for name, module in attention.named_modules():
             if hasattr(module, "reset_parameters"):
@@ -69,9 +104,9 @@ class Adapter:
                 raise ValueError(f'init="fresh" needs a reset_parameters of {where}, or a reset of the adapter')
 
     def attach(self, model: Any) -> None:
-        """Let the model around the layers know, once they are replaced: the whole model, wrappers and all.
+        """Prepare the whole model, wrappers included, after layers in it were replaced.
 
-        It is called again when more layers of the model are replaced.
+        The call is repeated when more layers of the model are replaced.
         """
 
     def detach(self, model: Any) -> None:
@@ -80,16 +115,22 @@ class Adapter:
 
 Recogniser = Callable[[type[nn.Module]], Adapter | None]
 
-_adapters: dict[str, Adapter] = {}  # by the full name of the class
+_adapters: dict[str, Adapter] = {}  # keys: full names of classes
 _recognisers: list[Recogniser] = []
-_found: dict[type[nn.Module], Adapter | None] = {}  # what `find_adapter` has answered
+_found: dict[type[nn.Module], Adapter | None] = {}  # the answers of `find_adapter` so far
 
 
 def register_adapter(attention: type[nn.Module] | str, adapter: Adapter) -> None:
     """Let `replace_attention` replace modules of exactly this class.
 
-    attention: the class, or its full name, "package.module.Class", which need not be imported.
-    Raises: ValueError if it has an adapter; TypeError for what is no class or no adapter.
+    Args:
+        attention: the class, or its full name "package.module.Class"; a class that is given by name need not be
+            imported.
+        adapter: an instance of a subclass of `Adapter`.
+    Raises: ValueError if the class has a registered adapter; TypeError if `attention` is not a module class or a name,
+        or `adapter` is not an `Adapter`.
+    Example:
+        register_adapter(CausalSelfAttention, NanoGPTAttention())
     """
     check_is("adapter", adapter, Adapter, "an Adapter")
     if not isinstance(attention, str) and not (isinstance(attention, type) and issubclass(attention, nn.Module)):
@@ -102,14 +143,23 @@ def register_adapter(attention: type[nn.Module] | str, adapter: Adapter) -> None
 
 
 def register_recogniser(recogniser: Recogniser) -> None:
-    """Let `recogniser` name the adapter of a class that has none registered; None is for what it does not know."""
+    """Register a function that finds the adapter of a class without a registered one.
+
+    Args:
+        recogniser: takes a module class; returns its adapter, or None for a class that it does not know. Recognisers
+            are asked in the order of their registration.
+    Raises: TypeError if `recogniser` is not callable.
+    """
     check_is("recogniser", recogniser, Callable, "a function of a class")
     _recognisers.append(recogniser)
     _found.clear()
 
 
 def find_adapter(kind: type[nn.Module]) -> Adapter | None:
-    """The adapter of a class of modules; None if it has none."""
+    """Return the adapter of a class of modules, or None if it has none.
+
+    The integration for the class's library (timm, torch or transformers) is imported first.
+    """
     if kind not in _found:
         library = kind.__module__.partition(".")[0]
         if library in _INTEGRATIONS:
@@ -120,4 +170,5 @@ def find_adapter(kind: type[nn.Module]) -> Adapter | None:
 
 
 def full_name(kind: type) -> str:
+    """Return "package.module.Class", the name under which adapters are registered."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""Bring each new head to the size of its attention's output, by one pass of a batch."""
+"""Calibration: one batch scales each new head to the output size of the attention that it replaces."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from .retention import HostedRetention
 
 @torch.no_grad()
 def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
-    """Set the gains of replaced layers, by name, so that each head has the root mean square of its attention's.
+    """Set the gains of replaced layers so that each head has the root mean square of its attention's output.
 
-    batch: keyword arguments of `model`, which runs once, in evaluation mode. Padding does not count.
-    Raises: ValueError if the batch does not reach a layer, or gives one a value that is not finite.
+    The model runs the batch once, in evaluation mode and with attention still in effect. Padding does not count.
+
+    Args:
+        model: the model, or the part of it, that takes the batch.
+        layers: the replaced layers by name.
+        batch: the calibration batch, as keyword arguments of `model`.
+    Raises: ValueError if the batch does not reach a layer, or leads to values in a layer that are not finite.
     """
     probes = {name: _Probe(layer.retention) for name, layer in layers.items()}
     modes = [(module, module.training) for module in model.modules()]
@@ -39,12 +44,12 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, A
 
 
 class _Probe(nn.Module):
-    """In the place of a layer's retention: it gives what attention would give, and measures the size of both."""
+    """Stands in for a layer's retention: returns the output of attention and measures the size of both outputs."""
 
     def __init__(self, retention: HostedRetention):
         super().__init__()
         self.measured, self.causal = retention, retention.causal
-        self.squares: list[Tensor] = []  # of each call, (2, H): retention's, attention's
+        self.squares: list[Tensor] = []  # per call, (2, H): sums of squares of retention's and of attention's output
 
     def forward(
         self,
@@ -69,7 +74,7 @@ class _Probe(nn.Module):
         return wanted, state
 
     def gain(self, name: str) -> Tensor:
-        """(H,). name: of the layer, for errors."""
+        """Return the gain of each head, (H,); `name` is the layer's name for errors."""
         if not self.squares:
             raise ValueError(f"calibrate_on did not reach {name}; pass a batch that runs every layer to be replaced")
         have, want = torch.stack(self.squares).sum(0)
@@ -81,7 +86,7 @@ class _Probe(nn.Module):
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """What attention gathers from the same q, k and v, (B, T, H, V). Arguments as `HostedRetention.forward`."""
+    """Softmax attention over the same q, k and v, (B, T, H, V); arguments as in `HostedRetention.forward`."""
     length = q.shape[2]
     seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=q.device)
     if causal:

@@ -1,4 +1,4 @@
-"""Feature maps: what makes the scores of retention positive, as those of a softmax are."""
+"""Feature maps, which make the scores of retention positive like those of a softmax."""
 
 from __future__ import annotations
 
@@ -8,17 +8,23 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-_SHARPNESS = 2.5  # of the first features; 1 and 5 learn the softmax more slowly
+_SHARPNESS = 2.5  # factor of the initial identity; with 1 and with 5 the features approach the softmax more slowly
 
 
 class FeatureMap(nn.Module):
-    """A learnable map of each head's q or k to features above 0: softmax of W x and -W x.
+    """A learnable map of each head's q or k to positive features: the softmax of W x and -W x.
 
-    Each of the `scales` of a head, which differ in decay, has a W; the softmax goes over all of them, so that a token
-    chooses how far it looks. W starts as a multiple of the identity.
+    Each head has `scales` matrices W, one for each of its decays. The softmax goes over the features of all scales, so
+    a token can choose a decay. Each W starts as a multiple of the identity.
 
-    Source: Zhang et al. 2024, arXiv:2402.04347 (Hedgehog). Differs: one softmax, over both signs and all scales; a
-    sharper start.
+    Shapes: x (B, H, T, K) -> (B, H, scales, T, 2 K); weight (H, scales, K, K).
+    Args:
+        num_heads: heads H of the input.
+        scales: number of decays of each head.
+        key_dim: channels K of one head.
+        device, dtype: of the weight; default: those of torch.
+    Source: Zhang et al. 2024, arXiv:2402.04347 (Hedgehog). Differs: one softmax goes over both signs and all scales,
+        and W starts larger.
     """
 
     def __init__(self, num_heads: int, scales: int, key_dim: int, device: Any = None, dtype: Any = None):
@@ -28,10 +34,11 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
+        """Set each W to its initial multiple of the identity."""
         self.weight.copy_(_SHARPNESS * torch.eye(self.weight.shape[-1]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, H, T, K) -> (B, H, scales, T, 2 K)."""
+        """Map x (B, H, T, K) to features (B, H, scales, T, 2 K)."""
         y = x[:, :, None] @ self.weight
         y = rearrange([y, -y], "sign b h s t k -> b h t (s sign k)").softmax(-1)
         return rearrange(y, "b h t (s k) -> b h s t k", s=self.weight.shape[1])

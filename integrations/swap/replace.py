@@ -1,7 +1,8 @@
-"""Put retention where the attention of an existing model is, and take it out again.
+"""Replace the attention layers of an existing model with retention, and restore them.
 
-An attention module stays the object it is, with its projections under their own names. It gets one new child,
-`retention`, and a class derived from its own that runs it. Checkpoints, optimisers, hooks and LoRA go on as before.
+A replaced attention module stays the same object and keeps its projections under their names. It gets a new child,
+`retention`, and a class derived from its own whose forward runs that child. Checkpoints, optimisers, hooks and LoRA
+keep working.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from .whole import whole_models
 
 @dataclass
 class Place:
-    """An attention layer of a model. names: all it goes by. kept: why it is not replaced. lost: see `Adapter.lost`."""
+    """An attention layer of a model: all its names, why it is kept (empty: it is not), and its lost features."""
 
     names: list[str]
     attention: nn.Module
@@ -38,14 +39,24 @@ class Place:
 
 @dataclass
 class SwapReport:
-    """What `replace_attention` did, or would do: names of layers, and the numbers of parameters."""
+    """The layers that `replace_attention` replaced or would replace, and the number of parameters.
+
+    `str()` of a report gives one line per fact.
+
+    Attributes:
+        replaced: names of the layers with retention after the call, those in `already` included.
+        kept: the reason why each other attention layer keeps its attention, by the layer's name.
+        lost: features of the attention that retention does not have, by the layer's name.
+        parameters_before, parameters_after: numbers of parameters of the model.
+        already: names of the layers in `replaced` that had retention before the call.
+    """
 
     replaced: list[str]
     kept: dict[str, str]
     lost: dict[str, list[str]]
     parameters_before: int
     parameters_after: int
-    already: list[str] = field(default_factory=list)  # those of `replaced` that had retention before the call
+    already: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"retention in {len(self.replaced)} layers: {', '.join(self.replaced) or 'none'}"]
@@ -65,25 +76,34 @@ def replace_attention(
     allow_lost: bool = False,
     **options: Any,
 ) -> SwapReport:
-    """Put retention into the attention layers of `model`, in place.
+    """Replace attention layers of `model` with retention, in place.
 
-    The projections, norms and biases carry over exactly. The softmax does not: train the model afterwards.
+    Projections, norms and biases keep their weights. Retention only approximates the softmax, so train the model
+    further; see `recover`.
 
     Args:
         model: a model, a part of one, or a wrapper around one (DistributedDataParallel, PEFT, torch.compile).
-        layers: which layers, counted from 0 over all that have an adapter, negative from the end; default: all.
-        where: a function of a layer's name and module that says whether to replace it. With `layers`, both must hold.
-        init: "copy" keeps the weights of the layers; "fresh" draws new ones, and the old ones are gone.
-        calibrate_on: a batch, as keyword arguments of `model`. One pass of it, in evaluation mode and with attention
-            still in effect, gives each new head the root mean square of its attention's output. Not for "fresh".
-        allow_lost: also replace layers that do what retention will not do, such as looking at a sliding window.
-        options: of `HostedRetention`, the same for all layers.
-    Returns: what was replaced. A layer that has retention with the same options already is left as it is.
-    Raises: TypeError or ValueError if an argument does not fit, if nothing matches, or if a layer that is asked for
-        cannot be replaced or has been with other options. The text says why, and what attention there is.
+        layers: indices of the layers to replace, counted from 0 over all layers that have an adapter; negative ones
+            count from the end. Default: all.
+        where: a function of a layer's name and module that returns True for the layers to replace. A layer must satisfy
+            both `layers` and `where`. Default: all.
+        init: "copy" keeps the layers' weights; "fresh" draws new ones and overwrites the old ones.
+        calibrate_on: a calibration batch, as keyword arguments of `model`. The model runs it once, in evaluation mode
+            and with attention still in effect; then each new head is scaled to the root mean square of its attention's
+            output. Not with init="fresh". Default: no calibration.
+        allow_lost: also replace layers with features that retention does not have, such as a sliding window. Default
+            False.
+        options: options of `HostedRetention`, the same for all layers.
+    Returns: a report. A layer that already has retention with the same options is not changed.
+    Raises: TypeError or ValueError for a wrong argument, if no layer matches, or if a chosen layer cannot be replaced
+        or has retention with other options. The message names the reason and the model's attention layers.
 
-    If anything fails, even by Ctrl-C, the model is what it was. Torch's random numbers stay where they stood, but for
-    those that "fresh" draws.
+    If the call fails, even by Ctrl-C, the model is unchanged. Torch's random state does not change, except with
+    init="fresh".
+
+    Example:
+        batch = tokenizer("Some text of the model's domain.", return_tensors="pt")
+        print(replace_attention(model, layers=[1, 2, 3], calibrate_on=batch))
     """
     check_choice("init", init, ("copy", "fresh"))
     if init == "fresh" and calibrate_on is not None:
@@ -119,15 +139,28 @@ def plan_replacement(
     allow_lost: bool = False,
     **options: Any,
 ) -> SwapReport:
-    """What `replace_attention` would do, without doing it. The same arguments and errors."""
+    """Report what `replace_attention` would do, without changing the model.
+
+    Args and Raises are those of `replace_attention`.
+    Returns: the report that `replace_attention` would return.
+    Example:
+        print(plan_replacement(model, layers=[1, 2, 3], window=64))
+    """
     return _planned(model, layers, where, allow_lost, options)[0]
 
 
 def restore_attention(model: nn.Module) -> list[str]:
-    """Take the retention out of `model` again, in place; the attention layers are what they were.
+    """Replace the retention in `model` by the original attention again, in place.
 
-    What training or `init="fresh"` has done to their projections stays.
-    Returns: the names of the layers. Raises: ValueError if there are none.
+    Projections keep the weights that training or init="fresh" gave them; the parameters of retention are dropped.
+
+    Args:
+        model: a model, a part of one, or a wrapper around one.
+    Returns: the names of the restored layers.
+    Raises: ValueError if no layer of the model was replaced. If the call fails, the model is unchanged.
+    Example:
+        replace_attention(model)
+        restore_attention(model)  # the model computes its attention as before
     """
     check_is("model", model, nn.Module, "an nn.Module")
     found = [place for place in _places(model) if isinstance(place.attention, Swapped)]
@@ -165,7 +198,7 @@ def _draw_anew(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def _refuse_several_processes(models: Iterable[nn.Module]) -> None:
-    """DistributedDataParallel averages the gradients of the parameters that it saw when it was made, and no others."""
+    """Refuse DistributedDataParallel: it averages gradients only of parameters that it saw at construction."""
     for whole in models:
         for module in whole.modules():
             if isinstance(module, DistributedDataParallel) and module.process_group.size() > 1:
@@ -234,7 +267,7 @@ def _refusal(chosen: Mapping[int, Place]) -> str:
 
 
 def _places(model: nn.Module) -> list[Place]:
-    """All layers that have an adapter, in the model's order; a module under several names is one layer."""
+    """Return all layers that have an adapter, in the model's order; a module with several names is one layer."""
     found: dict[int, Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if adapter_of(module) is not None:
@@ -254,7 +287,7 @@ def _indices(layers: Iterable[int], count: int) -> set[int]:
 
 
 def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
-    """What stands against replacing a layer; empty if nothing does."""
+    """Return the reasons why a layer cannot be replaced, as one text; empty if there are none."""
     attention = place.attention
     if isinstance(attention, Swapped):
         if "retention" not in attention._modules:
@@ -275,7 +308,7 @@ def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[
 
 
 def _build(attention: nn.Module, options: dict[str, Any], device: Any = None) -> HostedRetention:
-    """What the layer gets, on its device, in its dtype and mode."""
+    """Build the retention of a layer, on the layer's device, in its dtype and training mode."""
     weight = _weight(attention)
     heads = _adapter(attention).heads(attention)
     built = HostedRetention(heads, **options, device=device or weight.device, dtype=weight.dtype)
@@ -283,7 +316,7 @@ def _build(attention: nn.Module, options: dict[str, Any], device: Any = None) ->
 
 
 def _weight(attention: nn.Module) -> Any:
-    """A parameter of the host, for its device and dtype; None if all are quantised."""
+    """Return a floating-point parameter of the original layer; None if there is none, as in quantised layers."""
     host = (p for name, p in attention.named_parameters() if not name.startswith("retention."))
     return next((p for p in host if p.is_floating_point()), None)
 
@@ -296,7 +329,7 @@ def _fresh_weights(attention: nn.Module, model: nn.Module) -> dict[str, Any]:
 
 def _adapter(attention: nn.Module) -> Adapter:
     found = adapter_of(attention)
-    assert found is not None  # `_places` finds no others
+    assert found is not None  # `_places` returns only layers with an adapter
     return found
 
 

@@ -1,4 +1,4 @@
-"""The retention that stands where the softmax of an attention layer was."""
+"""`HostedRetention`, the module that replaces the softmax of an attention layer."""
 
 from __future__ import annotations
 
@@ -32,29 +32,42 @@ from .adapter import Heads
 from .features import FeatureMap
 from .window import WindowState, attend, in_order, join, real_last, span
 
-# The bias at which a gate is 1, or as near as it comes.
+# The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
 
 
 class HostedRetention(HasBackend):
-    """Retention of the q, k and v of an attention layer, at the scale of that layer's output.
+    """Retention over the q, k and v of an attention layer, scaled to the output of that layer.
 
-    scales: how many retentions, each with decays of its own, make one head; their scores add up. Default: 2 with
-        features, else 1.
-    decay: as `MultiScaleRetention`, for scales * num_heads: the first scale of all heads, then the next.
-    learnable_decay, backend, form, chunk_size: as `MultiScaleRetention`.
-    features: True maps q and k by a `FeatureMap` each and divides by the sum of the scores, as a softmax does; False
-        takes them as they are and divides by the root mean square of each head.
-    window: each token attends to the last so many tokens, itself among them, with the layer's own exp(scale q k), and
-        retention gathers those before; what both give is divided by the sum of all scores. Those of retention count
-        exp(W x + b) times; at the start, a pair of q and k that say nothing counts as much here as there. A sequence no
-        longer than the window is attended to as it was. Causal, with features. None: retention gathers all.
-    gate: "silu", "sigmoid", ... times gate(W x + b), which is 1 at the start; None: no gate.
-    causal: True: each token sees those before it only, an image along its rows; no token may then be without a place.
-        None: as each call says.
-    grid: where the tokens are an image, decay by the distance in rows plus that in columns; False: along its rows, one
-        after another.
-    The output of each channel is multiplied by `gain`, 1 at the start.
+        out = gain * norm(sum_s retain(q_map(q)_s, k_map(k)_s, v)) * gate(W x + b)
+
+    The sum goes over the decays of a head. With features, `norm` divides by the sum of the scores, like a softmax;
+    without features, it divides by the head's root mean square. `gain` has one value per channel, 1 at the start.
+
+    Args:
+        heads: sizes of the layer's heads.
+        scales: number of decays of each head; the scores of all are added. Default: 2 with features, else 1.
+        decay: "paper", "log_linear", "short", or scales * num_heads log-decays (natural logarithm per token): first
+            those of the first scale for all heads, then those of the next. Default "short".
+        learnable_decay: train the decays.
+        features: True maps q and k by a `FeatureMap` each; False uses them as they are.
+        window: number of tokens W, the token itself included, that each token attends to exactly, with the layer's own
+            exp(scale q . k); retention covers the tokens before. One sum of scores divides both parts. The scores of
+            retention are multiplied by the learnt weight exp(W x + b); at the start, it makes uninformative q and k
+            count equally in both parts. The output for a sequence of at most W tokens is that of the original
+            attention, up to gain and gate. Needs features and causal calls. Default None: retention covers all tokens.
+        gate: "silu", "gelu", "relu" or "sigmoid" multiplies the output by gate(W x + b), 1 at the start; None: no gate.
+        causal: True: each token sees only the tokens before it, in an image along its rows; a call may have no prefix
+            tokens then. None: each call decides.
+        grid: True: where the tokens form an image, the decay depends on the distance in rows plus that in columns;
+            False: on the distance along the rows, one after another. Only for calls that are not causal.
+        backend, form, chunk_size: as in `retain`.
+        device, dtype: of the parameters.
+    Raises: TypeError or ValueError that names the option.
+    Example:
+        heads = Heads(dim=64, num_heads=4, num_kv_heads=2, key_dim=16, value_dim=16)
+        retention = HostedRetention(heads, window=32)
+        y, state = retention(x, q, k, v, scale=16**-0.5, return_state=True)  # y (B, T, 4, 16)
     """
 
     def __init__(
@@ -106,7 +119,7 @@ class HostedRetention(HasBackend):
             causal=causal,
             grid=grid,
         )
-        by_scale = torch.tensor(values, dtype=torch.float64, device="cpu")  # on the meta device there are no values
+        by_scale = torch.tensor(values, dtype=torch.float64, device="cpu")  # the meta device holds no values
         ordered = rearrange(by_scale, "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)  # the order of `_heads`
         self.decay = HeadDecay(ordered, len(values), learnable=learnable_decay, **dd)
         if features:
@@ -120,7 +133,7 @@ class HostedRetention(HasBackend):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """As at the start."""
+        """Set all parameters to their initial values."""
         self.decay.reset_parameters()
         if self.features:
             self.q_map.reset_parameters()
@@ -149,12 +162,25 @@ class HostedRetention(HasBackend):
         grid: tuple[int, int] | None = None,
         prefix: int = 0,
     ) -> tuple[Tensor, RetentionState | None]:
-        """What the heads gather, (B, T, H, V), and with return_state the state after the last token.
+        """Compute the heads' outputs from the layer's input and its q, k and v.
 
-        Shapes: x (B, T, dim), the layer's input; q (B, H, T, K); k, v (B, Hkv, T, K or V); mask (B, T), True = real.
-        grid: (rows, columns) of the image that the tokens are, but for the first `prefix`: these stand at no place,
-            they see all tokens and are seen by all without decay. For calls that are not causal.
-        For one token without gradients, `state` is overwritten.
+        Shapes: x (B, T, dim) or an image (B, rows, columns, dim); q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V).
+            Returns (B, T, H, V), before the layer's output projection.
+        Dtypes: x, q, k, v of any float dtype; the output has the dtype of v; states are float32 at least.
+        Args:
+            x: the input of the attention layer, read by the gate and the window's weight only.
+            scale: factor of q . k in the original attention.
+            causal: False: each token also sees later tokens; not with a state.
+            mask: (B, T) bool, True = real token.
+            cu_seqlens: (N + 1,) int32, borders of N sequences packed into one row (B = 1), as in `retain`.
+            state: the state that an earlier call returned. For a single token without gradients, it is updated in
+                place.
+            return_state: also return the state after the last token.
+            grid: (rows, columns) of the image that the tokens after the prefix form, row by row. Only if not causal.
+            prefix: number of prefix tokens, such as a class token, in front of the image. They see all tokens and are
+                seen by all, without decay. Only if not causal.
+        Returns: the output, and the state or None.
+        Raises: TypeError, ValueError or ShapeError for arguments that do not fit.
         """
         y, after = self.gather(
             x,
@@ -191,7 +217,7 @@ class HostedRetention(HasBackend):
         grid: tuple[int, int] | None = None,
         prefix: int = 0,
     ) -> tuple[Tensor, RetentionState | None]:
-        """As `forward`, without gain and gate."""
+        """Compute `forward` without gain and gate; the arguments, shapes and errors are the same."""
         self._check_shapes(x, q, k, v)
         check_number("scale", scale, abs(number(scale)) < math.inf, "finite")
         check_flags(causal=causal, return_state=return_state)
@@ -255,10 +281,10 @@ class HostedRetention(HasBackend):
         grid: tuple[int, int] | None = None,
         prefix: int = 0,
     ) -> tuple[Tensor, RetentionState | None]:
-        """The sums of retention, (B, H, T, V), with features one wider: the last is that of the scores.
+        """The sums of retention, (B, H, T, V); with features (B, H, T, V + 1), whose last channel is the sum of scores.
 
-        They are float32 at least: half precision may be too small for a sum, but not for what it is divided to.
-        there (B or 1, T): which keys and values there are; default: all.
+        Sums are float32 at least: half precision may not hold a sum, though it holds the quotient of two sums.
+        there (B or 1, T): True where a key and value exist; default: everywhere.
         """
         kv_heads = k.shape[1]
         q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
@@ -305,13 +331,13 @@ class HostedRetention(HasBackend):
         state: WindowState | None,
         return_state: bool,
     ) -> tuple[Tensor, WindowState | None]:
-        """Attention to what is in the window and retention of what has left it, (B, H, T, V).
+        """Attention within the window and retention of the tokens before it, (B, H, T, V).
 
-        weight (B, T, H): the logarithm of what the scores of retention are multiplied by.
+        weight (B, T, H): logarithm of the factor of retention's scores.
         """
         weight = rearrange(weight, "b t h -> b h t 1")
         order = None if mask is None else real_last(mask)
-        if mask is not None and order is not None:  # the tokens of a window stand side by side
+        if mask is not None and order is not None:  # padding first: a window's tokens are adjacent
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
         seen = span(k, v, window, mask, cu_seqlens, state)
@@ -324,10 +350,10 @@ class HostedRetention(HasBackend):
         return y, None if after is None else seen.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Heads of attention as those of retention: each key head's scales, each with the query heads that share it."""
+        """Rearrange attention's heads into retention's: each scale of each key head, with its query heads."""
         if self.features:
             q, k = self.q_map(q), self.k_map(k)
-            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # which gather the sum of the scores
+            v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # ones give the sum of scores
         else:
             q, k = (z[:, :, None].expand(-1, -1, self.scales, -1, -1) for z in (q, k))
         q = rearrange(q, "b (n g) s t k -> b (n s g) t k", n=k.shape[1])
@@ -344,19 +370,19 @@ def _check_window(causal: bool, packed_states: bool, state: RetentionState | Non
 
 
 def _zero_at_padding(x: Tensor, mask: Tensor) -> Tensor:
-    """x (B, H, T, D), whatever stands at padding, NaN too; mask (B, T), True = real token."""
+    """Return x (B, H, T, D) with zeros at padding, even where it is NaN; mask (B, T), True = real token."""
     return x.masked_fill(~mask[:, None, :, None], 0)
 
 
 def _divided(sums: Tensor) -> Tensor:
-    """By the sum of the scores, which is the last."""
+    """Divide by the sum of scores, which is the last channel."""
     return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6)
 
 
 def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:
-    """placed (B, H, T - prefix, V): what the tokens behind the first `prefix` gather from each other. (B, H, T, V)."""
+    """Add the prefix tokens to `placed` (B, H, T - prefix, V), the output among all other tokens; (B, H, T, V)."""
     wide, groups = state_dtype(q.dtype), q.shape[1] // k.shape[1]
-    with torch.autocast(q.device.type, enabled=False):  # sums over the image
+    with torch.autocast(q.device.type, enabled=False):  # sums over the image need full precision
         parts = (x.to(wide).tensor_split((prefix,), dim=2) for x in (k, v))
         first, rest = ((k_i.mT @ v_i).repeat_interleave(groups, dim=1) for k_i, v_i in zip(*parts, strict=True))
         q_first, q_rest = q.to(wide).tensor_split((prefix,), dim=2)

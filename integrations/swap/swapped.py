@@ -1,4 +1,4 @@
-"""An attention layer that has been replaced: the object it was, of a class derived from its own."""
+"""Replaced attention layers: the same object, of a class derived from its original class."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from .retention import HostedRetention
 
 
 class Swapped:
-    """Mixed into the class of an attention layer that has been replaced.
+    """Mixin of the class of a replaced attention layer.
 
-    host: the class that the layer had. adapter: that of the host.
+    Attributes:
+        host: the original class of the layer.
+        adapter: the adapter of that class.
+        retention: the `HostedRetention` that replaces the softmax.
+    Raises: RuntimeError in `forward` if the child `retention` was deleted.
     """
 
     host: type[nn.Module]
     adapter: Adapter
     retention: HostedRetention
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle does not find a class that was made
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot import a class that is created at run time
         host: Any = self.host
         own: Any = type(self)
         return (_blank, (host,), self.__dict__) if own is swapped_class(host) else super().__reduce_ex__(protocol)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the adapter's forward; arguments and output are those of the original class."""
         if "retention" not in self.__dict__["_modules"]:
             raise RuntimeError("this layer was replaced, and its child `retention` is gone; call restore_attention")
         host_forward = self.host.forward.__get__(self)
@@ -35,7 +40,10 @@ class Swapped:
 
 @cache
 def swapped_class(host: type[nn.Module]) -> type[nn.Module]:
-    """The class that a layer of class `host` gets, one for each host. Raises: TypeError if `host` has no adapter."""
+    """Return the class of replaced layers whose original class is `host`; there is one for each host.
+
+    Raises: TypeError if `host` has no adapter.
+    """
     adapter = find_adapter(host)
     if adapter is None:
         raise TypeError(f"{full_name(host)} has no adapter; register_adapter adds one")
@@ -49,10 +57,10 @@ def _blank(host: Any) -> nn.Module:
 
 
 def adapter_of(attention: Any) -> Adapter | None:
-    """The adapter of a module, replaced or not; None if it has none."""
+    """Return the adapter of a module, replaced or not; None if it has none."""
     return attention.adapter if isinstance(attention, Swapped) else find_adapter(type(attention))
 
 
 def replaced_by(adapter: Adapter, model: nn.Module) -> dict[str, Any]:
-    """The replaced layers of `model` that this adapter is for, by their names."""
+    """Return the replaced layers of `model` that use this adapter, by name."""
     return {n: m for n, m in model.named_modules() if isinstance(m, Swapped) and m.adapter is adapter}

@@ -1,4 +1,4 @@
-"""Changes of a model that are made whole or not at all."""
+"""Context managers that undo the changes of a model if they fail."""
 
 from __future__ import annotations
 
@@ -12,9 +12,12 @@ from torch import Tensor, nn
 
 @contextmanager
 def all_or_nothing(models: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Iterator[None]:
-    """If the block raises anything, give all modules of `models`, and `tensors`, back what they had before it.
+    """Restore all modules of `models`, and `tensors`, if the block raises an exception.
 
-    Of a module: its class, attributes, parameters, buffers, children and hooks. Of a tensor: its values.
+    Args:
+        models: their modules get back their class, attributes, parameters, buffers, children and hooks, but not the
+            values of tensors that were changed in place.
+        tensors: they get back their values.
     """
     snapshots = [_Snapshot(module) for model in models for module in model.modules()]
     values = [(tensor, tensor.detach().clone()) for tensor in tensors]
@@ -31,7 +34,12 @@ def all_or_nothing(models: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) 
 
 @contextmanager
 def kept_random_state(model: nn.Module, *, always: bool = True) -> Iterator[None]:
-    """Set torch's random numbers on the devices of `model` back to where they stood: always, or if the block fails."""
+    """Restore torch's random state on the CPU and on the devices of `model` after the block.
+
+    Args:
+        model: its parameters name the devices.
+        always: True restores after every block; False restores only if the block raises.
+    """
     devices = {p.device for p in model.parameters()} - {torch.device("cpu"), torch.device("meta")}
     cpu = torch.get_rng_state()
     others = [(device, torch.get_device_module(device).get_rng_state(device)) for device in devices]

@@ -1,4 +1,4 @@
-"""The whole models that a layer is part of, whatever part of them or wrapper around them is at hand."""
+"""Finds the whole models that contain a layer, given only a part of the model or a wrapper around it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import nn
 
 
 def whole_models(layers: Iterable[nn.Module]) -> list[nn.Module]:
-    """Of the living modules that hold one of `layers` at any depth, those that no other of them holds.
+    """Return the outermost living modules that contain one of `layers` at any depth.
 
-    A module knows its children and not its parents, so the garbage collector is asked for all modules there are.
+    A module knows its children but not its parents, so the garbage collector lists all living modules.
     """
     parents: dict[int, list[nn.Module]] = {}
     for module in _living_modules():
@@ -33,7 +33,7 @@ def whole_models(layers: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 def _living_modules() -> list[nn.Module]:
-    """By the exact class, as isinstance would run code of proxies; without a loop, as there are a million objects."""
+    """All living modules; compares exact classes, as isinstance runs code of proxies, and loops in C for speed."""
     things: list[Any] = gc.get_objects()
     return list(itertools.compress(things, map(_subclasses(nn.Module).__contains__, map(type, things))))
 

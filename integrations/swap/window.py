@@ -1,7 +1,11 @@
-"""A short window of exact attention, before which retention stands for the rest: under one sum of scores.
+"""A window of exact attention in front of retention, both divided by one sum of scores.
 
-Source: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs). Differs: the window slides by one token, and the weight of the
-rest depends on the token.
+    out_n = (sum_{m in window} exp(s q_n.k_m) v_m + w_n sum_{m before} R_nm v_m) / (the same sums without v_m)
+
+Here s is the scale, R_nm are the scores of retention and w_n is their learnt weight, exp(W x_n + b).
+
+Source: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs). Differs: the window slides by one token, and the weight of
+    retention depends on the token.
 """
 
 from __future__ import annotations
@@ -15,14 +19,17 @@ from torch.nn import functional as F
 
 from retention.state import RetentionState, state_dtype
 
-_NONE = -1  # the sequence of what is no token
+_NONE = -1  # the sequence number where there is no token
 
 
 @dataclass(kw_only=True)
 class WindowState(RetentionState):
-    """The state of what has left the window, and what is in it; `time` counts both.
+    """The retention state of the tokens that have left the window, and the keys and values in the window.
 
-    keys, values (B, Hkv, W, K or V): of the last W tokens, the newest last.
+    `time` counts the tokens of both.
+
+    Shapes: keys (B, Hkv, W, K) and values (B, Hkv, W, V) of the last W tokens, newest last; kv and time as in
+        `RetentionState`.
     """
 
     keys: Tensor
@@ -35,9 +42,10 @@ torch.export.register_dataclass(WindowState, serialized_type_name="retention.Win
 
 @dataclass
 class Span:
-    """The tokens of a call, behind the last W before it.
+    """The keys and values of a call's T tokens, preceded by those of the last W tokens before them.
 
-    keys, values (B, Hkv, W + T, K or V); sequence (B or 1, W + T): the one that each token is of, -1 where none is.
+    Shapes: keys (B, Hkv, W + T, K); values (B, Hkv, W + T, V); sequence (B or 1, W + T), the number of the sequence to
+        which each token belongs, or -1 where there is no token.
     """
 
     keys: Tensor
@@ -47,17 +55,25 @@ class Span:
 
     @property
     def length(self) -> int:
-        """T."""
+        """The number T of the call's own tokens."""
         return self.keys.shape[2] - self.window
 
     def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values of the token that each of the T pushes out of its window, and whether there is one."""
+        """Keys and values that leave the window at each of the T tokens, and whether a token leaves at all.
+
+        Returns: keys (B, Hkv, T, K), values (B, Hkv, T, V), and a bool mask (B or 1, T), False where no token leaves.
+        """
         one, other = self.sequence[:, : self.length], self.sequence[:, self.window :]
         there = (one == other) & (one != _NONE)
         return self.keys[:, :, : self.length], self.values[:, :, : self.length], there
 
     def state(self, rest: RetentionState) -> WindowState:
-        """After the last token. rest: of those that were `leaving`; a `WindowState` was stepped in place, and is."""
+        """Return the `WindowState` after the last token.
+
+        Args:
+            rest: the retention state of the tokens that have left the window. If it is a `WindowState`, it was updated
+                in place, and its keys and values are updated in place too.
+        """
         keys, values = (x[:, :, self.length :] for x in (self.keys, self.values))
         if isinstance(rest, WindowState):
             rest.keys.copy_(keys)
@@ -69,7 +85,14 @@ class Span:
 def span(
     k: Tensor, v: Tensor, window: int, mask: Tensor | None, cu_seqlens: Tensor | None, state: WindowState | None
 ) -> Span:
-    """k, v (B, Hkv, T, K or V). mask, cu_seqlens: as `retain`; what is masked comes before what is not."""
+    """Build the `Span` of a call from its keys and values and the state before it.
+
+    Shapes: k (B, Hkv, T, K); v (B, Hkv, T, V).
+    Args:
+        window: number of tokens W in the window.
+        mask, cu_seqlens: as in `retain`; in each row, padding must come before the real tokens.
+        state: the state after the tokens before, or None.
+    """
     batch, length = k.shape[0], k.shape[2]
     index = torch.arange(length, device=k.device)
     if cu_seqlens is not None:
@@ -92,20 +115,22 @@ def span(
 
 
 def real_last(mask: Tensor) -> Tensor:
-    """The order (B, T) in which padding comes first."""
+    """Return the order (B, T) of tokens that puts the padding of each row first; mask is True for real tokens."""
     return mask.long().argsort(dim=1, stable=True)
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
-    """x (B, H, T, D) with its tokens in the order (B, T)."""
+    """Return x (B, H, T, D) with its tokens in the order (B, T)."""
     return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 def attend(q: Tensor, span: Span, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of each of the T tokens to the last W, itself among them.
+    """Softmax attention of each of the T tokens to the last W tokens, itself included.
 
-    q (B, H, T, K). Returns (B, H, T, V) and the logarithm of the sum of the scores, (B, H, T, 1), both in
-    `state_dtype`. In blocks of W queries, which see 2 W keys: O(T W) in time and memory.
+    The queries run in blocks of W, each of which sees 2 W keys, so time and memory are O(T W).
+
+    Shapes: q (B, H, T, K). Returns the output (B, H, T, V) and the logarithm of the sum of scores (B, H, T, 1).
+    Dtypes: both results are in `state_dtype`, float32 at least.
     """
     window, length, kv_heads = span.window, span.length, span.keys.shape[1]
     block = min(window, length)
@@ -124,7 +149,7 @@ def attend(q: Tensor, span: Span, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def _seen(span: Span, block: int, missing: int) -> Tensor:
-    """Which of the keys of its block each query sees, (B or 1, 1, 1, blocks, block, W + block)."""
+    """Tell which keys of its block each query sees, (B or 1, 1, 1, blocks, block, W + block)."""
     sequence = F.pad(span.sequence, (0, missing), value=_NONE)
     of_keys = sequence.unfold(1, span.window + block, block)
     of_queries = of_keys[:, :, span.window :]
@@ -135,10 +160,17 @@ def _seen(span: Span, block: int, missing: int) -> Tensor:
 
 
 def join(near: Tensor, mass: Tensor, rest: Tensor, total: Tensor, weight: Tensor) -> Tensor:
-    """What two parts gather under one sum of scores, (B, H, T, V), from what each gathers under its own.
+    """Combine the outputs of the window and of retention under one sum of scores.
 
-    mass (B, H, T, 1): the logarithm of the sum of the scores of `near`; total: the sum of those of the rest, 0 if there
-    is nothing; weight: the logarithm of what they are multiplied by.
+        out = share near + (1 - share) rest,    share = exp(mass) / (exp(mass) + exp(weight) total)
+
+    Shapes: near, rest (B, H, T, V); mass, total, weight (B, H, T, 1). Returns (B, H, T, V).
+    Args:
+        near: output of the window, divided by its own sum of scores.
+        mass: logarithm of that sum.
+        rest: output of retention, divided by its own sum of scores.
+        total: that sum; 0 where no token has left the window.
+        weight: logarithm of the factor of retention's scores.
     """
     total = total.to(mass.dtype)
     of_rest = total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total <= 0, -torch.inf)

@@ -1,9 +1,12 @@
-"""Retention in timm's vision transformers. Importing it lets `timm.create_model` know
+"""Retention in timm's vision transformers; needs timm.
 
-    attn_layer="retention"      retention instead of attention, in models that take an attn_layer
-    vit_retention_..., pyramid_retention_..., rmt_...      models of our own, see `models` and `pyramid`
+The import registers attn_layer="retention", for models of timm that take an attn_layer, and the models of `models` and
+`pyramid` (vit_retention_..., pyramid_retention_..., rmt_...). It also lets `replace_attention` replace the attention of
+existing models.
 
-and `replace_attention` the attention of models that exist.
+Example:
+    import retention.integrations.timm
+    model = timm.create_model("vit_tiny_patch16_224", attn_layer="retention")
 """
 
 try:

@@ -1,7 +1,7 @@
 """Retention in the attention layers of timm's vision transformers.
 
-Their forwards run as they are, but that the softmax in them is answered by retention. What the layers cannot see, the
-grid of the image, a hook on the model's patch embedding tells them at every pass.
+Their own forwards run, but their calls of `scaled_dot_product_attention` return the output of retention. The layers do
+not know the grid of the image, so a hook on the model's patch embedding records it at each pass.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ from retention.state import RetentionState
 
 from ..swap import Adapter, Heads, HostedRetention, Swapped, register_adapter, replaced_by
 
-# Their tokens are `num_prefix_tokens`, then the patches that `patch_embed` or `embeds` makes, row by row.
+# Their tokens are `num_prefix_tokens` prefix tokens, then the patches of `patch_embed` or `embeds`, row by row.
 HOSTS = (VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder, DeepseekVitEncoder)
 KNOWN = ", ".join(host.__name__ for host in HOSTS)
 
 
 class Tokens:
-    """How the tokens of a model lie, as its patch embedding makes them in the pass at hand."""
+    """Records the layout of a model's tokens at each pass of its patch embedding.
+
+    Args:
+        model: one of HOSTS.
+    """
 
     def __init__(self, model: Any):
         self.model = model
         self.grid: tuple[int, ...] | None = None
-        self.states: dict[nn.Module, RetentionState | None] | None = None  # of an image that comes in strips
+        self.states: dict[nn.Module, RetentionState | None] | None = None  # for an image that is read in strips
         embed = model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
         self.hook = embed.register_forward_hook(self._see)
 
@@ -50,12 +54,17 @@ class Tokens:
         if isinstance(patches, tuple):
             self.grid = patches[1]  # None for images of several sizes
         elif isinstance(patches, torch.fx.Proxy) or patches.dim() == 3:
-            self.grid = embed.grid_size  # the only one that it makes
+            self.grid = embed.grid_size  # the embedding makes no other grid
         else:
             self.grid = patches.shape[1:3]
 
     def __call__(self, x: Tensor) -> tuple[tuple[int, int], int]:
-        """The grid, and how many tokens stand before it. x (B, T, dim) are all tokens. Raises: ShapeError."""
+        """Return the grid (rows, columns) and the number of prefix tokens in front of it.
+
+        Args:
+            x: (B, T, dim), all tokens.
+        Raises: ShapeError if the grid is unknown or does not fit T.
+        """
         prefix = self.model.num_prefix_tokens
         if self.grid is None:
             raise ShapeError("the grid of the image is not known; run the whole model, on images of one size")
@@ -72,16 +81,19 @@ class TimmAttention(Adapter):
     """Adapter for attention classes of timm that call `scaled_dot_product_attention`, in the models of HOSTS."""
 
     def heads(self, attention: Any) -> Heads:
+        """Return the sizes of the heads; shared keys and values count once per query head."""
         dim = (attention.qkv or attention.q_proj).in_features
         heads, size = attention.num_heads, attention.head_dim
-        return Heads(dim, heads, heads, size, size)  # shared keys and values come repeated
+        return Heads(dim, heads, heads, size, size)  # shared keys and values arrive repeated
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """Refuse layers outside of HOSTS, whose grid is unknown."""
         if any(attention in set(host.modules()) for host in _hosts(model)):
             return []
         return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {KNOWN}"]
 
     def both_ways(self, attention: Any) -> bool:
+        """Return True: tokens of an image see each other."""
         return True
 
     def forward(
@@ -93,6 +105,10 @@ class TimmAttention(Adapter):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
+        """Run the layer's own forward on x (B, T, dim) with retention in place of its softmax.
+
+        Raises: ValueError for attn_mask or is_causal; ShapeError if the grid is unknown or does not fit.
+        """
         if attn_mask is not None or is_causal:
             raise ValueError("retention in a vision transformer sees the whole image; got attn_mask or is_causal")
         if not hasattr(attention, "tokens"):
@@ -114,10 +130,12 @@ class TimmAttention(Adapter):
             return host_forward(x) if rope is None else host_forward(x, rope=rope)
 
     def attach(self, model: nn.Module) -> None:
+        """Connect the replaced layers to the grid of their model."""
         for host in _hosts(model):
             bind(host, list(_swapped(host)))
 
     def detach(self, model: nn.Module) -> None:
+        """Undo `attach`."""
         for host in _hosts(model):
             for attention in _swapped(host):
                 attention.tokens.hook.remove()
@@ -126,7 +144,7 @@ class TimmAttention(Adapter):
 
 
 class _InsteadOfSoftmax(TorchFunctionMode):
-    """Within it, `scaled_dot_product_attention` is `gather`."""
+    """Context in which `scaled_dot_product_attention` calls `gather` instead."""
 
     def __init__(self, gather: Callable[[Tensor, Tensor, Tensor], Tensor]):
         super().__init__()
@@ -139,7 +157,12 @@ class _InsteadOfSoftmax(TorchFunctionMode):
 
 
 def bind(host: Any, layers: list[Any]) -> None:
-    """Let replaced layers of a model know its tokens, and load checkpoints from before they were replaced."""
+    """Connect replaced layers of a model to its grid, and let them load checkpoints without retention.
+
+    Args:
+        host: one of HOSTS.
+        layers: replaced layers of the host.
+    """
     bound = (layer.tokens for layer in (*_swapped(host), *layers) if hasattr(layer, "tokens"))
     tokens = next(bound, None) or Tokens(host)
     for layer in layers:
@@ -150,7 +173,7 @@ def bind(host: Any, layers: list[Any]) -> None:
 
 
 def _keep_what_is_not_there(retention: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A checkpoint of a model with attention has nothing for retention: it stays what it is."""
+    """Keep the current parameters of retention when a checkpoint of the original model has none."""
     if not any(key.startswith(prefix) for key in state_dict):
         state_dict.update({prefix + key: value for key, value in retention.state_dict().items()})
 
@@ -167,9 +190,13 @@ _adapter = TimmAttention()
 
 
 class RetentionAttention(Swapped, Attention):
-    """timm's `Attention` with retention, for `attn_layer` of its models. Arguments as timm's.
+    """timm's `Attention` with retention, for the attn_layer of its models; the arguments are those of timm.
 
-    The same parameters under the same names, and those of `retention`. `retention_layer` gives it options.
+    It has timm's parameters under their names, and those of its child `retention`. `retention_layer` sets options of
+    retention.
+
+    Example:
+        model = timm.create_model("vit_tiny_patch16_224", attn_layer=RetentionAttention)
     """
 
     host, adapter = Attention, _adapter
@@ -180,14 +207,19 @@ class RetentionAttention(Swapped, Attention):
         self.retention = HostedRetention(_adapter.heads(self), **self.options, device=device, dtype=dtype)
 
     def init_weights(self) -> None:
-        """timm calls it after it has drawn the weights of all `Linear` anew, that of the gate too."""
+        """Reset retention; timm calls it after it has drawn new weights for all `Linear` modules, the gate included."""
         self.retention.reset_parameters()
 
 
 def retention_layer(**options: Any) -> type[RetentionAttention]:
-    """`RetentionAttention` with options of `HostedRetention`, for `timm.create_model(..., attn_layer=...)`.
+    """Return a class of attention layers with options of `HostedRetention`, for timm's attn_layer.
 
+    Args:
+        options: options of `HostedRetention`.
+    Returns: a subclass of `RetentionAttention`.
     Raises: ValueError or TypeError that names the option.
+    Example:
+        model = timm.create_model("vit_tiny_patch16_224", attn_layer=retention_layer(gate=None))
     """
     check_decay(options.get("decay", "short"))
     HostedRetention(Heads(8, 1, 1, 8, 8), **{**options, "decay": "short", "device": "meta"})
@@ -201,7 +233,7 @@ def _bind_when_built(model: nn.Module, name: str, child: nn.Module | None) -> No
 
 
 class _Refused(Adapter):
-    """For attention that cannot be replaced."""
+    """Adapter that refuses a class of attention and gives the reason."""
 
     def __init__(self, reason: str):
         self.reason = reason
@@ -220,5 +252,5 @@ register_adapter(
     vision_transformer.ParallelScalingBlock, _Refused("computes its attention inline, there is no layer to replace")
 )
 vision_transformer.ATTN_LAYERS["retention"] = RetentionAttention
-register_notrace_module(Swapped)  # type: ignore[arg-type]  # FX takes it as one node
-register_module_module_registration_hook(_bind_when_built)  # timm's attn_layer is not told of the model around it
+register_notrace_module(Swapped)  # type: ignore[arg-type]  # FX traces it as one node
+register_module_module_registration_hook(_bind_when_built)  # an attn_layer of timm does not know its model

@@ -1,7 +1,11 @@
-"""Vision transformers with retention from the start, registered with timm.
+"""Vision transformers with retention in all layers, registered with timm.
 
-`timm.create_model("vit_retention_tiny_patch16_224")`: timm's VisionTransformer with 2-D retention, head norm and gate
-in each layer; patches alone, no class token, pooled by their mean. No weights are published.
+Each is timm's VisionTransformer with two-dimensional retention, a head norm and a gate in each layer, no class token,
+and the mean of the patches as pooling. There are no pretrained weights.
+
+Example:
+    import retention.integrations.timm
+    model = timm.create_model("vit_retention_tiny_patch16_224", num_classes=10)
 """
 
 from __future__ import annotations
@@ -56,14 +60,17 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> VisionTransformer:
 
 @register_model
 def vit_retention_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The tiny size for images of 224 x 224: 192 channels, 12 layers, 3 heads; kwargs as in `VisionTransformer`."""
     return _build("vit_retention_tiny_patch16_224", pretrained, **kwargs)
 
 
 @register_model
 def vit_retention_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The small size for images of 224 x 224: 384 channels, 12 layers, 6 heads; kwargs as in `VisionTransformer`."""
     return _build("vit_retention_small_patch16_224", pretrained, **kwargs)
 
 
 @register_model
 def vit_retention_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The base size for images of 224 x 224: 768 channels, 12 layers, 12 heads; kwargs as in `VisionTransformer`."""
     return _build("vit_retention_base_patch16_224", pretrained, **kwargs)

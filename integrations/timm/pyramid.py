@@ -1,12 +1,15 @@
-"""Four-stage vision models of the shape and sizes of RMT, registered with timm.
+"""Four-stage vision models with the layout and sizes of RMT, registered with timm.
 
-`pyramid_retention_{tiny,small,base,large}`: bidirectional retention on the grid, linear in the number of pixels.
-`rmt_{tiny,small,base,large}`: what RMT itself computes, a softmax whose scores get the logarithm of that decay added.
-It is attention, not retention; the first three stages take it along rows and columns in turn, the last as a whole.
+`pyramid_retention_{tiny,small,base,large}` use bidirectional retention on the grid, linear in the number of pixels.
+`rmt_{tiny,small,base,large}` use RMT's own attention, whose softmax adds the logarithm of that decay to the scores; the
+first three stages apply it along rows and columns in turn, the last to the whole grid.
 
 Source: Fan et al. 2024, arXiv:2309.11523 (RMT: Retentive Networks Meet Vision Transformers). Differs: the pyramid's
-retention has no softmax, and a norm of each head; the classifier pools before its hidden layer. No weights are
-published, and RMT's own do not load.
+    retention has no softmax, but a norm of each head; the classifier pools before its hidden layer. There are no
+    pretrained weights, and those of RMT do not load.
+Example:
+    import retention.integrations.timm
+    model = timm.create_model("pyramid_retention_tiny", num_classes=10)
 """
 
 from __future__ import annotations
@@ -67,9 +70,12 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 
 class ManhattanAttention(nn.Module):
-    """softmax(scale q k^T + log(gamma) (|rows| + |columns|)) v: the attention of RMT, which is not retention.
+    """RMT's attention, which is not retention: softmax(scale q k^T + log(gamma) (|rows| + |columns|)) v.
 
-    by_axis: a softmax along each row, then one along each column, instead of one over the image.
+    Args:
+        decay: log(gamma) of each head.
+        by_axis: True: a softmax along each row, then one along each column; False: one over the whole grid.
+    Source: Fan et al. 2024, arXiv:2309.11523.
     """
 
     def __init__(self, decay: list[float], by_axis: bool):
@@ -79,7 +85,10 @@ class ManhattanAttention(nn.Module):
     def forward(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, causal: bool, grid: tuple[int, int]
     ) -> tuple[Tensor, None]:
-        """q, k, v (B, H, rows * columns, D) -> (B, rows * columns, H, D); as `HostedRetention`, and never causal."""
+        """Attend on the grid; arguments as in `HostedRetention.forward`, never causal.
+
+        Shapes: q, k, v (B, H, rows * columns, D). Returns (B, rows * columns, H, D), and None for the state.
+        """
         rows, columns = (self._bias(n, q) for n in grid)
         if self.by_axis:
             q, k, v = (z.unflatten(2, grid) for z in (q, k, v))
@@ -91,7 +100,7 @@ class ManhattanAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2), None
 
     def _bias(self, n: int, q: Tensor) -> Tensor:
-        """log(gamma) times the distance between n cells in a line, (H, n, n)."""
+        """Return log(gamma) times the distance between n cells in a line, (H, n, n)."""
         index = torch.arange(n, device=q.device)
         rate = self.decay(q.device, state_dtype(q.dtype))
         return (rate[:, None, None] * (index[:, None] - index).abs()).to(q.dtype)
@@ -99,7 +108,13 @@ class ManhattanAttention(nn.Module):
 
 @register_notrace_module
 class Mixer(nn.Module):
-    """Projections and rotation around retention or `ManhattanAttention`, and a local positional convolution of v."""
+    """Projections and rotation around retention or `ManhattanAttention`, plus a local convolution of v.
+
+    Args:
+        dim: width.
+        num_heads: heads; divides dim.
+        gather: a `HostedRetention` or `ManhattanAttention`.
+    """
 
     def __init__(self, dim: int, num_heads: int, gather: nn.Module):
         super().__init__()
@@ -110,7 +125,7 @@ class Mixer(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, rows, columns, dim)."""
+        """Map x (B, rows, columns, dim) to the same shape."""
         rows, columns = x.shape[1:3]
         q, k, v = self.qkv(x).chunk(3, dim=-1)
         local = self.local(v)
@@ -122,28 +137,40 @@ class Mixer(nn.Module):
 
 
 class Depthwise(nn.Conv2d):
-    """A depthwise convolution of x (B, rows, columns, dim)."""
+    """A depthwise convolution of x (B, rows, columns, dim) with a kernel of size x size and zero padding."""
 
     def __init__(self, dim: int, size: int):
         super().__init__(dim, dim, size, padding=size // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, rows, columns, dim) to the same shape."""
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class ConvMlp(nn.Module):
-    """Two layers with a depthwise convolution between them."""
+    """Two linear layers with a GELU and a residual depthwise convolution between them."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1, self.local, self.fc2 = nn.Linear(dim, hidden), Depthwise(hidden, 3), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, rows, columns, dim) to the same shape."""
         x = F.gelu(self.fc1(x))
         return self.fc2(x + self.local(x))
 
 
 class Block(nn.Module):
+    """A local convolution, a `Mixer` and a `ConvMlp`, each with a residual sum; norms before the last two.
+
+    Args:
+        dim: width.
+        mixer: a `Mixer`.
+        mlp_ratio: hidden width of the `ConvMlp`, relative to dim.
+        drop_path: probability of dropping a branch in training.
+        scaled: multiply the branches by learnt factors, 1e-6 at the start.
+    """
+
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, scaled: bool):
         super().__init__()
         self.local = Depthwise(dim, 3)
@@ -153,13 +180,20 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, rows, columns, dim) to the same shape."""
         x = x + self.local(x)
         x = x + self.drop_path(self.ls1(self.mixer(self.norm1(x))))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class Stage(nn.Module):
-    """Halves the image, but for the first stage, and mixes it."""
+    """A strided convolution that halves the image, except in the first stage, followed by blocks.
+
+    Args:
+        before: width before the stage; 0 in the first stage.
+        dim: width of the stage.
+        blocks: its blocks.
+    """
 
     def __init__(self, before: int, dim: int, blocks: Sequence[nn.Module]):
         super().__init__()
@@ -168,6 +202,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map x (B, rows, columns, before) to (B, rows / 2, columns / 2, dim); the first stage keeps the shape."""
         x = self.downsample(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
@@ -181,7 +216,7 @@ def _retention(dim: int, decay: list[float], options: dict[str, Any]) -> HostedR
 
 
 def _stem(in_chans: int, dim: int) -> nn.Sequential:
-    """Four convolutions that make a quarter of the size."""
+    """Four convolutions that reduce rows and columns to a quarter."""
     widths, layers = (in_chans, dim // 2, dim // 2, dim, dim), []
     for i, (before, after) in enumerate(pairwise(widths)):
         layers += [nn.Conv2d(before, after, 3, 2 if i % 2 == 0 else 1, 1), nn.BatchNorm2d(after), nn.GELU()]
@@ -189,10 +224,22 @@ def _stem(in_chans: int, dim: int) -> nn.Sequential:
 
 
 class Pyramid(nn.Module):
-    """Four stages over images (B, in_chans, rows, columns) of any size; features are (B, rows / 32, columns / 32, dim).
+    """A vision model of four stages for images of any size.
 
-    softmax: False for retention, True for RMT's attention. spans: the heads' decays are 1 - 2^(-2 - span h / heads).
-    options: of `HostedRetention`, for retention only.
+    Shapes: images (B, in_chans, rows, columns) -> features (B, rows / 32, columns / 32, dims[-1]) -> logits (B,
+        num_classes).
+    Args:
+        softmax: True for RMT's attention, False for retention.
+        dims, depths, num_heads, mlp_ratios: width, blocks, heads and relative hidden width of each stage.
+        spans: range of decays in each stage; head h of H has gamma = 1 - 2^(-2 - span h / H).
+        scaled: whether the branches of each stage have learnt factors.
+        in_chans: channels of the image.
+        num_classes: classes; 0 for no classifier.
+        global_pool: pooling, as in timm's `ClNormMlpClassifierHead`.
+        drop_rate, drop_path_rate: dropout in the classifier; probability of dropping a branch, from 0 in the first
+            block to this value in the last.
+        options: options of `HostedRetention`; not with softmax=True.
+    Raises: TypeError or ValueError that names the option.
     """
 
     output_fmt = "NHWC"
@@ -247,17 +294,21 @@ class Pyramid(nn.Module):
                 module.reset_parameters()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's patterns of parameter groups."""
         return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else [(r"^stages\.(\d+)\.blocks\.(\d+)", None)])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Turn gradient checkpointing of all blocks on or off."""
         stage: Any
         for stage in self.stages:
             stage.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
+        """Return the last linear layer."""
         return self.head.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by one with `num_classes` classes."""
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool)
 
@@ -270,9 +321,16 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The outputs of stages, (B, dim, rows, columns) each, behind the final features unless intermediates_only.
+        """Return the final features and the outputs of stages, each (B, dim, rows, columns).
 
-        norm is without effect: the only norm stands behind the pooling. stop_early: without the stages after them.
+        Args:
+            x: (B, in_chans, rows, columns).
+            indices: indices of stages, or the number of last stages; None for all.
+            norm: ignored, as the only norm follows the pooling.
+            stop_early: do not run the stages after the last one asked for.
+            output_fmt: "NCHW" only.
+            intermediates_only: return only the list of outputs.
+        Raises: ValueError for another output_fmt.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW'; got output_fmt {output_fmt!r}")
@@ -287,7 +345,10 @@ class Pyramid(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Take out what the stages asked for do not need."""
+        """Remove the stages after the last one asked for, and the classifier if prune_head is True.
+
+        Returns: the indices of the stages asked for.
+        """
         wanted, last = feature_take_indices(len(self.stages), indices)
         self.stages = self.stages[: last + 1]
         if prune_head:
@@ -295,12 +356,15 @@ class Pyramid(nn.Module):
         return wanted
 
     def forward_features(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, rows, columns) to features (B, rows / 32, columns / 32, dim)."""
         return self.stages(self._stem_features(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map features to logits (B, num_classes), or to the classifier's hidden layer with pre_logits."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map images (B, in_chans, rows, columns) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
     def _stem_features(self, x: Tensor) -> Tensor:
@@ -342,39 +406,47 @@ def _build(name: str, pretrained: bool, **kwargs: Any) -> Pyramid:
 
 @register_model
 def pyramid_retention_tiny(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the tiny size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_tiny", pretrained, **kwargs)
 
 
 @register_model
 def pyramid_retention_small(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the small size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_small", pretrained, **kwargs)
 
 
 @register_model
 def pyramid_retention_base(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the base size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_base", pretrained, **kwargs)
 
 
 @register_model
 def pyramid_retention_large(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the large size with retention; kwargs as in `Pyramid`."""
     return _build("pyramid_retention_large", pretrained, **kwargs)
 
 
 @register_model
 def rmt_tiny(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the tiny size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_tiny", pretrained, **kwargs)
 
 
 @register_model
 def rmt_small(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the small size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_small", pretrained, **kwargs)
 
 
 @register_model
 def rmt_base(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the base size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_base", pretrained, **kwargs)
 
 
 @register_model
 def rmt_large(pretrained: bool = False, **kwargs: Any) -> Pyramid:
+    """Pyramid of the large size with RMT's attention; kwargs as in `Pyramid`."""
     return _build("rmt_large", pretrained, **kwargs)

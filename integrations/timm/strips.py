@@ -1,4 +1,4 @@
-"""Images too large for memory: a vision transformer with causal retention takes them strip by strip."""
+"""Classifies images that are too large for memory, strip by strip, with causal retention."""
 
 from __future__ import annotations
 
@@ -18,12 +18,19 @@ from ..swap import Swapped
 
 @torch.no_grad()
 def classify_strips(model: VisionTransformer, strips: Iterable[Tensor]) -> Tensor:
-    """What `model(image)` gives, from strips of the image one after another; no more than one is needed at a time.
+    """Compute `model(image)` from strips of the image, of which only one is in memory at a time.
 
-    model: whose attention is causal retention, as `retention_layer(causal=True)`; no tokens before the image, pooled by
-        their mean, in eval mode.
-    strips: (B, in_chans, rows, columns) each, from the top; rows a multiple of the patch size, columns the model's.
-    Returns: (B, num_classes). Raises: ValueError for another model; ShapeError unless the strips make up its image.
+    Args:
+        model: a timm VisionTransformer in evaluation mode with causal retention, such as that of
+            `retention_layer(causal=True)`; without class token, with learnt positions and mean pooling.
+        strips: tensors (B, in_chans, rows, columns) from top to bottom; rows is a multiple of the patch size, columns
+            is the model's image width.
+    Returns: logits (B, num_classes).
+    Raises: ValueError for another model; ShapeError unless the strips make up an image of the model's size.
+    Example:
+        layer = retention_layer(causal=True)
+        model = timm.create_model("vit_retention_tiny_patch16_224", attn_layer=layer).eval()
+        logits = classify_strips(model, image.split(32, dim=2))  # image (B, 3, 224, 224)
     """
     check_is("strips", strips, Iterable, "the strips of an image one after another")
     _check(model)
@@ -52,7 +59,7 @@ def classify_strips(model: VisionTransformer, strips: Iterable[Tensor]) -> Tenso
 
 
 def _check(model: VisionTransformer) -> None:
-    """Raises: ValueError for the first thing that is missing."""
+    """Raises: ValueError that names the first property which the model lacks."""
     needs = {
         "a VisionTransformer": lambda: (
             isinstance(model, VisionTransformer) and isinstance(model.patch_embed, PatchEmbed)

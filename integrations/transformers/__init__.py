@@ -1,4 +1,8 @@
-"""RetNet as a transformers model. Needs transformers; `pip install "multiscale-retention[transformers]"`."""
+"""RetNet as a transformers model, and retention in transformers' attention layers.
+
+It needs transformers, which `pip install "multiscale-retention[transformers]"` installs. The import registers RetNet
+with the Auto classes.
+"""
 
 try:
     import transformers as _  # noqa: F401

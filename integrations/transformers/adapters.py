@@ -1,7 +1,7 @@
-"""Retention in the attention layers of transformers' models.
+"""Adapters for the attention layers of transformers' models.
 
-They hand q, k and v to a function that `config._attn_implementation` names. A replaced layer has a config of its own,
-which names ours.
+These layers pass q, k and v to the attention function that `config._attn_implementation` names. A replaced layer gets a
+copy of its config, which names `hosted_retention`.
 """
 
 from __future__ import annotations
@@ -34,18 +34,25 @@ IMPLEMENTATION = "hosted_retention"
 
 
 class TransformersAttention(Adapter):
-    """Adapter for an attention class of transformers that goes by its `AttentionInterface`.
+    """Adapter for attention classes of transformers that call a function of `AttentionInterface`.
 
-    Classes that do are recognised, and refused where they do something that is not known to be harmless.
-    `register_adapter(CLASS, TransformersAttention())` is for one of them of which you know that it is: that q, k and v
-    come from the layer's own input, one for each of its tokens, and that nothing but the softmax stands between them
-    and the output. Images are taken as sequences, along their rows.
+    Such classes are recognised automatically, and refused if they do something that is not known to be harmless.
+    Register this adapter for a refused class if q, k and v come from the layer's own input, one per token, and if
+    nothing but the softmax stands between them and the output. Images are treated as sequences along their rows.
+
+    Example:
+        register_adapter(MyModelAttention, TransformersAttention())
     """
 
     def heads(self, attention: Any) -> Heads:
+        """Return the sizes of the heads, read from the widths of the projections.
+
+        Raises: UnreadableError if the layer does not tell them.
+        """
         return read_heads(attention)
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """List position biases, cross-attention, unknown layer types, shared keys and unreadable heads."""
         reasons = [f"has {what}, which retention has not" for what in added_to_scores(attention)]
         if is_cross_attention(attention, model):
             reasons.append("is cross-attention, and decay needs an order between queries and keys")
@@ -60,14 +67,20 @@ class TransformersAttention(Adapter):
         return reasons
 
     def lost(self, attention: Any) -> list[str]:
+        """List the layer's sliding window and the soft cap of its scores."""
         window, cap = window_of(attention), cap_of(attention)
         lost = [f"the sliding window of {window} tokens"] if window else []
         return [*lost, f"the soft cap of {cap}"] if cap else lost
 
     def both_ways(self, attention: Any) -> bool:
+        """Tell whether the layer says that it is not causal."""
         return not getattr(attention, "is_causal", True)
 
     def reset(self, attention: Any, model: nn.Module) -> None:
+        """Draw new weights with the `_init_weights` of the first PreTrainedModel in `model`.
+
+        Raises: ValueError if `model` contains no PreTrainedModel.
+        """
         owner = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
         if owner is None:
             raise ValueError(f'init="fresh" needs a PreTrainedModel, which knows how; got {type(model).__name__}')
@@ -75,10 +88,15 @@ class TransformersAttention(Adapter):
             owner._init_weights(module)
 
     def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's own forward with retention as its attention function.
+
+        Raises: ValueError or ShapeError if the call asks for something that retention cannot do.
+        """
         args, kwargs, call = hosted_call(args, kwargs)
         return host_forward(*args, **kwargs, hosted=call)
 
     def attach(self, model: nn.Module) -> None:
+        """Let the configs of the layers name retention, and those of the models list the replaced layers."""
         replaced = replaced_by(self, model).values()
         for attention in replaced:
             if not hasattr(attention, "host_config"):
@@ -87,6 +105,7 @@ class TransformersAttention(Adapter):
         update_marks(model)
 
     def detach(self, model: nn.Module) -> None:
+        """Undo `attach`: give the layers their configs back."""
         for attention in replaced_by(self, model).values():
             attention.config = attention.host_config
             del attention.host_config
@@ -94,9 +113,10 @@ class TransformersAttention(Adapter):
 
 
 class RecognisedAttention(TransformersAttention):
-    """Adapter for classes that nobody has registered: what is not known of them counts against them."""
+    """Adapter for unregistered classes: refuses a layer with any part or argument that is not known."""
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """List the reasons of `TransformersAttention` and all unknown parts and arguments."""
         kind = type(attention)
         doubts = [*doubts_of_class(kind), *doubts_of_layer(attention)]
         hint = f"if it is harmless, register_adapter({kind.__name__}, TransformersAttention()) says so"

@@ -1,4 +1,4 @@
-"""What transformers' cache, attention masks and packed batches are to retention."""
+"""Retention states in transformers' `Cache`, and retention's reading of padding masks and packed batches."""
 
 from __future__ import annotations
 
@@ -24,22 +24,26 @@ LAYER_TYPE = "retention"
 
 
 class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
-    """What one retention layer remembers, as a layer of transformers' `Cache`: a state of constant size.
+    """The state of one retention layer, as a layer of transformers' `Cache`; its size does not grow with the length.
 
-    The tensors of `state` stay where they are from the first token to the last.
+    The tensors of `state` are updated in place for as long as their shape stays the same, as compiled code requires.
+
+    Attributes:
+        state: the `RetentionState` after the tokens so far; None before the first.
+        columns: number of columns of the batch so far, padding included; a 0-dimensional int64 tensor.
     """
 
-    _layer_type: str | None = LAYER_TYPE  # enters the class in `DynamicCache`
+    _layer_type: str | None = LAYER_TYPE  # registers the class with `DynamicCache`
     keys = values = None
-    is_compileable = False  # `generate` would make masks for compiled steps, and others take them for keys' masks
+    is_compileable = False  # else `generate` would pass masks that other layers misread
     is_croppable = False
     is_sliding = False
     supports_early_init = False
     record_past = False
 
-    def __init__(self, **_: Any) -> None:  # a static cache says how many tokens to hold, which is nothing to a state
+    def __init__(self, **_: Any) -> None:  # ignores the capacity that a static cache passes
         self._state: RetentionState | None = None
-        self.columns = torch.zeros((), dtype=torch.long)  # of the batch, padding included; a number would recompile
+        self.columns = torch.zeros((), dtype=torch.long)  # padding included; an int would cause recompiles
 
     @property
     def state(self) -> RetentionState | None:
@@ -49,11 +53,11 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self._state
 
     def state_for(self, retention: Any) -> RetentionState | None:
-        """The state in the shape that `retention`, a `MultiScaleRetention`, has for it."""
+        """Return the state in the shape that `retention`, a `MultiScaleRetention`, uses; None before any token."""
         return self.state
 
     def store(self, after: RetentionState, columns: int) -> None:
-        """Keep the state after `columns` more tokens."""
+        """Store the state after `columns` more tokens."""
         before = self.state
         if before is None or before.kv.shape != after.kv.shape or after.kv.requires_grad or before.kv.requires_grad:
             self._state = after
@@ -70,49 +74,65 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
+        """True once a state is stored."""
         return self._state is not None
 
     @property
     def has_previous_state(self) -> dict[int, bool]:  # type: ignore[override]
+        """Whether a state is stored, in the form that transformers' layers of linear attention use."""
         return {0: self._state is not None}
 
     @property
     def batch_size(self) -> int:
+        """The number of sequences; -1 before the first token."""
         return -1 if self._state is None else len(self._state)
 
     def get_seq_length(self) -> int:
+        """Return the number of tokens so far, padding included."""
         return int(self.columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the number of columns of a mask that covers all tokens so far, and its offset 0."""
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        return -1  # none
+        """Return -1: the length is unlimited."""
+        return -1  # no limit
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the sequences by beam_idx (B,), as beam search does."""
         if self.state is not None:
             self.state.copy_(self.state[beam_idx.to(self.state.kv.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence `repeats` times in a row."""
         if self.state is not None:
             self._state = self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the sequences at `indices`."""
         if self.state is not None:
             self._state = self.state[indices]
 
     def reset(self) -> None:
+        """Set state and token count to 0."""
         self.columns.zero_()
         if self.state is not None:
             self.state.map(Tensor.zero_)
 
     def offload(self) -> None:
+        """Move the state to the CPU."""
         self._state = None if self.state is None else self.state.to("cpu")
 
     def prefetch(self) -> None:
+        """Move the state back to its device."""
         self._state = None if self.state is None else self.state.to(self.columns.device)
 
     def crop(self, tokens_to_remove: int) -> None:
+        """Do nothing for 0 tokens.
+
+        Raises: ValueError for any other number, as a state cannot drop its last tokens.
+        """
         if tokens_to_remove:
             raise ValueError(
                 "a retention state cannot forget its last tokens; what needs that, such as assisted decoding, "
@@ -120,19 +140,21 @@ class RetentionCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             )
 
     def update(self, *_: Any, **__: Any) -> Any:
+        """Raises: TypeError, as the layer stores a state and no keys and values."""
         raise TypeError("a RetentionCacheLayer holds a state, not keys and values; it takes one by `store`")
 
     lazy_initialization = update_conv_state = update_recurrent_state = update
 
 
 class StaticRetentionCacheLayer(RetentionCacheLayer):
-    """The same in a `StaticCache`: compiled code finds the tensors of `state` where they were.
+    """A `RetentionCacheLayer` for `StaticCache`, whose tensors keep their addresses for compiled code.
 
-    `early_initialization`, as for an export, makes the memory before any model has said what shape a state has. It is
-    flat then, and an export's count of tokens set to 0 begins anew. No gradients flow through such a memory.
+    `early_initialization`, which exports use, allocates the memory before the model has given the shape of a state.
+    That memory is flat, an export starts a new sequence by setting the token count to 0, and no gradients flow through
+    it.
     """
 
-    _layer_type = None  # the entry above stays
+    _layer_type = None  # leaves RetentionCacheLayer registered
     is_compileable = True
     supports_early_init = True
 
@@ -142,19 +164,21 @@ class StaticRetentionCacheLayer(RetentionCacheLayer):
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
+        """The flat memory of the state after an early initialisation, else None."""
         return self._state.kv if self._flat and self._state is not None else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
+        """The time of the state after an early initialisation, else None."""
         return self._state.time if self._flat and self._state is not None else None
 
     @property
     def cumulative_length(self) -> Tensor:  # type: ignore[override]
-        """An export's name for the number of tokens."""
+        """The token count, under the name that exports use."""
         return self.columns
 
     def lazy_initialization(self, keys: Tensor, values: Tensor) -> None:  # type: ignore[override]
-        """keys (B, num_heads, 0, head_dim): of the sizes that the config names."""
+        """Allocate the flat memory; keys (B, num_heads, 0, head_dim) has the sizes of the config."""
         batch, heads, _, numbers = keys.shape
         kv = keys.new_zeros(batch, heads, numbers, dtype=state_dtype(keys.dtype))
         self._state = RetentionState(kv, torch.zeros(batch, dtype=torch.long, device=keys.device))
@@ -162,19 +186,21 @@ class StaticRetentionCacheLayer(RetentionCacheLayer):
         self._mark_static()
 
     def state_for(self, retention: Any) -> RetentionState | None:
+        """Return the state in the shape that `retention` uses, or zeros while the token count is 0."""
         if not self._flat:
             return self.state
         begun = self.columns != 0
         return self._shaped(retention.initial_state(1)).map(lambda x: x * begun)
 
     def store(self, after: RetentionState, columns: int) -> None:
+        """Store the state after `columns` more tokens, detached if the memory is flat."""
         if not self._flat:
             return super().store(after, columns)
         self._shaped(after).copy_(after.detach())
         self.columns.add_(columns)
 
     def _shaped(self, like: RetentionState) -> RetentionState:
-        """Views of the flat memory in the shapes of `like`, whatever its batch."""
+        """Views of the flat memory in the shapes of `like`, for any batch size."""
         assert self.state is not None
         flat, (heads, key_dim, value_dim) = self.state.kv, like.kv.shape[1:]
         size = heads * key_dim * value_dim // flat.shape[1]
@@ -187,17 +213,17 @@ LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = create_recurrent_attention_
 
 
 def retention_layer(cache: Cache, index: int) -> RetentionCacheLayer:
-    """The layer of `cache` at `index`, made one for retention if it is still empty.
+    """Return the cache layer at `index`, after turning an empty layer into one for retention.
 
-    Raises: TypeError if it holds keys and values already.
+    Raises: TypeError if the layer holds keys and values.
     """
     kind = StaticRetentionCacheLayer if isinstance(cache, StaticCache) else RetentionCacheLayer
-    while len(cache.layers) <= index:  # a cache made without a config grows as it is used
+    while len(cache.layers) <= index:  # a cache without a config grows with use
         cache.layers.append(kind())
     layer: Any = cache.layers[index]
     if isinstance(layer, RetentionCacheLayer):
         return layer
-    # What was initialised early is still empty; compiled code cannot look.
+    # A layer may be initialised and still empty; compiled code cannot read its length.
     if getattr(layer, "is_initialized", False) and (torch.compiler.is_compiling() or int(layer.get_seq_length())):
         raise TypeError(f"the cache holds keys and values in layer {index}, where a retention state is needed")
     cache.layers[index] = new = kind()
@@ -205,10 +231,14 @@ def retention_layer(cache: Cache, index: int) -> RetentionCacheLayer:
 
 
 def token_mask(attention_mask: Tensor | dict[str, Tensor | None] | None, x: Tensor, cached: bool) -> Tensor | None:
-    """Which tokens of x (B, T, dim) are real, (B, T) bool; None if all are.
+    """Return which tokens of x are real, (B, T) bool; None if all are.
 
-    attention_mask: (B, T), or with a cache (B, tokens so far + T); or what `generate` makes of it for a compiled step.
-    Raises: ShapeError for anything else, such as masks of four dimensions.
+    Args:
+        attention_mask: (B, T), or with a cache (B, tokens so far + T), 0 = padding; or the dict of masks that
+            `generate` makes for compiled steps.
+        x: (B, T, dim), the input.
+        cached: True if the call continues from a cache.
+    Raises: TypeError or ShapeError for any other mask, such as one of four dimensions.
     """
     if isinstance(attention_mask, dict):
         attention_mask = attention_mask[LAYER_TYPE]
@@ -231,10 +261,17 @@ def token_mask(attention_mask: Tensor | dict[str, Tensor | None] | None, x: Tens
 def packed_borders(
     x: Tensor, cu_seq_lens: Tensor | None, position_ids: Tensor | None, seq_idx: Tensor | None
 ) -> Tensor | None:
-    """The borders of the sequences that x (B, T, dim) holds one after another, row by row, (N + 1,) int32; or None.
+    """Return the borders of the sequences packed into x, row after row, (N + 1,) int32; None if there are none.
 
-    cu_seq_lens, position_ids (which begin anew where a sequence does) and seq_idx (which changes there) are as
-    `DataCollatorWithFlattening` makes them; the first that is given counts. A compiler cannot look for borders.
+    The arguments are those that `DataCollatorWithFlattening` makes; the first one given counts.
+
+    Args:
+        x: (B, T, dim), the input.
+        cu_seq_lens: (N + 1,), the borders themselves.
+        position_ids: (B, T); a sequence begins where they do not increase by 1.
+        seq_idx: (B, T), the number of each token's sequence.
+
+    Compiled code reads only cu_seq_lens, as it cannot search the others for borders.
     """
     if cu_seq_lens is not None:
         return torch.as_tensor(cu_seq_lens, dtype=torch.int32, device=x.device).flatten()
@@ -254,5 +291,5 @@ def packed_borders(
 
 
 def _foreign(x: Tensor) -> bool:
-    """Made in inference mode, and not to be overwritten outside of it."""
+    """Tell whether x was made in inference mode and may not be overwritten now, outside of it."""
     return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()

@@ -1,6 +1,6 @@
-"""What moves between releases of transformers: names of arguments and outputs, and helpers deep inside its packages.
+"""Everything that differs between releases of transformers: names of arguments and outputs, and internal helpers.
 
-All that the other files need of it, they take from here. A release that renames something changes this file alone.
+All other files take these from here, so a release that renames something changes this file only.
 """
 
 from __future__ import annotations
@@ -78,33 +78,33 @@ __all__ = [
     "warn_if_untested",
 ]
 
-TESTED = ("5.16", "5.23", "5.24")  # minor releases; pyproject.toml ends below the next one
+TESTED = ("5.16", "5.23", "5.24")  # minor releases; pyproject.toml excludes the next one
 
-# The installed release's name of the cache, as an argument and as an output: "cache" from 5.24 on.
+# The cache's name, as an argument and as an output, in the installed release: "cache" from 5.24 on.
 CACHE = next(f.name for f in fields(BaseModelOutputWithPast) if f.name in ("cache", "past_key_values"))
-CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # all names that some release or model has for it
+CACHE_NAMES = ("cache", "past_key_values", "layer_past")  # all names in any release or model
 _OLD_NAME = None if CACHE == "past_key_values" else "past_key_values"  # deprecated in the installed release
 
-# What may come to the `forward` of any model: what transformers has for attention and losses; what `generate`, the
-# Trainer, older code and other models' tokenizers add. Models that have no use for one of these ignore it.
+# Keywords that any model's `forward` may receive: those of transformers for attention and losses, and those that
+# `generate`, the Trainer, older code and other models' tokenizers add. A model ignores those that it does not use.
 _KEYWORDS = {
     *TransformersKwargs.__optional_keys__,
     *("tokenizer", "assistant_tokenizer", "shift_labels", "cache_position", "token_type_ids"),
 }
 
 INPUT = "hidden_states"  # the first argument of a layer's forward: its tokens
-OTHER_TOKENS = (  # arguments of a layer's forward that bring other tokens, to which its own attend
+OTHER_TOKENS = (  # arguments of a layer's forward that hold other tokens to attend to
     "key_value_states",
     "encoder_hidden_states",
     "cross_attention_states",
     "encoder_attention_mask",
 )
-# Keywords that reach every attention function and change nothing of what retention computes from q, k, v and the mask.
+# Keywords of attention functions that do not affect what retention computes from q, k, v and the mask.
 HARMLESS = frozenset(
     {
         *TransformersKwargs.__annotations__,
         "cache_position",
-        "deterministic",  # how flash attention sums
+        "deterministic",  # order of sums in flash attention
         "dropout",
         "return_dict",
         "shift_labels",
@@ -112,7 +112,7 @@ HARMLESS = frozenset(
         "use_cache",
     }
 )
-# Arguments of a layer's forward that are known: with what they do to q, k and v, to the mask or to the cache.
+# Arguments of a layer's forward whose effect on q, k, v, the mask and the cache is known.
 LAYER_ARGUMENTS = frozenset(
     {INPUT, "attention_mask", "position_embeddings", "position_ids", *OTHER_TOKENS, *CACHE_NAMES, *HARMLESS}
 )
@@ -121,12 +121,12 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def versions() -> str:
-    """The installed release and the tested ones, for errors and warnings."""
+    """Return the installed and the tested releases of transformers, for errors and warnings."""
     return f"transformers {transformers.__version__}; tested: {', '.join(TESTED)}"
 
 
 def warn_if_untested() -> None:
-    """Warn if the installed release is newer than every tested one."""
+    """Warn if the installed release of transformers is newer than all tested ones."""
     installed, newest = Version(transformers.__version__), Version(TESTED[-1])
     if installed.release[:2] > newest.release[:2]:
         warnings.warn(
@@ -137,23 +137,34 @@ def warn_if_untested() -> None:
 
 
 def cache_of(output: Any) -> Cache | None:
-    """The cache in what a model returned."""
+    """Return the cache in a model's output, or None."""
     return getattr(output, CACHE, None)
 
 
 def as_output(cache: Cache | None) -> dict[str, Any]:
-    """The keyword argument by which an output takes the cache."""
+    """Return the keyword argument that stores the cache in a model's output."""
     return {CACHE: cache}
 
 
 def call_with_cache(model: Any, tokens: Any, cache: Cache | None = None, **options: Any) -> Any:
-    """`model(tokens)` that continues from `cache`, default: a new one, and updates it."""
+    """Call `model(tokens)` with a cache, which it continues and updates.
+
+    Args:
+        model: a language model of transformers.
+        tokens: (B, T) int64.
+        cache: Default: a new cache.
+        options: further arguments of the model.
+    """
     cache = DynamicCache(config=model.config) if cache is None else cache
     return model(tokens, **{CACHE: cache}, use_cache=True, **options)
 
 
 def cache_by_any_name(forward: F) -> F:
-    """Let a `forward` with an argument `cache` take it under every name, and show the installed release's."""
+    """Decorate a `forward` with an argument `cache` so that it accepts every name of the cache.
+
+    The signature shows the name that the installed release uses. The decorated function raises ValueError if the cache
+    is given twice, TypeError if it is not a `transformers.Cache`, and warns of a deprecated name.
+    """
     signature = inspect.signature(forward)
 
     @functools.wraps(forward)
@@ -174,7 +185,13 @@ def cache_by_any_name(forward: F) -> F:
 
 
 def check_keywords(model: Any, given: Collection[str]) -> None:
-    """Refuse keyword arguments of a `forward` that no model of transformers has. Raises: TypeError that names them."""
+    """Refuse keyword arguments that no `forward` of transformers takes.
+
+    Args:
+        model: named in the error.
+        given: the keywords.
+    Raises: TypeError that names the unknown keywords.
+    """
     unknown = sorted(set(given) - _KEYWORDS)
     if unknown:
         raise TypeError(f"{type(model).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}")
@@ -183,9 +200,11 @@ def check_keywords(model: Any, given: Collection[str]) -> None:
 def swap_cache(
     args: tuple[Any, ...], kwargs: dict[str, Any], other: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Cache | None]:
-    """The arguments of a call with `other` in the place of the cache, and the cache, whatever its name, or None.
+    """Replace the cache in the arguments of a call by `other`.
 
-    Raises: TypeError for something that has the name of a cache and is none.
+    Returns: the new positional arguments, the new keyword arguments, and the cache, or None if there was none. Of an
+        `EncoderDecoderCache`, this is the cache of self-attention.
+    Raises: TypeError if an argument has a cache's name but is not a `transformers.Cache`.
     """
     caches = [x for x in (*args, *kwargs.values()) if isinstance(x, Cache)]
     for name in CACHE_NAMES:

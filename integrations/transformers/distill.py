@@ -1,9 +1,11 @@
-"""Give a model whose attention was replaced its quality back, with the model that it was as the teacher.
+"""Train a model whose attention was replaced to the quality of the original, its teacher.
 
-First each replaced layer learns to give what its attention gave, on the teacher's inputs, all layers in one pass; then
-the whole model learns the teacher's probabilities and the labels. Source of the two stages: Zhang et al. 2024,
-arXiv:2410.10254 (LoLCATs). Differs: retention instead of linear attention, all weights instead of LoRA in the second,
-and the layers may be replaced in parts, one after another.
+Training has two stages. The first fits each replaced layer to the output of the attention that it replaces, on the
+teacher's inputs, all layers in one pass. The second distils the whole model from the teacher's probabilities and,
+optionally, the labels.
+
+Source: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs). Differs: retention replaces linear attention, the second stage
+    trains all weights instead of LoRA, and the layers may be replaced in parts, one after another.
 """
 
 from __future__ import annotations
@@ -28,18 +30,26 @@ from .training.progress import progress_bar
 from .training.resumable import ResumableTrainer
 from .training.saving import last_checkpoint, step_of
 
-TRANSFER, TUNING = "transfer", "tuning"  # the stages, and their folders
+TRANSFER, TUNING = "transfer", "tuning"  # names of the stages and of their folders
 
 
 @dataclass
 class Recovery:
-    """Losses on the validation data, in nats per token: the teacher's, and the model's before, between and after."""
+    """Losses on the validation data, in nats per token. `str()` gives them in one line.
+
+    Attributes:
+        teacher: loss of the teacher.
+        replaced: loss of the model before training.
+        transferred: loss after the first stage.
+        tuned: loss after the second stage.
+        tokens: number of tokens trained on in both stages.
+    """
 
     teacher: float
     replaced: float
     transferred: float
     tuned: float
-    tokens: int  # that were trained on, in both stages
+    tokens: int
 
     def __str__(self) -> str:
         gap = 100 * (self.tuned / self.teacher - 1)
@@ -50,9 +60,10 @@ class Recovery:
 
 
 def teacher_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it was before its attention was replaced, frozen. For models that were not trained since.
+    """Return a frozen copy of the model with its original attention.
 
-    It shares the parameters that do not learn, such as those beneath LoRA.
+    It is the teacher only if the model was not trained after the replacement. The copy shares the model's frozen
+    parameters, such as those under LoRA.
     """
     teacher = _frozen_copy(model)
     restore_attention(teacher)
@@ -74,12 +85,22 @@ def replace_in_parts(
     options: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> list[Recovery]:
-    """Replace some layers, train, replace some more, and so on: each part learns beside layers that still attend.
+    """Replace some layers, train, replace further layers, train, and so on.
 
-    parts: numbers of layers, as `replace_attention` takes them. options: for `replace_attention`.
-    out: each part has a folder of its own in it. arguments: of `recover`, the steps of each part.
-    Returns: what each part gave; the last is that of the model as it is now.
-    Raises: ValueError as `replace_attention` does, before anything is trained.
+    Each part thus learns while later layers still compute attention. Each part is calibrated on the first 8 training
+    examples.
+
+    Args:
+        model: a transformers model; it is changed in place.
+        parts: lists of layer indices, as `replace_attention` takes them.
+        train_data, valid_data: as in `recover`.
+        out: folder; part n trains in its subfolder "part-n".
+        options: options of `replace_attention` for all parts.
+        arguments: arguments of `recover` for each part.
+    Returns: one `Recovery` per part; the last one describes the final model.
+    Raises: TypeError or ValueError as `replace_attention` does, before any training; and as `recover` does.
+    Example:
+        found = replace_in_parts(model, [[2, 3], [0, 1]], train, valid, out="runs/parts", options={"window": 64})
     """
     if isinstance(parts, str) or not isinstance(parts, Sequence) or not all(isinstance(x, Sequence) for x in parts):
         raise TypeError(f"parts must be lists of numbers of layers, such as [[0, 1], [2]]; got parts {shown(parts)}")
@@ -117,18 +138,30 @@ def recover(
     callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> Recovery:
-    """Train `model`, whose attention `replace_attention` has replaced, until it is as good as it was.
+    """Train `model`, whose attention was replaced by `replace_attention`, in two stages.
 
-    train_data, valid_data: examples {"input_ids": (T,), "labels": (T,)} of equal length.
-    out: folder for checkpoints; what was trained there before is gone on from.
-    teacher: default: `teacher_of(model)`.
-    taught: names of the layers that learn in the first stage; default: all that are replaced.
-    transfer_steps, tuning_steps: of the two stages; 0 leaves one out. transfer_lr: of what retention has brought, in
-        the first; the projections learn there at a tenth of it.
-    label_weight: of the labels' cross-entropy, beside the divergence from the teacher.
-    arguments: for `transformers.TrainingArguments`.
-    Raises: ValueError if nothing in the model is replaced, or taught is not. KeyboardInterrupt if a callback ended the
-        training before its end, such as the one that saves on Ctrl-C. FloatingPointError if a training diverges.
+    Args:
+        model: a transformers language model; it is changed in place.
+        train_data, valid_data: datasets of examples {"input_ids": (T,), "labels": (T,)}, all of one length T, int64.
+        out: folder for checkpoints, in subfolders "transfer" and "tuning". A run continues from checkpoints found
+            there.
+        teacher: the original model. Default: `teacher_of(model)`; pass it if the model was trained after the
+            replacement.
+        taught: names of the layers that the first stage trains. Default: all replaced layers.
+        transfer_steps, tuning_steps: optimiser steps of the two stages; 0 skips a stage.
+        batch: examples per step and device.
+        transfer_lr: learning rate of retention's own parameters in the first stage; the projections take a tenth of it.
+        tuning_lr: learning rate of the second stage.
+        label_weight: factor of the labels' cross-entropy, which is added to the divergence from the teacher.
+        callbacks: callbacks of transformers' Trainer, for both stages.
+        arguments: further arguments of `transformers.TrainingArguments`, for both stages.
+    Returns: the losses.
+    Raises: TypeError or ValueError for a wrong argument, such as a model without replaced layers. KeyboardInterrupt if
+        a callback stops the training early, as the one that saves on Ctrl-C does. FloatingPointError if the training
+        diverges.
+    Example:
+        replace_attention(model, calibrate_on={"input_ids": train[0]["input_ids"][None]})
+        print(recover(model, train, valid, out="runs/recovered", transfer_steps=600, tuning_steps=1400))
     """
     check_is("model", model, PreTrainedModel, "a model of transformers")
     check_is("out", out, str | Path, "a folder")
@@ -185,10 +218,15 @@ def recover(
 
 
 class AttentionTransfer(nn.Module):
-    """The loss of the first stage: how far each replaced layer is from its attention, on the attention's own inputs.
+    """The loss of the first stage: the error of each replaced layer on its attention's inputs.
 
-    ||retention(x) - attention(x)||^2 / ||attention(x)||^2, the mean over the layers. The teacher is no child of it:
-    neither its parameters nor its checkpoints hold it.
+        loss = mean over layers of ||retention(x) - attention(x)||^2 / ||attention(x)||^2
+
+    The teacher is not a child module, so its parameters are neither trained nor saved.
+
+    Args:
+        teacher: the model with the original attention.
+        layers: the replaced layers, under their names in the teacher.
     """
 
     def __init__(self, teacher: PreTrainedModel, layers: dict[str, nn.Module]):
@@ -208,11 +246,12 @@ class AttentionTransfer(nn.Module):
         return hook
 
     def release(self) -> None:
-        """Take the hooks off the teacher."""
+        """Remove the hooks from the teacher."""
         for hook in self.hooks:
             hook.remove()
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
+        """Run the teacher on input_ids (B, T) and return {"loss": the loss}."""
         with torch.no_grad():
             self.run_teacher[0](input_ids, use_cache=False, **inputs)
         errors = []
@@ -223,17 +262,17 @@ class AttentionTransfer(nn.Module):
 
 
 class _Stage(ResumableTrainer):
-    """The first stage, whose model computes the loss."""
+    """Trainer of the first stage, whose model computes the loss itself."""
 
-    slowness = 0.1  # of all that was there before the replacement
+    slowness = 0.1  # learning rate of parameters outside of retention, relative to its own
 
     def run(self) -> None:
-        """Train, or go on from where an earlier run ended."""
+        """Train, or continue from the last checkpoint."""
         last = last_checkpoint(Path(str(self.args.output_dir)))
         if last and step_of(last) >= self.args.max_steps:
             self._load_from_checkpoint(str(last))
         elif self.args.max_steps > 0:
-            set_seed(self.args.seed)  # so that it does not matter whether the stage before was trained or loaded
+            set_seed(self.args.seed)  # same random state whether the earlier stage was trained or loaded
             self.train(resume_from_checkpoint=str(last) if last else None)
             if self.state.global_step < self.args.max_steps:
                 raise KeyboardInterrupt
@@ -250,7 +289,7 @@ class _Stage(ResumableTrainer):
 
 
 class _Tuner(_Stage):
-    """The second stage, and the measure of all: the labels' cross-entropy."""
+    """Trainer of the second stage; it also measures the labels' cross-entropy for all losses in `Recovery`."""
 
     slowness = 1.0
     teacher: PreTrainedModel
@@ -275,7 +314,7 @@ class _Tuner(_Stage):
 
 @contextmanager
 def _layers_shown(model: PreTrainedModel, names: Sequence[str], *, hidden: bool) -> Iterator[None]:
-    """The calibration on a bar, which these layers move when they run."""
+    """Show the calibration on a progress bar, which advances whenever one of the layers runs."""
     with progress_bar("calibrating", total=len(names), unit="layer", disable=hidden) as bar:
 
         def move(*_: Any) -> None:
@@ -290,12 +329,12 @@ def _layers_shown(model: PreTrainedModel, names: Sequence[str], *, hidden: bool)
 
 
 def _first(data: Any, count: int) -> dict[str, Tensor]:
-    """A batch of the first examples."""
+    """Return a batch of the first `count` examples."""
     return {"input_ids": torch.stack([data[i]["input_ids"] for i in range(min(count, len(data)))])}
 
 
 def _loss(tuner: _Tuner, model: PreTrainedModel) -> float:
-    """On the validation data."""
+    """Return the cross-entropy of `model` on the validation data."""
     mine, tuner.model = tuner.model, model
     try:
         return tuner.evaluate()["eval_loss"]

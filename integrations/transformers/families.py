@@ -1,4 +1,4 @@
-"""Adapters for the classes of transformers that do not go by its `AttentionInterface`."""
+"""Adapters for the attention classes of transformers that do not use its `AttentionInterface`."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from .hosting import HostedCall, hosted_call, hosted_retention
 
 
 class AttentionInMethod(TransformersAttention):
-    """Adapter for classes whose softmax is in a method, `_attn`, of q, k, v (B, H, T, K) and the mask.
+    """Adapter for classes that compute the softmax in a method `_attn(q, k, v, attention_mask)`.
 
-    scale: of the scores, from the size of a head.
+    Shapes: q, k, v of `_attn` are (B, H, T, K).
+    Args:
+        scale: computes the factor of q . k from the channels of a head.
     """
 
     def __init__(self, scale: Callable[[int], float]):
         self.scale = scale
 
     def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the layer's own forward with retention in place of its method `_attn`."""
         args, kwargs, call = hosted_call(args, kwargs)
         return attention.host.forward(_WithMethod(attention, call, self.scale(attention.head_dim)), *args, **kwargs)
 
 
 class _WithMethod:
-    """A layer as it is, but for its method `_attn`, which is retention."""
+    """Proxy of a layer whose method `_attn` computes retention."""
 
     def __init__(self, attention: Any, call: HostedCall, scale: float):
         self.attention, self.call, self.scale = attention, call, scale
@@ -42,27 +45,31 @@ class _WithMethod:
 
 
 class GPTNeoAttention(AttentionInMethod):
-    """Adapter for GPT-Neo. Its local layers look at a window, which is lost. Its scores are not scaled."""
+    """Adapter for GPT-Neo, whose scores are not scaled. The sliding window of its local layers is lost."""
 
     def __init__(self) -> None:
         super().__init__(lambda head_dim: 1.0)
 
     def lost(self, attention: Any) -> list[str]:
+        """List the sliding window of a local layer."""
         local = attention.attention_type == "local"
         return [f"the sliding window of {attention.config.window_size} tokens"] if local else []
 
 
 class FalconAttention(TransformersAttention):
-    """Adapter for Falcon, without alibi."""
+    """Adapter for Falcon without alibi."""
 
     def heads(self, attention: Any) -> Heads:
+        """Return the sizes of the heads, from the layer's attributes."""
         size, heads = attention.head_dim, attention.num_heads
         return Heads(attention.hidden_size, heads, attention.num_kv_heads, size, size)
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """Refuse layers with alibi."""
         return [_ALIBI] if attention.config.alibi else []
 
     def forward(self, attention: Any, host_forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run Falcon's projections and rotation around retention."""
         args, kwargs, call = hosted_call(args, kwargs)
         q, k, v = self._project(attention, call.x, kwargs["position_embeddings"])
         call.update(k, v, attention.layer_idx)
@@ -72,7 +79,7 @@ class FalconAttention(TransformersAttention):
 
     def _project(self, attention: Any, x: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = attention._split_heads(attention.query_key_value(x))
-        if attention.new_decoder_architecture:  # which gives each head of q a copy of its k and v
+        if attention.new_decoder_architecture:  # which repeats k and v for each query head
             copies = attention.num_heads // attention.num_kv_heads
             k, v = k[:, :, ::copies], v[:, :, ::copies]
         q, k, v = (z.transpose(1, 2) for z in (q, k, v))
@@ -80,20 +87,26 @@ class FalconAttention(TransformersAttention):
 
 
 class Unsuitable(Adapter):
-    """Adapter for classes that retention cannot stand for, to say why."""
+    """Adapter that refuses every layer of a class.
+
+    Args:
+        reason: why retention cannot replace the attention, for the error message.
+    """
 
     def __init__(self, reason: str):
         self.reason = reason
 
     def heads(self, attention: Any) -> Heads:
+        """Raises: ValueError with the reason."""
         raise ValueError(self.reason)
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
+        """Return the reason."""
         return [self.reason]
 
 
 def _gptj(kind: type[nn.Module]) -> Adapter | None:
-    """GPT-J's before transformers 5.24; from then on it goes by the interface, and that recogniser is asked first."""
+    """GPT-J before transformers 5.24; later releases use the interface, whose recogniser is asked first."""
     return _by_head_size if full_name(kind) == "transformers.models.gptj.modeling_gptj.GPTJAttention" else None
 
 

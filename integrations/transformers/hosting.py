@@ -1,4 +1,4 @@
-"""What stands in the place of the attention function and of the cache while the forward of a replaced layer runs."""
+"""Runs the forward of a replaced layer with retention as attention function and a `HostedCall` as cache."""
 
 from __future__ import annotations
 
@@ -18,9 +18,15 @@ from .recognise import cap_of, window_of
 
 @dataclass
 class HostedCall:
-    """One call of a replaced layer, in the place of its cache: its own keys and values are all that retention needs.
+    """Stands in for the cache in one call of a replaced layer.
 
-    x (B, T, dim): the layer's input. cache: its own. index: its place there, which the layer says where it would write.
+    `update` returns only the call's own keys and values, as retention keeps those before in its state.
+
+    Attributes:
+        x: (B, T, dim), the layer's input.
+        cache: the real cache, or None.
+        index: the layer's index in the cache, as the layer passes it to `update`; None before.
+        done: True after the attention function was called.
     """
 
     x: Tensor
@@ -29,18 +35,21 @@ class HostedCall:
     done: bool = False
 
     def update(self, k: Tensor, v: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Record the layer's index; return k and v unchanged."""
         self.index = layer_idx
         return k, v
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """How many tokens came before, for what depends on the position."""
+        """Return the number of earlier tokens, from which the layer computes positions."""
         return 0 if self.cache is None else self.cache.get_seq_length(layer_idx)
 
 
 def hosted_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], HostedCall]:
-    """The arguments of a layer's call with a `HostedCall` in the place of the cache, and that call.
+    """Replace the cache in the arguments of a layer's call by a `HostedCall`.
 
-    Raises: ValueError if there are other tokens to attend to than its own.
+    Returns: the new positional arguments, the new keyword arguments, and the `HostedCall`.
+    Raises: ValueError if the arguments bring other tokens to attend to, as in cross-attention; TypeError if the cache
+        is not a `transformers.Cache`.
     """
     others = [name for name in OTHER_TOKENS if kwargs.get(name) is not None]
     if others:
@@ -65,12 +74,21 @@ def hosted_retention(
     cu_seq_lens_q: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in the place of the softmax: q (B, H, T, K), k, v (B, Hkv, T, K or V) -> (B, T, H, V).
+    """Compute retention in place of the softmax; transformers calls it as its attention function.
 
-    hosted: the call of the layer. is_causal: None: as the layer says. cu_seq_lens_q: borders of packed sequences.
-    others: a sliding window and a soft cap count only if the layer is known to have lost them; dropout of weights has
-        no counterpart; the rest must be known to change nothing.
-    Raises: ValueError for what retention cannot do, ShapeError for what is not the keys of the layer's own tokens.
+    Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V). Returns (B, T, H, V), and None for the attention
+        weights.
+    Args:
+        attention: the replaced layer.
+        attention_mask: (B, T), or (B, 1, T, keys), bool or added to the scores.
+        hosted: the `HostedCall` of the layer's call.
+        scaling: factor of q . k; default K^-0.5.
+        is_causal: default: the layer's own `is_causal`, or True.
+        cu_seq_lens_q: (N + 1,), borders of packed sequences.
+        others: further keywords of transformers. A sliding window and a soft cap are ignored if the layer declares them
+            as lost; dropout of attention weights is ignored; any other keyword must be known to be harmless.
+    Raises: ValueError if retention cannot do what the call asks for; ShapeError if the keys are not those of the
+        layer's own tokens.
     """
     call = _checked(attention, hosted, k, others)
     causal = bool(getattr(attention, "is_causal", True) if is_causal is None else is_causal)
@@ -91,16 +109,16 @@ def hosted_retention(
     )
     if layer is not None and after is not None:
         layer.store(after, call.x.shape[1])
-    return y.reshape(*call.x.shape[:2], *y.shape[2:]).contiguous(), None  # some hosts view it in another shape
+    return y.reshape(*call.x.shape[:2], *y.shape[2:]).contiguous(), None  # some hosts call `view` on it
 
 
 def _borders(given: Tensor | None, attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Of packed sequences, (N + 1,) int32: those that are given, or those in the mask."""
+    """Return the borders of packed sequences, (N + 1,) int32: the given ones, or those read from the mask."""
     return borders_of(attention_mask, mask, x) if given is None else given.int().flatten()
 
 
 def _checked(attention: Any, call: HostedCall | None, k: Tensor, others: dict[str, Any]) -> HostedCall:
-    """The call, if it is one that retention can do."""
+    """Return the call after checking that retention can compute it."""
     name = attention.host.__name__
     if call is None:
         raise ValueError(f"{name} does not hand its keywords on to the attention function, so its input is not known")

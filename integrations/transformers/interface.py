@@ -1,4 +1,4 @@
-"""Attention implementations by name: `model.set_attn_implementation("retention")`, or "xformers"."""
+"""Attention implementations for `model.set_attn_implementation`: "retention" and "xformers"."""
 
 from __future__ import annotations
 
@@ -20,14 +20,20 @@ from .masks import as_one_row, borders_of, real_tokens
 
 
 def register_attn_implementation(name: str = "retention", *, decay: Any = "short") -> None:
-    """Let `model.set_attn_implementation(name)` put retention into all layers of a model of transformers.
+    """Let `model.set_attn_implementation(name)` compute retention in all attention layers of a transformers model.
 
-    For a quick look. It is what `replace_attention` gives before training, and has no parameters: features, gain and
-    decays stay as they are.
-    The model keeps all its keys and values and goes through them again for each new token; a sliding window, a static
-    cache and assisted generation are no good with it. `replace_attention` has none of these limits but the last.
+    This is meant for quick experiments. The result is that of `replace_attention` before training, without a gate;
+    feature maps, gain and decays are fixed, and no parameters are added. The model keeps all keys and values and runs
+    over all of them for each new token. Sliding windows, static caches and assisted generation are not supported; with
+    `replace_attention`, only assisted generation is not.
 
-    decay: as `MultiScaleRetention`. Raises: ValueError if it is none.
+    Args:
+        name: the name of the implementation. Default "retention".
+        decay: as in `MultiScaleRetention`. Default "short".
+    Raises: TypeError or ValueError for a wrong name or decay.
+    Example:
+        register_attn_implementation()
+        model.set_attn_implementation("retention")
     """
     check_is("name", name, str, "a string")
     check_decay(decay)
@@ -52,7 +58,7 @@ def register_attn_implementation(name: str = "retention", *, decay: Any = "short
             raise ValueError(f"retention has no sliding window; got one of {sliding_window} tokens; pass None")
         heads = Heads(q.shape[1] * q.shape[3], q.shape[1], k.shape[1], q.shape[3], v.shape[3])
         before = k.shape[2] - q.shape[2]
-        q = F.pad(q, (0, 0, before, 0))  # what was asked before does not matter for what is asked now
+        q = F.pad(q, (0, 0, before, 0))  # earlier queries do not affect later outputs, so zeros stand for them
         x = q[:, 0]
         mask = _real_keys(attention_mask, x, before)
         borders = None if before else borders_of(attention_mask, mask, x)
@@ -72,9 +78,16 @@ def register_attn_implementation(name: str = "retention", *, decay: Any = "short
 def register_xformers_attention(name: str = "xformers") -> None:
     """Let `model.set_attn_implementation(name)` run softmax attention on xformers' `memory_efficient_attention`.
 
-    For what stays attention: in a model with replaced layers it is the others that change. A call that xformers has no
-    operator for runs on `scaled_dot_product_attention`; `attention_ran` says which it was. Masks are those of "sdpa".
-    Raises: BackendError, from its cause, if xformers is missing or does not work.
+    In a model with replaced layers, it changes the layers that still compute attention. A call for which xformers has
+    no operator runs on torch's `scaled_dot_product_attention`; `attention_ran` tells which one ran. Masks are those of
+    "sdpa".
+
+    Args:
+        name: the name of the implementation. Default "xformers".
+    Raises: BackendError, with its cause, if xformers is missing or does not work; TypeError if `name` is not a string.
+    Example:
+        register_xformers_attention()
+        model.set_attn_implementation("xformers")
     """
     check_is("name", name, str, "a string")
     xformers_attention.check("cpu")
@@ -94,13 +107,19 @@ def attend_by_name(
     is_causal: bool | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls: q (B, H, T, K), k, v (B, Hkv, S, K) -> (B, T, H, K). Notes what ran in `attention`."""
+    """Compute softmax attention on xformers or torch; transformers calls it as its attention function.
+
+    The operator that ran is stored in `attention.ran`.
+
+    Shapes: q (B, H, T, K); k, v (B, Hkv, S, K). Returns (B, T, H, K), and None for the attention weights.
+    Raises: ValueError for a soft cap, a position bias, attention sinks or a cache.
+    """
     wanted = [name for name in ("softcap", "position_bias", "s_aux", "cache") if others.get(name) is not None]
     if wanted:
         raise ValueError(f"this attention has no {', '.join(wanted)}; got them; use the implementation 'eager'")
     causal = getattr(attention, "is_causal", True) if is_causal is None else is_causal
     causal = causal and attention_mask is None and q.shape[2] > 1
-    if causal:  # without a mask the queries are the first tokens, and further keys are places of a static cache
+    if causal:  # without a mask the queries are the first tokens, and later keys are free slots of a static cache
         k, v = k[:, :, : q.shape[2]], v[:, :, : q.shape[2]]
     out, attention.ran = xformers_attention.attend(
         q, k, v, causal=causal, scale=scaling, mask=attention_mask, dropout=dropout
@@ -109,13 +128,17 @@ def attend_by_name(
 
 
 def attention_ran(model: nn.Module) -> dict[str, str]:
-    """What ran the last call of each attention layer under `register_xformers_attention`: "sdpa", or "xformers ..."."""
+    """Return the operator that ran the last call of each layer under `register_xformers_attention`, by layer name.
+
+    The operator is "sdpa", or "xformers" with the name of its operator.
+    Raises: TypeError if `model` is not a module.
+    """
     check_is("model", model, nn.Module, "an nn.Module")
     return {name: module.ran for name, module in model.named_modules() if isinstance(getattr(module, "ran", None), str)}
 
 
 def _real_keys(attention_mask: Tensor | None, x: Tensor, before: int) -> Tensor | None:
-    """Which of the keys are real, (B, T). before: how many of them came before the queries."""
+    """Return which keys are real, (B, T); `before` is the number of keys before the first query."""
     if attention_mask is None or before == 0:
         return None if attention_mask is None else real_tokens(attention_mask, x, None)
     last = attention_mask[:, 0, -1]

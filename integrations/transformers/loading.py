@@ -1,4 +1,4 @@
-"""Open folders of models with replaced layers, by `load_swapped` or by transformers' own Auto classes."""
+"""Loads saved models with replaced layers, by `load_swapped` or by transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from ..swap import replace_attention
 from ..swap.retention import HostedRetention
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
 
-_MOST = 10_000  # layers in a model, and retentions in a layer
+_MOST = 10_000  # largest number of layers in a model, and of scales in a layer
 _OPTIONS = inspect.signature(HostedRetention).parameters.keys() - {"heads", "device", "dtype"}
-_CHILD = ".retention."  # in the names of what replaced layers have beside their host's
+_CHILD = ".retention."  # part of the names of retention's own parameters
 
 
 class Rebuilt:
-    """Mixed into a model class: it builds the model with retention in the layers that its config names.
+    """Mixin of a model class that replaces the layers listed in the config when it builds a model.
 
-    What it builds is of the class `host_model`, as a model is whose layers were replaced.
+    Attributes:
+        host_model: the class of the built model, which is that of the model before saving.
     """
 
     host_model: type[PreTrainedModel]
@@ -39,7 +40,10 @@ class Rebuilt:
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """As of the host's class. Raises: ValueError if tensors of the replaced layers are missing or left over."""
+        """Load a model; arguments and result are those of the host class.
+
+        Raises: ValueError if tensors of the replaced layers are missing, left over or of a wrong shape.
+        """
         found = super().from_pretrained(folder, *args, output_loading_info=True, **kwargs)  # type: ignore[misc]
         model, info = found
         _check_tensors(folder, info)
@@ -47,13 +51,16 @@ class Rebuilt:
 
 
 class RetentionInAttentionConfig(PreTrainedConfig):
-    """What config.json of a model with replaced layers is read by. It gives the config of the model, with its mark."""
+    """Reads the config.json of a model with replaced layers; returns a config of the model's own class, marked."""
 
     model_type = MODEL_TYPE
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Raises: ValueError if config_dict is not what `MarkedConfig` writes."""
+        """Build the model's config from the dict that `MarkedConfig` writes.
+
+        Raises: ValueError if config_dict is anything else.
+        """
         kind = _of_type(config_dict, "attention_model_type", str)
         host = _of_type(config_dict, "attention_config", dict)
         layers = _of_type(config_dict, "retention_layers", dict)
@@ -72,11 +79,21 @@ class RetentionInAttentionConfig(PreTrainedConfig):
 
 
 def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
-    """A model with replaced layers, as `save_pretrained` wrote it. kwargs: as `from_pretrained`.
+    """Load a model with replaced layers that `save_pretrained` has written.
 
-    `AutoModelForCausalLM.from_pretrained` and its kin do the same; this takes the class from the config.
-    Raises: ValueError if the model in `folder` has no replaced layers, if its class is none of transformers, or if
-        tensors of the replaced layers are missing or left over.
+    `AutoModelForCausalLM.from_pretrained` and the other Auto classes load it too; this function takes the model class
+    from the config.
+
+    Args:
+        folder: a folder, or a name on the Hugging Face Hub.
+        kwargs: keyword arguments of `from_pretrained`.
+    Returns: the model.
+    Raises: ValueError if the model has no replaced layers, if its class is not part of transformers, or if tensors of
+        the replaced layers are missing, left over or of a wrong shape.
+    Example:
+        replace_attention(model)
+        model.save_pretrained("runs/swapped")
+        model = load_swapped("runs/swapped")
     """
     if os.path.lexists(file := Path(folder, "config.json")):
         read_json(file)
@@ -96,14 +113,14 @@ def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
 
 @cache
 def rebuilt_class(host_model: Any) -> Any:
-    """The class that builds models of `host_model` with replaced layers."""
+    """Return the class that builds models of class `host_model` with replaced layers."""
     own = {"host_model": host_model, "__module__": __name__, "config_class": marked_class(host_model.config_class)}
-    return type(host_model.__name__, (Rebuilt, host_model), own)  # transformers goes by names
+    return type(host_model.__name__, (Rebuilt, host_model), own)  # transformers looks classes up by name
 
 
 @cache
 def register_auto_classes(host_class: Any) -> None:
-    """Let every Auto class that builds models of a config class build them with replaced layers too."""
+    """Let each Auto class that knows a config class also build its models with replaced layers."""
     marked = marked_class(host_class)
     for name in dir(transformers):
         auto = getattr(transformers, name) if name.startswith("AutoModel") else None
@@ -129,7 +146,7 @@ def _check_layer(name: str, options: dict[str, Any]) -> None:
 
 
 def _check_at_most(name: str, count: Any) -> None:
-    """A file of a few bytes must not ask for a model that takes hours to build."""
+    """Refuse counts over 10,000: a file of a few bytes could ask for a model that takes hours to build."""
     if isinstance(count, int) and count > _MOST:
         raise ValueError(f"{name} must be at most {_MOST:,}; got {count}")
 

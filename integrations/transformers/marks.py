@@ -1,4 +1,4 @@
-"""Keep the configs of models true to which of their layers have retention."""
+"""Keeps the configs of models in step with the layers that have retention."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .replaced_config import MARK, MarkedConfig, marked_class, name_in_base_mode
 
 
 def update_marks(whole: nn.Module) -> None:
-    """Let the config of every model in `whole` say which of its layers have retention.
+    """Let the config of each model in `whole` list the model's layers with retention.
 
-    Configs are not changed but exchanged for new ones: another model may have the same.
+    Configs are replaced by new ones rather than changed, as another model may share them.
     """
     models = [module for module in whole.modules() if isinstance(module, PreTrainedModel)]
     copies: dict[int, Any] = {}
@@ -38,7 +38,7 @@ def update_marks(whole: nn.Module) -> None:
 
 
 def _is_replaced(module: nn.Module) -> bool:
-    """Whether it is a replaced layer of a model of transformers."""
+    """Tell whether a module is a replaced layer of a transformers model."""
     return isinstance(module, Swapped) and "retention" in module._modules and hasattr(module, "host_config")
 
 
@@ -59,7 +59,7 @@ def _mark(config: Any, layers: dict[str, dict[str, Any]]) -> None:
 
 
 def _set_stateful(model: PreTrainedModel, stateful: bool) -> None:
-    """`generate` refuses what rolls back, such as assisted decoding, for stateful models."""
+    """Mark a model as stateful, so that `generate` refuses methods that take tokens back, or unmark it."""
     if stateful and not model._is_stateful:
         model._is_stateful = True
     elif not stateful:

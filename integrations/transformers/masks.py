@@ -1,4 +1,4 @@
-"""What an attention mask of transformers says of tokens: which are real, which are of one sequence, what they see."""
+"""Reads transformers' attention masks: padding, borders of packed sequences, and causality."""
 
 from __future__ import annotations
 
@@ -7,14 +7,18 @@ from torch import Tensor
 
 from retention.errors import ShapeError
 
-# What is added to the scores of a token that may not be seen lies below, in every dtype; position biases lie above.
+# Masks add less than this to the scores of hidden tokens, in every dtype; position biases add more.
 _HIDDEN_BELOW = -1e4
 
 
 def real_tokens(attention_mask: Tensor, x: Tensor, columns: Tensor | None) -> Tensor:
-    """Which tokens of x are real, (B, T): those that may look at themselves.
+    """Return which tokens of x are real, (B, T) bool: those that the mask lets attend to themselves.
 
-    attention_mask: (B, T), or (B, 1, T, keys), bool or added to the scores. columns: how many tokens the cache saw.
+    Args:
+        attention_mask: (B, keys), or (B, 1, T, keys), bool or added to the scores.
+        x: (B, T, dim), the layer's input.
+        columns: number of tokens that the cache has seen; None without a cache.
+    Raises: ShapeError unless the mask is a tensor of 2 or 4 dimensions.
     """
     length = x.shape[1]
     if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
@@ -26,7 +30,16 @@ def real_tokens(attention_mask: Tensor, x: Tensor, columns: Tensor | None) -> Te
 
 
 def borders_of(attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """Of packed sequences, (N + 1,) int32: where a real token may not look at the real one before it."""
+    """Return the borders of packed sequences, (N + 1,) int32, or None if the mask has none.
+
+    A border lies where a real token may not attend to the real token before it.
+
+    Args:
+        attention_mask: (B, 1, T, keys); masks of two dimensions have no borders.
+        mask: (B, T), its `real_tokens`.
+        x: (B, T, dim), the layer's input.
+    Raises: ValueError if the mask has both padding and packed sequences.
+    """
     length = x.shape[1]
     if attention_mask is None or mask is None or not _can_look(attention_mask, length):
         return None
@@ -43,7 +56,7 @@ def borders_of(attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) ->
 
 
 def as_one_row(borders: Tensor | None, x: Tensor, *heads: Tensor) -> tuple[Tensor, ...]:
-    """x (B, T, dim) and heads (B, H, T, D) as a batch of one, if they are packed."""
+    """Concatenate the rows of x (B, T, dim) and of `heads` (B, H, T, D) into a batch of one, if there are borders."""
     if borders is None:
         return x, *heads
     return x.flatten(0, 1)[None], *(z.transpose(0, 1).flatten(1, 2)[None] for z in heads)
@@ -52,13 +65,17 @@ def as_one_row(borders: Tensor | None, x: Tensor, *heads: Tensor) -> tuple[Tenso
 def refuse_other_masks(
     attention_mask: Tensor | None, mask: Tensor | None, causal: bool | None, columns: Tensor | None
 ) -> None:
-    """Refuse a mask of four dimensions that says what retention would not do.
+    """Refuse a mask of four dimensions that retention cannot follow.
 
-    mask: its `real_tokens`. causal: whether retention looks back only; None: it does because the user says so, whatever
-    the mask says. Nothing is refused for a single token, which sees nothing else that is new, nor in compiled code,
-    which cannot look into a mask.
-    Raises: ValueError if the mask differs by heads, adds a bias to the scores, lets tokens see those after them where
-    retention does not, or hides them where retention sees them.
+    Nothing is refused for a single token, which sees no other new token, nor in compiled code, which cannot read masks.
+
+    Args:
+        attention_mask: the mask of the call, or None.
+        mask: (B, T), its `real_tokens`.
+        causal: whether retention is causal; None: the user passed causal=True, which overrides the mask.
+        columns: number of tokens that the cache has seen; None without a cache.
+    Raises: ValueError if the mask differs by heads, adds a bias to the scores, shows later tokens to causal retention,
+        or hides them from retention that sees both ways.
     """
     if attention_mask is None or mask is None or not _can_look(attention_mask, mask.shape[1]):
         return
@@ -91,21 +108,22 @@ def refuse_other_masks(
 
 
 def _can_look(attention_mask: Tensor, length: int) -> bool:
-    """Whether there are pairs of tokens to read from the mask, and code that may."""
+    """Tell whether the mask has pairs of tokens, and whether the code may read it."""
     return attention_mask.dim() == 4 and length > 1 and not torch.compiler.is_compiling()
 
 
 def _own_keys(attention_mask: Tensor, length: int, columns: Tensor | None) -> Tensor:
-    """Which key of the mask each of the last tokens is, (T,)."""
+    """Return the index of the key of each of the T tokens in the mask, (T,)."""
     own = torch.arange(length, device=attention_mask.device)
     if columns is None:
         return own
-    return own + columns.clamp(max=attention_mask.shape[-1] - length)  # a window's mask holds fewer keys than were seen
+    # The mask of a sliding window holds fewer keys than the cache has seen.
+    return own + columns.clamp(max=attention_mask.shape[-1] - length)
 
 
 def _allowed(attention_mask: Tensor, keys: Tensor) -> Tensor:
-    """Whether each query may look at the key that `keys` (T,) names for it, (B, T); a key beyond the ends is an end."""
+    """Tell whether each query may attend to the key with its index in `keys` (T,), (B, T); indices are clamped."""
     seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
-    seen = seen.expand(-1, len(keys), -1)  # a mask of padding alone has one row for all queries
+    seen = seen.expand(-1, len(keys), -1)  # a padding mask has one row for all queries
     keys = keys.clamp(0, seen.shape[-1] - 1)
     return seen.gather(-1, keys[None, :, None].expand(seen.shape[0], -1, 1))[..., 0]

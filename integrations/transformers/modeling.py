@@ -1,4 +1,4 @@
-"""RetNet in the interface of transformers: config, base model and heads around `retention.model`."""
+"""RetNet as a transformers model: config, base model and heads around `retention.model.RetNetBackbone`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from .sharing import SaysHowToLoad
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
 _LAYER = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
 
-# What sizes in a file may be: a file of a few bytes must not ask for a model that takes hours to build.
+# Limits of sizes in a file: a file of a few bytes could ask for a model that takes hours to build.
 _MOST_MODULES, _WIDEST = 10_000, 2**24
 _SIZES = {
     **dict.fromkeys(("num_layers", "num_heads"), (1, _MOST_MODULES)),
@@ -65,16 +65,29 @@ _LAYER_SIZES = dict.fromkeys(("key_dim", "value_dim", "chunk_size"), (1, _WIDEST
 
 @strict
 class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
-    """The options of `retention.model.RetNetBackbone` under the same names, and those of the heads.
+    """The options of a RetNet model: those of `RetNetBackbone` under the same names, and those of the heads.
 
-    forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
-    tie_word_embeddings, lm_head_bias: of the language-model head.
-    z_loss_coeff: of log^2 Z in the loss, Z the softmax's sum, as in PaLM (arXiv:2204.02311).
-    router_aux_loss_coef: of the loss that balances experts.
-    initializer_range: standard deviation of the embedding's weights; default dim^-0.5.
-    vocab_size: 0 for a model without an embedding, to be called with inputs_embeds.
+    Names of transformers (hidden_size, num_hidden_layers, ...) and of other RetNets (decoder_embed_dim, use_lm_decay,
+    ...) are accepted too.
 
-    Names of transformers (hidden_size, ...) and of other RetNets (decoder_embed_dim, use_lm_decay, ...) are understood.
+    Args:
+        vocab_size: number of tokens; 0 builds a model without an embedding, which takes inputs_embeds.
+        dim, num_layers, num_heads: width, number of blocks, heads per block.
+        ffn_dim to moe_top1_expert: as in `RetNetBackbone`.
+        retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
+        forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
+        output_retentions: return the retention scores; in the parallel form only.
+        use_cache: return the cache, except in training.
+        tie_word_embeddings: the language-model head uses the embedding's weight.
+        lm_head_bias: the language-model head has a bias.
+        z_loss_coeff: factor of the mean of log^2 Z in the loss, Z the sum of the softmax (PaLM, arXiv:2204.02311).
+        router_aux_loss_coef: factor of the loss that balances experts.
+        initializer_range: standard deviation of the embedding's initial weights; default dim^-0.5.
+        pad_token_id, bos_token_id, eos_token_id: special tokens, for `generate` and for sequence classification.
+    Raises: TypeError or ValueError that names the option.
+    Example:
+        config = RetNetConfig(vocab_size=256, dim=64, num_layers=2, num_heads=4, retention={"decay": "log_linear"})
+        model = RetNetForCausalLM(config)
     """
 
     model_type = "retention"
@@ -131,7 +144,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # of the file, not of the model; written anew with every file
+        kwargs.pop("auto_map", None)  # describes the file, not the model; each file is written with its own
         lm_decay = kwargs.pop("use_lm_decay", None)
         others = {
             "decay": None if lm_decay is None else "log_linear" if lm_decay else "paper",
@@ -139,11 +152,11 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
             "chunk_size": kwargs.pop("recurrent_chunk_size", None),
         }
         width = kwargs.get("hidden_size", self.dim)
-        if self.dim not in (width, type(self).dim):  # the default may come from no one
+        if self.dim not in (width, type(self).dim):  # dim at its default counts as not given
             raise ValueError(f"dim and hidden_size are one; got dim {self.dim}, hidden_size {width}; pass one of them")
         check_whole("dim", self.dim)
         check_whole("num_layers", self.num_layers)
-        for name in kwargs.keys() & self.attribute_map.keys():  # transformers counts with them before they are set
+        for name in kwargs.keys() & self.attribute_map.keys():  # transformers computes with them before they are set
             if self.attribute_map[name] in ("dim", "num_layers"):
                 check_whole(name, kwargs[name])
         super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
@@ -169,16 +182,20 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         self._check_options()
 
     def _check_options(self) -> None:
-        """Raises: ValueError or TypeError that names the option which no backbone takes."""
+        """Raises: ValueError or TypeError that names an option which `RetNetBackbone` refuses."""
         options = {name: getattr(self, name) for name in _BACKBONE}
-        given = {name: x for name, x in (self.retention or {}).items() if name != "backend"}  # may be there later
+        # The backend may be registered later.
+        given = {name: x for name, x in (self.retention or {}).items() if name != "backend"}
         check_choice("ffn_backend", self.ffn_backend, FFN_BACKENDS)
         options |= {"num_layers": 1, "moe_freq": min(self.moe_freq, 2), "ffn_backend": "torch", "retention": given}
-        RetNetBackbone(**options, device="meta")  # one block without experts, which takes no memory
+        RetNetBackbone(**options, device="meta")  # one block without experts, on a device without memory
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As of transformers. Raises: ValueError for an option of the wrong type, or a size that no model has."""
+        """Build the config from a dict, such as the contents of config.json; as in transformers, with stricter checks.
+
+        Raises: ValueError for an option of a wrong type, an unknown option of `retention`, or an impossible size.
+        """
         layer = config_dict.get("retention") or {}
         if not isinstance(layer, dict):
             raise ValueError(
@@ -195,9 +212,12 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
 
     @classmethod
     def strictly_from(cls, options: dict[str, Any], source: object) -> RetNetConfig:
-        """The config of these options. source: where they stand, for errors.
+        """Build the config from a dict and refuse unknown options, which `from_dict` keeps.
 
-        Raises: ValueError as `from_dict`, and for options that are unknown or of another model, which that keeps.
+        Args:
+            options: the contents of a config.json.
+            source: the place of the options, for errors.
+        Raises: ValueError as `from_dict`, and for unknown options or another model_type.
         """
         kind = options.get("model_type", cls.model_type)
         if kind != cls.model_type:
@@ -209,27 +229,27 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """All options, and the width under the name that other libraries look for."""
+        """Return all options; the width appears as `dim` and as `hidden_size`, for other libraries."""
         return {**super().to_dict(), "hidden_size": self.dim}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is written to files, with one name for the width."""
+        """Return the options that are written to files; the width appears as `dim` only."""
         return {name: value for name, value in super().to_diff_dict().items() if name != "hidden_size"}
 
     @property
     def layer_types(self) -> list[str]:
-        """What transformers' caches and masks ask for."""
+        """The type of each layer, which transformers' caches and masks read."""
         return [LAYER_TYPE] * self.num_layers
 
     @property
     def head_dim(self) -> int:
-        """How many numbers each head keeps in a cache, for those who make one before there is a state."""
+        """The number of values in each head's state, as the head size for caches that are allocated early."""
         options = self.retention or {}
         key_dim, value_dim = options.get("key_dim") or self.dim, options.get("value_dim") or 2 * self.dim
         return key_dim // self.num_heads * (value_dim // self.num_heads + bool(options.get("score_norm")))
 
     def validate_layer_type(self) -> None:
-        """transformers' own check knows no types but its own."""
+        """Do nothing: the check of transformers knows only its own layer types."""
 
 
 def _is_computed(cls: type, name: str) -> bool:
@@ -246,7 +266,13 @@ def _check_sizes(options: dict[str, Any], sizes: dict[str, tuple[int, int]]) -> 
 
 @dataclass
 class RetNetModelOutput(BaseModelOutputWithPast):
-    """retentions: the scores of each block, (B, num_heads, T, T). aux_loss: of the experts."""
+    """Output of `RetNetModel`.
+
+    Attributes:
+        retentions: the scores of each block, (B, num_heads, T, T), with output_retentions.
+        aux_loss: the loss that balances experts, or None.
+    Further attributes are those of transformers' `BaseModelOutputWithPast`.
+    """
 
     retentions: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
@@ -254,18 +280,24 @@ class RetNetModelOutput(BaseModelOutputWithPast):
 
 @dataclass
 class RetNetCausalLMOutput(CausalLMOutputWithPast):
-    """loss: with all that is added to it. retentions, aux_loss: as in `RetNetModelOutput`."""
+    """Output of `RetNetForCausalLM`.
+
+    Attributes:
+        loss: cross-entropy plus z-loss and aux_loss, each times its factor.
+        retentions, aux_loss: as in `RetNetModelOutput`.
+    Further attributes are those of transformers' `CausalLMOutputWithPast`.
+    """
 
     retentions: tuple[Tensor, ...] | None = None
     aux_loss: Tensor | None = None
 
 
 class CheckpointedBlock(GradientCheckpointingLayer, RetNetBlock):
-    """A block that transformers' gradient checkpointing finds by its class."""
+    """A `RetNetBlock` that transformers' gradient checkpointing finds by its class."""
 
 
 class CheckpointedBackbone(RetNetBackbone):
-    """`RetNetBackbone` with checkpointing by transformers, block by block, and none of its own."""
+    """A `RetNetBackbone` whose gradient checkpointing is that of transformers, block by block."""
 
     block_class = CheckpointedBlock
 
@@ -274,6 +306,8 @@ class CheckpointedBackbone(RetNetBackbone):
 
 
 class RetNetPreTrainedModel(PreTrainedModel):
+    """Base class of the RetNet models: initialisation, and the attributes that transformers reads."""
+
     config: RetNetConfig
     config_class = RetNetConfig
     base_model_prefix = "model"
@@ -282,9 +316,10 @@ class RetNetPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {"hidden_states": CheckpointedBlock}  # noqa: RUF012
     _no_split_modules = ["CheckpointedBlock"]  # noqa: RUF012
     _skip_keys_device_placement = [CACHE]  # noqa: RUF012
-    _is_stateful = True  # `generate` then refuses what rolls back
+    _is_stateful = True  # `generate` then refuses methods that take tokens back
 
     def post_init(self) -> None:
+        """Mark the modules that their parent initialises; then run transformers' own post_init."""
         for module in self.modules():
             if isinstance(module, MultiScaleRetention | FeedForward | MixtureOfExperts):
                 for child in module.children():
@@ -300,7 +335,12 @@ class RetNetPreTrainedModel(PreTrainedModel):
 
 
 class RetNetModel(RetNetPreTrainedModel):
-    """Hidden states of token indices."""
+    """RetNet without a head: token indices or embeddings in, hidden states out.
+
+    Args:
+        config: a `RetNetConfig`.
+    Raises: TypeError if config is not one.
+    """
 
     def __init__(self, config: RetNetConfig):
         check_is("config", config, RetNetConfig, "a RetNetConfig")
@@ -332,19 +372,26 @@ class RetNetModel(RetNetPreTrainedModel):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> RetNetModelOutput:
-        """Hidden states of input_ids (B, T) or inputs_embeds (B, T, dim).
+        """Compute the hidden states of input_ids or inputs_embeds; give exactly one of them.
 
-        attention_mask: (B, T) or with a cache (B, tokens so far + T); 0 = padding, left or right.
-        cache: what an earlier call returned, under any name that a release of transformers has for it; the installed
-            one's is `compat.CACHE`. This call continues its sequences, and updates it.
-        position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions do not matter
-            otherwise: time is counted over real tokens. The lengths and cu_seq_lens_k are not needed.
-        use_cache: return the cache; default: config.use_cache, but not in training.
-        output_hidden_states: True for those of all layers, or which, as indices; the others are None then.
-        output_retentions: give the retention scores, which only the parallel form has.
-        forward_mode: as in the config, for this call.
-        kwargs: what transformers may hand to any model, such as token_type_ids; it has no meaning here.
-        Raises: ShapeError or ValueError that says what does not fit; TypeError for a keyword that no model has.
+        Shapes: input_ids (B, T) int64; inputs_embeds (B, T, dim). Returns last_hidden_state (B, T, dim).
+        Args:
+            attention_mask: (B, T), or with a cache (B, tokens so far + T); 0 = padding, left or right.
+            cache: the cache that an earlier call returned; this call continues its sequences and updates it. It may be
+                passed under the name that any release of transformers uses; `compat.CACHE` is that of the installed
+                one.
+            position_ids, cu_seq_lens_q, seq_idx: borders of packed sequences, see `packed_borders`. Positions have no
+                other effect: time counts real tokens.
+            cu_seq_lens_k, max_length_q, max_length_k: ignored; collators pass them.
+            use_cache: return the cache. Default: config.use_cache, but False in training.
+            output_hidden_states: True for the states of all layers, or a list of layer indices; the others are None
+                then.
+            output_retentions: return the retention scores, which only the parallel form has.
+            output_attentions: must be false, as there are no attention weights.
+            forward_mode: overrides config.forward_mode in this call.
+            kwargs: keywords that transformers passes to any model, such as token_type_ids; ignored.
+        Returns: a `RetNetModelOutput`.
+        Raises: ShapeError or ValueError for arguments that do not fit; TypeError for an unknown keyword.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given; got both or none")
@@ -367,7 +414,7 @@ class RetNetModel(RetNetPreTrainedModel):
         elif cu_seq_lens_q is not None:
             raise ValueError("packed sequences go without attention_mask and cache; got cu_seq_lens_q with them")
         if borders is not None:
-            use_cache = False  # its rows would not be those of the batch
+            use_cache = False  # packed sequences are not the rows of the batch
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
         return self._run(
@@ -425,7 +472,7 @@ class RetNetModel(RetNetPreTrainedModel):
                 return_state=cache is not None,
                 return_layers=bool(hidden_states),
                 return_scores=retentions,
-                form=None if form == "auto" else form,  # the layers' own
+                form=None if form == "auto" else form,  # each layer's own form
             )
         for layer, after in zip(layers, out.state or [], strict=True):
             layer.store(after, x.shape[1])
@@ -440,7 +487,7 @@ class RetNetModel(RetNetPreTrainedModel):
 
 
 def _as_batch(y: Tensor, x: Tensor) -> Tensor:
-    """y in the shape of x. The tensor itself if that is its shape: a view beside the graph would get no gradient."""
+    """Return y in the shape of x; y itself if it has that shape, as a view of it would receive no gradient."""
     return y if y.shape == x.shape else y.view_as(x)
 
 
@@ -452,7 +499,15 @@ def _chosen(layers: tuple[Tensor, ...], which: bool | list[int]) -> tuple[Any, .
 
 
 class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
-    """RetNet with a language-model head and loss."""
+    """RetNet with a language-model head and its loss.
+
+    Args:
+        config: a `RetNetConfig`.
+    Example:
+        model = RetNetForCausalLM(RetNetConfig(vocab_size=256, dim=64, num_layers=2, num_heads=4))
+        loss = model(input_ids, labels=input_ids).loss
+        tokens = model.generate(input_ids, max_new_tokens=20)
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_kwargs = True
@@ -487,18 +542,22 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> RetNetCausalLMOutput:
-        """Logits (B, T, vocab_size), and the loss if there are labels. Other arguments as `RetNetModel.forward`.
+        """Compute logits, and the loss if there are labels; other arguments are those of `RetNetModel.forward`.
 
-        labels (B, T): as input_ids, shifted here; -100 is ignored.
-        logits_to_keep: how many logits from the end, 0 for all; or which, as indices.
-        num_items_in_batch: what the loss is divided by, instead of the number of labels.
-        shift_labels (B, T), by keyword: labels that are shifted already, in the place of `labels`.
+        Shapes: returns logits (B, T, vocab_size), or fewer with logits_to_keep.
+        Args:
+            labels: (B, T) int64, the tokens of input_ids; the loss shifts them by one. -100 is ignored.
+            logits_to_keep: number of logits to compute, counted from the end; 0 for all; or a tensor of indices.
+            num_items_in_batch: divisor of the loss. Default: the number of labels.
+            shift_labels: (B, T) int64, by keyword: labels that are already shifted; replaces `labels`.
+        Returns: a `RetNetCausalLMOutput`.
+        Raises: as `RetNetModel.forward`; TypeError unless labels are an int64 tensor of two dimensions.
         """
         if labels is not None and not (isinstance(labels, Tensor) and labels.dim() == 2 and labels.dtype == torch.long):
             raise TypeError(f"labels must be an int64 tensor (batch, length); got labels {shown(labels)}")
         if not isinstance(logits_to_keep, Tensor):
             check_whole("logits_to_keep", logits_to_keep, 0)
-        # Not named above: the Trainer takes an argument for labels by its name, and would wait for both.
+        # shift_labels is no parameter: the Trainer takes each parameter with "label" in its name for a required label.
         shift_labels = kwargs.pop("shift_labels", None)
         out = self.model(
             input_ids,
@@ -529,7 +588,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
-        """targets (B, T): what each logit is to say, -100 for nothing."""
+        """The loss of logits with targets (B, T), the token that each logit predicts; -100 is ignored."""
         options = dict(vocab_size=self.config.vocab_size, shift_labels=targets, num_items_in_batch=items)
         loss = self.loss_function(logits=logits, labels=None, **options)
         if self.config.z_loss_coeff:
@@ -543,14 +602,14 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
 
 
 def _shifted(labels: Tensor | None) -> Tensor | None:
-    """The labels of the tokens that follow; none for the last."""
+    """Return the labels shifted by one token; the last one is -100."""
     return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPreTrainedModel):
     """RetNet with a linear head on the last real token of each sequence."""
 
-    accepts_loss_kwargs = False  # the loss is a mean, which the Trainer divides by the number of accumulated batches
+    accepts_loss_kwargs = False  # the loss is a mean; the Trainer divides it by the number of accumulated batches
 
 
 class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):

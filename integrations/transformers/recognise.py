@@ -1,9 +1,9 @@
-"""Read from an attention layer of transformers what retention must know of it, and what stands against retention.
+"""Reads the sizes of an attention layer of transformers, and the reasons against replacing it.
 
-The classes differ in projections, norms, rotation and names, and are alike in one thing: they hand q, k and v to the
-function that `config._attn_implementation` names. A class that does so is recognised by the names in its forward. What
-it does besides is read from the arguments of that forward, from the strings in it, and from the parts, the attributes
-and the config of the layer. Whatever is not known is a reason against it.
+The classes differ in projections, norms, rotation and names, but all pass q, k and v to the function that
+`config._attn_implementation` names. A class is recognised by the names in the code of its forward. Further features are
+read from the arguments and strings of that forward, and from the layer's children, attributes and config. Any unknown
+feature is a reason against replacing the layer.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ _OUTPUTS = (
     "Wo",
 )
 _OUTPUT_GATES = ("gate_proj", "g_proj")
-_HARMLESS_PARTS = ("norm", "_ln", "drop", "rotary")  # in names: of q, k, v or what comes out; of weights; of q and k
+_HARMLESS_PARTS = ("norm", "_ln", "drop", "rotary")  # parts of names: norms; dropout; rotary embeddings
 _HEAD_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 _HEAD_SIZES = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim")
 _WINDOWS = ("sliding_window", "attention_window_size")
 _SHARES_KEYS = ("is_kv_shared_layer", "store_full_length_kv")
 _CAP = "attn_logit_softcapping"
-_FULL, _WINDOWED = "full_attention", "sliding_attention"  # of the types that a config gives its layers
+_FULL, _WINDOWED = "full_attention", "sliding_attention"  # values in config.layer_types
 
-# What some class hands to the attention function besides q, k, v and the mask, and retention has nothing for.
+# Keywords of attention functions that retention has no counterpart for, and their descriptions.
 _ADDED = {
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
@@ -61,22 +61,26 @@ _ADDED = {
 
 
 class UnreadableError(ValueError):
-    """The heads of a layer cannot be read from it; the text is the reason."""
+    """The sizes of a layer's heads cannot be read; the message is the reason."""
 
 
 # --- the class --------------------------------------------------------------------------------------------------------
 
 
 def goes_by_interface(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules asks transformers' `AttentionInterface` for the function that its config names."""
+    """Tell whether a class takes its attention function from transformers' `AttentionInterface`."""
     code = _code(kind)
     return code is not None and {"get_interface", "_attn_implementation"} <= set(code.co_names)
 
 
 def doubts_of_class(kind: type[nn.Module]) -> list[str]:
-    """What the forward of a class that goes by the interface takes or passes that is not known to be harmless."""
+    """List the unknown arguments of a class's forward, as reasons against replacing its layers.
+
+    Args:
+        kind: a class for which `goes_by_interface` is True.
+    """
     code = _code(kind)
-    assert code is not None  # it goes by the interface
+    assert code is not None  # `goes_by_interface` is True
     parameters = list(inspect.signature(inspect.unwrap(kind.forward)).parameters.values())[1:]
     named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if named[:1] != [INPUT]:
@@ -89,13 +93,13 @@ def doubts_of_class(kind: type[nn.Module]) -> list[str]:
 
 
 def hands_over(kind: type[nn.Module], name: str) -> bool:
-    """Whether the forward of a class says `name`, as it does for a keyword of the attention function."""
+    """Tell whether the code of a class's forward contains the string `name`, such as a keyword that it passes on."""
     code = _code(kind)
     return code is not None and name in set(_strings(code.co_consts))
 
 
 def _host(attention: Any) -> type[nn.Module]:
-    """The class of a layer, before it was replaced if it has been."""
+    """The class of a layer, or its original class if it was replaced."""
     return attention.host if isinstance(attention, Swapped) else type(attention)
 
 
@@ -108,7 +112,7 @@ def _merges_keywords(code: CodeType) -> bool:
 
 
 def _strings(values: Iterable[Any]) -> Iterator[str]:
-    """Strings among constants, and in the tuples among them, where names of keywords may stand."""
+    """The strings among constants and in tuples of constants, which hold the names of keywords."""
     for value in values:
         if isinstance(value, str):
             yield value
@@ -120,7 +124,7 @@ def _strings(values: Iterable[Any]) -> Iterator[str]:
 
 
 def doubts_of_layer(attention: Any) -> list[str]:
-    """What is in a layer that is not known to leave q, k, v and the output as they are for retention."""
+    """List the children and parameters of a layer that are not known to be harmless, as reasons."""
     known = {name for names in (*_PROJECTIONS, _FUSED, _LATENT, _OUTPUTS, _OUTPUT_GATES) for name in names}
     parts = [
         name for name in attention._modules if name not in known and not any(p in name.lower() for p in _HARMLESS_PARTS)
@@ -131,7 +135,7 @@ def doubts_of_layer(attention: Any) -> list[str]:
 
 
 def added_to_scores(attention: Any) -> list[str]:
-    """What the layer adds to its scores, or chooses keys by, in words."""
+    """Describe what the layer adds to its scores, and how it selects keys, such as attention sinks."""
     kind = _host(attention)
     found = [what for name, what in _ADDED.items() if hands_over(kind, name) and not _says_none(attention, name)]
     found += [what for name, what in _ADDED.items() if _is_there(getattr(attention, name, None))]
@@ -139,7 +143,7 @@ def added_to_scores(attention: Any) -> list[str]:
 
 
 def _says_none(attention: Any, name: str) -> bool:
-    """Whether a layer whose class has sinks is one without."""
+    """Tell whether a layer of a class with attention sinks has none itself."""
     return _ADDED[name] == _ADDED["sinks"] and hasattr(attention, "sinks") and not _is_there(attention.sinks)
 
 
@@ -148,7 +152,10 @@ def _is_there(value: Any) -> bool:
 
 
 def is_cross_attention(attention: Any, model: nn.Module) -> bool:
-    """Whether the layer attends to other tokens than its own: as it says, as its class or its name in `model` says."""
+    """Tell whether the layer attends to other tokens than its own.
+
+    The layer's `is_cross_attention` decides; without it, its class, its arguments and its name in `model` do.
+    """
     said = getattr(attention, "is_cross_attention", None)
     if said is not None:
         return bool(said)
@@ -169,18 +176,18 @@ def is_cross_attention(attention: Any, model: nn.Module) -> bool:
 
 
 def shares_keys(attention: Any) -> bool:
-    """Whether the layer takes the keys and values of another, or gives it its own."""
+    """Tell whether the layer uses the keys and values of another layer, or lends its own."""
     return any(getattr(attention, name, False) for name in _SHARES_KEYS)
 
 
 def odd_layer_type(attention: Any) -> str:
-    """What the config calls the layer, if it is neither full nor sliding attention; else empty."""
+    """Return the layer's type in its config, if it is neither full nor sliding attention; else ""."""
     kind = _layer_type(attention)
     return "" if kind in (None, _FULL, _WINDOWED) else str(kind)
 
 
 def window_of(attention: Any) -> int | None:
-    """How many tokens the layer looks back, if not at all of them."""
+    """Return the size of the layer's sliding window in tokens; None if it sees all earlier tokens."""
     for name in _WINDOWS:
         if hasattr(attention, name):
             return getattr(attention, name) or None
@@ -191,7 +198,7 @@ def window_of(attention: Any) -> int | None:
 
 
 def cap_of(attention: Any) -> float | None:
-    """The bound that the scores come near and do not reach, if there is one."""
+    """Return the soft cap of the layer's scores; None without one."""
     if hasattr(attention, _CAP):
         return getattr(attention, _CAP) or None
     return getattr(attention.config, _CAP, None) if hands_over(_host(attention), "softcap") else None
@@ -209,7 +216,10 @@ def _layer_type(attention: Any) -> Any:
 
 
 def read_heads(attention: Any) -> Heads:
-    """The sizes of a layer, from the widths of its projections. Raises: UnreadableError."""
+    """Return the sizes of a layer's heads, read from the widths of its projections.
+
+    Raises: UnreadableError if the projections are unknown or contradict each other.
+    """
     parts = attention._modules
     separate = next((names for names in _PROJECTIONS if all(parts.get(name) is not None for name in names)), None)
     fused = next((name for name in _FUSED if parts.get(name) is not None), None)
@@ -232,13 +242,14 @@ def _separate_heads(attention: Any, q: str, k: str, v: str) -> Heads:
     value_dim = _quotient(v_width, num_kv_heads, v, "heads")
     output = _output_width(attention)
     num_heads = _quotient(output or width, value_dim if output else key_dim, "the output" if output else q, "channels")
-    if width not in (num_heads * key_dim, 2 * num_heads * key_dim):  # twice: with a gate for each channel
+    # q_proj is twice as wide if it also computes a gate per channel.
+    if width not in (num_heads * key_dim, 2 * num_heads * key_dim):
         raise UnreadableError(f"has {q} {width} wide, which is not {num_heads} heads of {key_dim}")
     return Heads(dim, num_heads, num_kv_heads, key_dim, value_dim)
 
 
 def _fused_heads(attention: Any, name: str) -> Heads:
-    """q, k and v from one projection, however it mixes them."""
+    """The heads of a layer with one projection for q, k and v, in any order."""
     (dim, width), num_heads = _sizes(attention, name), _declared_heads(attention)
     if num_heads is None:
         raise UnreadableError(f"does not say how many heads {name} is for")
@@ -248,7 +259,7 @@ def _fused_heads(attention: Any, name: str) -> Heads:
 
 
 def _latent_heads(attention: Any) -> Heads:
-    """Of multi-head latent attention: each head has keys and values of its own, of different sizes."""
+    """The heads of multi-head latent attention: each has its own keys and values, of different sizes."""
     key_dim, value_dim = (_first(attention, (name,)) for name in ("qk_head_dim", "v_head_dim"))
     there = {name for name, part in attention._modules.items() if part is not None}
     first, last = ("q_a_proj", "q_b_proj") if "q_a_proj" in there else ("q_proj", "q_proj")
@@ -275,13 +286,13 @@ def _declared_heads(attention: Any) -> int | None:
 
 
 def _output_width(attention: Any) -> int | None:
-    """How many channels go into the projection of the output; None if the layer has none."""
+    """The input width of the output projection; None if the layer has no such projection."""
     name = next((name for name in _OUTPUTS if attention._modules.get(name) is not None), None)
     return None if name is None else _sizes(attention, name)[0]
 
 
 def _sizes(attention: Any, name: str) -> tuple[int, int]:
-    """(channels in, channels out) of a projection: of torch's and of transformers' Conv1D, and what wraps them."""
+    """(input width, output width) of a projection: torch's Linear, transformers' Conv1D, or a wrapper of these."""
     part = attention._modules[name]
     for first, second in (("in_features", "out_features"), ("nx", "nf")):
         if isinstance(getattr(part, first, None), int) and isinstance(getattr(part, second, None), int):

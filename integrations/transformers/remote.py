@@ -1,4 +1,4 @@
-"""What a folder's own code file takes from the library under trust_remote_code=True."""
+"""The names that the code file of a saved model imports from this library under trust_remote_code=True."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from .replaced_config import MODEL_TYPE
 
 
 class Config:
-    """The config of whatever model of ours is in the folder."""
+    """Loads the config of a saved RetNet or of a model with replaced layers."""
 
     @classmethod
     def from_pretrained(cls, folder: Any, **kwargs: Any) -> Any:
+        """Load the config in `folder`; arguments as those of transformers.
+
+        Raises: ValueError if the config's model_type is not one of this library's.
+        """
         config_dict, kwargs = RetNetConfig.get_config_dict(folder, **kwargs)
         kind, ours = config_dict.get("model_type"), (RetNetConfig.model_type, MODEL_TYPE)
         if kind not in ours:
@@ -24,4 +28,4 @@ class Config:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing, as in `SaysHowToLoad`."""
+        """Do nothing, as `SaysHowToLoad.register_for_auto_class`."""

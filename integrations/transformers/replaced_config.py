@@ -1,4 +1,4 @@
-"""The config of a model with replaced layers: it names them, and its file is opened only by what knows of retention."""
+"""The config of a model with replaced layers, which lists them; only readers that know retention accept its file."""
 
 from __future__ import annotations
 
@@ -9,22 +9,31 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .sharing import SaysHowToLoad
 
-MARK = "retention_in_attention"  # the attribute that holds {name of a layer in the base model: its options}
-MODEL_TYPE = "retention_in_attention"  # in config.json
-_KEPT = ("architectures", "dtype", "transformers_version")  # stand in config.json where transformers has them
+MARK = "retention_in_attention"  # the config's attribute for {layer name in the base model: options}
+MODEL_TYPE = "retention_in_attention"  # model_type in config.json
+_KEPT = ("architectures", "dtype", "transformers_version")  # stay at the top level of config.json
 
 
 class MarkedConfig(SaysHowToLoad):
-    """Mixed into the class of the config of a model with replaced layers. `host_class` is the class that it had."""
+    """Mixin of the config class of a model with replaced layers.
+
+    Attributes:
+        host_class: the original class of the config.
+        retention_in_attention: the options of each replaced layer, by its name in the base model.
+    """
 
     host_class: type[PreTrainedConfig]
     retention_in_attention: dict[str, dict[str, Any]]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle does not find a class that was made
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot import a class that is created at run time
         return _blank, (self.host_class,), vars(self)
 
     def file_contents(self, host: dict[str, Any]) -> dict[str, Any]:
-        """What stands in config.json. Read by a config class of transformers it is an error, and says what to do."""
+        """Return the contents of config.json.
+
+        Their hidden_size is a text, so that transformers' own config classes fail with a message that tells how to load
+        the model.
+        """
         layers = host.pop(MARK)
         kept: dict[str, Any] = {name: host.pop(name) for name in _KEPT if name in host}
         return {
@@ -39,18 +48,18 @@ class MarkedConfig(SaysHowToLoad):
 
 @cache
 def marked_class(host_class: Any) -> type[PreTrainedConfig]:
-    """The class of the config of a model with replaced layers, whose config was a `host_class`."""
+    """Return the class for configs of class `host_class` when the model has replaced layers."""
     own = {"host_class": host_class, "__module__": __name__}
     return type(f"Retention{host_class.__name__}", (MarkedConfig, host_class), own)
 
 
 def marked_layers(config: Any) -> dict[str, dict[str, Any]]:
-    """The options of each replaced layer, by its name in the base model; empty if none is."""
+    """Return the options of each replaced layer, by its name in the base model; {} if no layer is replaced."""
     return getattr(config, MARK, {}) if isinstance(config, MarkedConfig) else {}
 
 
 def name_in_base_model(name: str, model: PreTrainedModel) -> str:
-    """The name in the base model, which is the same with every head."""
+    """Return a layer's name in the base model, which is the same with every head."""
     return name.removeprefix(f"{model.base_model_prefix}.") if model.base_model_prefix else name
 
 

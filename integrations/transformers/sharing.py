@@ -1,4 +1,4 @@
-"""What stands beside the weights of a saved model, so that whoever opens the folder knows how."""
+"""Writes the files beside a saved model's weights that tell how to load the model."""
 
 from __future__ import annotations
 
@@ -44,19 +44,20 @@ model = {auto}.from_pretrained("{folder}")
 
 
 class SaysHowToLoad:
-    """Mixed into a config: what it writes names the library, in config.json, in a model card and in a file of code."""
+    """Mixin of a config that names this library in config.json, in a model card and in a code file."""
 
     def file_contents(self, written: dict[str, Any]) -> dict[str, Any]:
-        """What stands in config.json instead of what transformers would write."""
+        """Return the contents of config.json, given those that transformers would write."""
         return written
 
     def to_json_string(self, use_diff: bool = True) -> str:
+        """Return the text of config.json."""
         contents = self.file_contents(json.loads(super().to_json_string(use_diff)))  # type: ignore[misc]
         contents["auto_map"] = {"AutoConfig": f"{Path(CODE).stem}.Config"}
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write config.json and, where there are none, a model card and the file that trust_remote_code asks for."""
+        """Write config.json, the code file for trust_remote_code and, if there is none yet, a model card."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
         (folder / CODE).write_text(_CODE)
@@ -65,13 +66,13 @@ class SaysHowToLoad:
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
-        """What transformers reads of config.json. Raises: as `read_json`."""
+        """Check config.json by `read_json` before transformers reads it."""
         read_json(Path(json_file))
         return super()._dict_from_json_file(json_file)  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: transformers would copy our files into every folder; the library has them."""
+        """Do nothing: transformers would copy this library's files into every folder."""
 
     def _card(self, folder: str) -> str:
         config: Any = self

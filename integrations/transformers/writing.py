@@ -1,4 +1,4 @@
-"""Any language model of transformers writes token by token."""
+"""Streams tokens from any language model of transformers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from .compat import cache_of, call_with_cache
 
 
 def stream(model: PreTrainedModel, input_ids: Tensor, max_new_tokens: int, **options: Any) -> Iterator[Tensor]:
-    """Yield the tokens (B, 1) that follow input_ids (B, T), as they come. Rows without padding.
+    """Yield the tokens (B, 1) that follow input_ids (B, T), one at a time, without padding support.
 
-    options: temperature, top_k and generator, as `retention.decoding.stream`. For all else there is `generate`.
+    Args:
+        model: a language model of transformers.
+        input_ids: (B, T) int64, the prompt.
+        max_new_tokens: number of tokens to yield.
+        options: temperature, top_k and generator, as in `retention.decoding.stream`; use `generate` for other options.
     """
 
     def prompt(tokens: Tensor, _: Tensor | None) -> tuple[Tensor, Any]:

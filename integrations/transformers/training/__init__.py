@@ -1,1 +1,1 @@
-"""Training of language models by transformers' Trainer, as the command `retention train` does it."""
+"""Training of language models with transformers' Trainer, for `retention train` and `retention swap`."""

@@ -1,4 +1,4 @@
-"""Tokens in Arrow files, which need not fit into memory: what the library datasets is used for."""
+"""Tokens in Arrow files, which need not fit into memory; uses the library datasets."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ TEXT, TOKENS = "text", "input_ids"
 
 
 class Stream(NamedTuple):
-    """Tokens one after another, in pieces. bytes: of the text they were, None if they came as tokens."""
+    """A sequence of tokens.
+
+    Attributes:
+        pieces: arrays of token ids, in order.
+        bytes: size of the text as UTF-8; None if the source held token ids.
+    """
 
     pieces: Sequence[np.ndarray]
     bytes: int | None
 
 
 def encode(text: bytes, codec: Codec) -> Stream:
-    """The tokens of a text held in memory. Raises: ImportError if they are not bytes and datasets is missing."""
+    """Return the tokens of a text in memory.
+
+    Raises: ImportError if the codec has a tokenizer and datasets is not installed.
+    """
     if isinstance(codec, ByteCodec):
         return Stream([np.frombuffer(text, np.uint8)], len(text))
     rows = library().Dataset.from_dict({TEXT: portions(text)})
@@ -34,17 +42,20 @@ def encode(text: bytes, codec: Codec) -> Stream:
 
 
 def is_dataset(path: str | Path) -> bool:
-    """Whether `save_to_disk` of a Dataset or DatasetDict wrote this folder."""
+    """Tell whether `save_to_disk` of a Dataset or DatasetDict wrote this folder."""
     folder = Path(path)
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
 def read_dataset(folder: str | Path, codec: Codec, column: str, limit: int) -> tuple[Stream, Stream, str]:
-    """Training and validation tokens of a saved dataset, and its digest.
+    """Return the training tokens, the validation tokens and the digest of a saved dataset.
 
-    column: of texts or of token ids; input_ids if it is "text" and there is none. limit: how many bytes or tokens to
-    hold out if the dataset has no validation or test split, by the rule of `texts.split`.
-    Raises: ValueError for a dataset without the splits or columns. ImportError without the library.
+    Args:
+        folder: a folder that `save_to_disk` wrote.
+        codec: encodes a column of texts.
+        column: a column of texts or of token ids. "text" falls back to "input_ids" if there is no such column.
+        limit: number of bytes or tokens to hold out, as `texts.split` does, if there is no validation or test split.
+    Raises: ValueError for missing splits or columns; ImportError if datasets is not installed.
     """
     train, valid = _splits(folder)
     column = TOKENS if column == TEXT and TEXT not in train.column_names else column
@@ -61,6 +72,7 @@ def read_dataset(folder: str | Path, codec: Codec, column: str, limit: int) -> t
 
 
 def sha256(*parts: str | bytes) -> str:
+    """Return the SHA-256 of the concatenated parts."""
     whole = hashlib.sha256()
     for part in parts:
         whole.update(part if isinstance(part, bytes) else part.encode())
@@ -68,7 +80,7 @@ def sha256(*parts: str | bytes) -> str:
 
 
 def library() -> Any:
-    """The library datasets. Raises: ImportError that says how to get it."""
+    """Import and return the library datasets. Raises: ImportError that tells how to install it."""
     try:
         import datasets
     except ImportError as error:
@@ -89,7 +101,7 @@ def _splits(folder: str | Path) -> tuple[Dataset, Dataset | None]:
 
 
 def _is_text(rows: Dataset, column: str, folder: str | Path) -> bool:
-    """Whether a column holds texts, rather than lists of token ids. Raises: ValueError if it holds neither."""
+    """Tell whether a column holds texts, not lists of token ids. Raises: ValueError if it holds neither."""
     if column not in rows.column_names:
         raise ValueError(
             f"{folder} must have a column {column}; got {', '.join(rows.column_names)}; name the texts' --text-column"
@@ -103,7 +115,7 @@ def _is_text(rows: Dataset, column: str, folder: str | Path) -> bool:
 
 
 def _few(rows: Iterable[Any], is_text: bool, codec: Codec, limit: int) -> tuple[Stream, Stream]:
-    """Of a few long documents the end of each is held out."""
+    """Hold out the end of each of a few long documents."""
     documents = [row for row in rows if row]
     if is_text:
         train, valid = split([(text + END).encode() for text in documents], limit)
@@ -113,7 +125,7 @@ def _few(rows: Iterable[Any], is_text: bool, codec: Codec, limit: int) -> tuple[
 
 
 def _hold_out(rows: Dataset, column: str, limit: int) -> tuple[Dataset, Dataset]:
-    """Every 20th row is held out, and so many of these are used as hold `limit` characters or tokens."""
+    """Hold out every 20th row, and keep the first of these that together hold `limit` characters or tokens."""
     numbers = np.arange(len(rows))
     held_out = rows.select(numbers[::20])
     count = size = 0
@@ -124,7 +136,7 @@ def _hold_out(rows: Dataset, column: str, limit: int) -> tuple[Dataset, Dataset]
 
 
 def _tokenise(rows: Dataset, column: str, codec: Codec, key: str, end: str = END) -> Stream:
-    """The tokens of a column of texts, each followed by `end`; kept in the cache of datasets."""
+    """Encode a column of texts, each followed by `end`; the cache of datasets keeps the result."""
 
     def tokens_of(batch: dict[str, list[str | None]]) -> dict[str, list[Any]]:
         texts = [text + end if text else "" for text in batch[column]]
@@ -132,7 +144,7 @@ def _tokenise(rows: Dataset, column: str, codec: Codec, key: str, end: str = END
 
     datasets = library()
     width = datasets.Value(np.min_scalar_type(codec.size - 1).name)
-    batch = max(1, min(1000, 2**22 * rows.data.num_rows // (rows.data.nbytes + 1)))  # some 4 MB
+    batch = max(1, min(1000, 2**22 * rows.data.num_rows // (rows.data.nbytes + 1)))  # about 4 MB per batch
     done = rows.map(
         tokens_of,
         batched=True,
@@ -141,7 +153,7 @@ def _tokenise(rows: Dataset, column: str, codec: Codec, key: str, end: str = END
         remove_columns=rows.column_names,
         features=datasets.Features({TOKENS: [width], "bytes": datasets.Value("int64")}),
         desc="tokenising",
-        **_cached(key, codec.digest),  # else it would hash the tokenizer, whose state changes with use
+        **_cached(key, codec.digest),  # datasets would else hash the tokenizer, whose state changes with use
     )
     return Stream(_flat(done, TOKENS), sum(done["bytes"]))
 
@@ -153,7 +165,7 @@ def _as_they_are(rows: Dataset, column: str, codec: Codec, key: str) -> Stream:
 
 
 def _cached(*key: str) -> dict[str, str]:
-    """Where datasets finds again what it has done, even if the folder the dataset is in cannot be written."""
+    """Options that let datasets find its earlier results, even for a dataset in a read-only folder."""
     digest = sha256(*key)
     folder = Path(library().config.HF_DATASETS_CACHE) / "retention"
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,5 +173,5 @@ def _cached(*key: str) -> dict[str, str]:
 
 
 def _flat(rows: Dataset, column: str) -> list[np.ndarray]:
-    """A column of lists, end to end, without reading it."""
+    """Return a column of lists as concatenated arrays, without reading it."""
     return [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in rows.data.column(column).chunks]

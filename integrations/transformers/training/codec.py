@@ -1,6 +1,6 @@
-"""How text becomes tokens and tokens become text: by its bytes, or by a tokenizer of transformers.
+"""Encodes text as tokens and decodes tokens as text, by bytes or by a tokenizer of transformers.
 
-A document in a text ends with a zero byte, `END`; a tokenizer has a token of its own for that.
+In texts, a zero byte, `END`, ends each document; a tokenizer has its own token for that.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 END = "\0"
-# Names for the end of a text, for a tokenizer.json that stands alone and so does not say which it is.
+# Usual names of the token that ends a text; a tokenizer.json on its own does not tell which token it is.
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
 
 class ByteCodec:
-    """Text as the bytes of its UTF-8."""
+    """Encodes text as the bytes of its UTF-8."""
 
     unit = "bytes"
     size = 256
@@ -30,22 +30,28 @@ class ByteCodec:
     opening = "def "
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the bytes of each text."""
         return [list(text.encode()) for text in texts]
 
     def prompt(self, text: str) -> list[int]:
-        """Its bytes; for no text, the beginning of a document."""
+        """Return the bytes of a prompt; for "", the end of a document, after which a new one begins."""
         return list((text or END).encode())
 
     def text(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-        """What follows the prompt, as it comes; a character that is not whole yet waits."""
+        """Yield the text of `tokens` as they arrive; the bytes of an incomplete character are held back."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         for token in tokens:
-            yield decoder.decode(bytes([min(token, 255)]))  # a token above is no byte; nor does 255 occur in UTF-8
+            yield decoder.decode(bytes([min(token, 255)]))  # a larger token is no byte; 255 is invalid in UTF-8 too
         yield decoder.decode(b"", final=True)
 
 
 class TokenCodec:
-    """Text as the tokens of a tokenizer of transformers. Raises: ValueError if it has no token to end a document."""
+    """Encodes text by a tokenizer of transformers.
+
+    Args:
+        tokenizer: a tokenizer with an eos, bos or sep token, which ends documents.
+    Raises: ValueError if it has none of these.
+    """
 
     unit = "tokens"
     opening = ""
@@ -67,25 +73,27 @@ class TokenCodec:
 
     @property
     def specials(self) -> dict[str, int]:
+        """The ids of special tokens, as options of `RetNetConfig`."""
         found = {"bos_token_id": self.tokenizer.bos_token_id, "eos_token_id": self.end}
-        # A pad token that also ends documents must not be the embedding's padding, which does not learn.
+        # If the pad token also ends documents, it must be trained, and an embedding's padding is not.
         if self.tokenizer.pad_token_id != self.end:
             found["pad_token_id"] = self.tokenizer.pad_token_id
         return {name: token for name, token in found.items() if token is not None}
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text; a final END becomes the token that ends documents."""
         bare = [text.removesuffix(END) for text in texts]
         ids = self.tokenizer(bare, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
         return [[*row, self.end] if text.endswith(END) else row for text, row in zip(texts, ids, strict=True)]
 
     def prompt(self, text: str) -> list[int]:
-        """Its tokens; for no text, the beginning of a document."""
+        """Return the token ids of a prompt; for "", the end of a document, after which a new one begins."""
         return self.encode([text])[0] if text else [self.end]
 
     def text(self, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:
-        """What follows the prompt, as it comes; a character that is not whole yet waits.
+        """Yield the text of `tokens` as they arrive; an incomplete character is held back.
 
-        Only the last tokens are decoded again, with those before them: what a token reads as may depend on them.
+        Only the last tokens are decoded again, together with those before them, on which their text may depend.
         """
         before, new = list(prompt)[-8:], list[int]()
         for token in tokens:
@@ -108,9 +116,11 @@ Codec = ByteCodec | TokenCodec
 
 
 def load_codec(name: str) -> Codec:
-    """name: a folder with a tokenizer, a tokenizer.json, or a name on the Hugging Face hub; "" is bytes.
+    """Return the codec for a tokenizer.
 
-    Raises: ValueError for a tokenizer that cannot be loaded or has no token to end a document.
+    Args:
+        name: a folder with a tokenizer, a tokenizer.json, or a name on the Hugging Face Hub; "" for bytes.
+    Raises: ValueError if the tokenizer cannot be loaded or has no token to end a document.
     """
     if not name:
         return ByteCodec()

@@ -1,4 +1,4 @@
-"""What a model learns from: blocks of tokens, some to train on and some held out."""
+"""The corpus of a training: blocks of tokens for training and for validation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from .texts import read_texts
 
 
 class Blocks(Dataset):
-    """A stream of tokens cut into examples of `context`.
+    """A stream of tokens that is cut into examples of `context` tokens.
 
-    part: what it is for, to be named in errors. pieces: the stream, which may lie on disk. unit: bytes or tokens.
-    Raises: ValueError if it does not make one example.
+    An example is {"input_ids": (context,), "labels": (context,)}, both the same int64 tensor.
+
+    Args:
+        part: "training" or "validation", for errors.
+        pieces: the stream; the arrays may be memory-mapped.
+        context: length of an example.
+        unit: "bytes" or "tokens", for errors.
+    Raises: ValueError if the stream is shorter than one example.
     """
 
     def __init__(self, part: str, pieces: Sequence[np.ndarray], context: int, unit: str = "bytes"):
@@ -53,8 +59,14 @@ class Blocks(Dataset):
 
 @dataclass
 class Corpus:
-    """unit: of the blocks and the loss, bytes or tokens. vocabulary: how many tokens a model must know.
-    bytes_per_token: of the validation text; None if the corpus came as tokens. digest: of all of it, a SHA-256.
+    """A corpus that is split and encoded.
+
+    Attributes:
+        train, valid: the examples.
+        unit: unit of the examples and of the loss, "bytes" or "tokens".
+        vocabulary: number of tokens that a model must know.
+        bytes_per_token: of the validation text; None if the corpus came as token ids.
+        digest: SHA-256 of the corpus.
     """
 
     train: Blocks
@@ -65,7 +77,7 @@ class Corpus:
     digest: str
 
     def report(self, loss: float) -> str:
-        """A validation loss, in nats for each byte or token, in words."""
+        """Describe a validation loss, given in nats per byte or token."""
         bits = loss / math.log(2)
         if self.unit == "bytes":
             return f"validation {loss:.4f} nats, {bits:.4f} bits per byte"
@@ -76,12 +88,18 @@ class Corpus:
 def read_corpus(
     files: Sequence[str | Path], codec: Codec, context: int, *, column: str = "text", skip: Path | None = None
 ) -> Corpus:
-    """A corpus of text files, as `read_texts`, or of one folder that `save_to_disk` of datasets wrote.
+    """Read a corpus from text files, or from one folder that `save_to_disk` of datasets wrote.
 
-    column: of that dataset, see `read_dataset`. skip: a folder to leave out.
-    Raises: ValueError for what is not there, too short or not of the tokenizer. ImportError if datasets is missing.
+    Args:
+        files: text files and folders, as in `read_texts`; or one saved dataset.
+        codec: encodes the text.
+        context: length of an example, in bytes or tokens.
+        column: the column of a saved dataset, see `read_dataset`.
+        skip: a folder to leave out.
+    Raises: ValueError for a missing or too short corpus, or token ids that the tokenizer does not have; ImportError if
+        datasets is needed and not installed.
     """
-    limit = max(100_000, 64 * context)  # bytes; of tokens, enough for some 16 blocks
+    limit = max(100_000, 64 * context)  # of validation text, in bytes; gives about 16 blocks of tokens
     if any(map(is_dataset, files)):
         if len(files) > 1:
             raise ValueError(f"a saved dataset must come alone; got {', '.join(map(str, files))}")

@@ -1,4 +1,4 @@
-"""A picture of how the loss fell."""
+"""Plots of losses."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from .saving import written_whole
 
 
 def draw(history: Sequence[dict[str, Any]], tokens_per_step: int, unit: str, file: Path) -> None:
-    """Training and validation loss against what was seen, from the log of a transformers Trainer, as a PNG."""
+    """Plot training and validation loss against the number of tokens seen, as a PNG.
+
+    Args:
+        history: the log of a transformers Trainer.
+        tokens_per_step: tokens or bytes per optimiser step.
+        unit: "tokens" or "bytes".
+        file: the file to write.
+    """
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     seen, losses = _curve(history, "loss", tokens_per_step)
@@ -39,9 +46,11 @@ def draw_recovery(
     unit: str,
     file: Path,
 ) -> None:
-    """How replaced layers learnt what attention gave, and the model what its teacher says, as a PNG.
+    """Plot the losses of both stages of a replacement against the number of tokens seen, as a PNG.
 
-    parts: of the layers, replaced one after another; the logs of the Trainers of both stages, which may be empty.
+    Args:
+        parts: for each part of the layers, the logs of the Trainers of both stages; a log may be empty.
+        tokens_per_step, unit, file: as in `draw`.
     """
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
@@ -67,7 +76,7 @@ def _save(figure: Figure, file: Path) -> None:
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Each value's mean with its neighbours, as many before it as after it, so that the curve does not lag."""
+    """Return each value's mean with its neighbours, as many before as after, so that the curve has no lag."""
     width = len(values) // 25
     reach = (min(i, len(values) - 1 - i, width) for i in range(len(values)))
     return [fmean(values[i - n : i + n + 1]) for i, n in enumerate(reach)]

@@ -1,4 +1,4 @@
-"""A Trainer whose runs can be killed at any moment and resumed as if nothing had happened."""
+"""A Trainer whose runs can be killed at any moment and resumed with the same results."""
 
 from __future__ import annotations
 
@@ -14,29 +14,36 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..compat import ExportableState, ProgressCallback
 from .saving import ASIDE, remove_older, written_whole
 
-PATIENCE = 10  # batches in a row whose loss may overflow in float16, where the scaler leaves their step out
+PATIENCE = 10  # overflowing batches in a row before a float16 run counts as diverged; the scaler skips their steps
 
 
 class LossSum(TrainerCallback, ExportableState):
-    """The losses since the last log. Trainer forgets them in a checkpoint; this is kept in its trainer_state.json."""
+    """The sum of losses since the last log, which Trainer itself does not keep in checkpoints."""
 
     def __init__(self) -> None:
         self.total: float | Tensor = 0.0
-        self.logged_at = 0  # the step
+        self.logged_at = 0  # the step of the last log
 
     def state(self) -> dict[str, Any]:
+        """Return the values that trainer_state.json keeps."""
         return {"args": {}, "attributes": {"total": float(self.total), "logged_at": self.logged_at}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Restore the values from trainer_state.json."""
         kept = state.stateful_callbacks[type(self).__name__]["attributes"]
         self.total, self.logged_at = torch.tensor(kept["total"], device=args.device), kept["logged_at"]
 
 
 class ResumableTrainer(Trainer):
-    """Checkpoints are whole or not there, the first loss after a resume is that of all its steps, and a training that
-    diverges stops before that is saved.
+    """A Trainer with atomic checkpoints, exact logs after a resume, and a stop when training diverges.
 
-    callbacks: a bar among them stands in the place of transformers' own.
+    Checkpoints are complete or absent. The first loss logged after a resume covers all its steps. A diverged training
+    stops before its weights are saved.
+
+    Args:
+        model, args, options: as in `transformers.Trainer`; load_best_model_at_end must be off.
+        callbacks: a progress bar among them replaces that of transformers.
+    Raises: ValueError for load_best_model_at_end.
     """
 
     def __init__(
@@ -46,17 +53,20 @@ class ResumableTrainer(Trainer):
         super().__init__(model, args, callbacks=[self.losses], **options)
         if self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be False: a resumed run ends with its last step; got True")
-        self.overflows = 0  # batches in a row
-        self.whole: list[str] = []  # checkpoints, the oldest first
+        self.overflows = 0  # overflowing batches in a row
+        self.whole: list[str] = []  # complete checkpoints, oldest first
         if any(isinstance(callback, ProgressCallback) for callback in callbacks):
             self.remove_callback(ProgressCallback)
         for callback in callbacks:
             self.add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **options: Any) -> Any:
-        """As Trainer does. resume_from_checkpoint: a folder.
+        """Train as Trainer does.
 
-        Raises: FloatingPointError if the training diverges. NotSavedError for a checkpoint that cannot be written.
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or None.
+            args, options: as in Trainer.
+        Raises: FloatingPointError if the training diverges; NotSavedError if a checkpoint cannot be written.
         """
         self.whole = [Path(resume_from_checkpoint).name] if resume_from_checkpoint else []
         try:
@@ -64,23 +74,26 @@ class ResumableTrainer(Trainer):
         finally:
             for callback in self.callback_handler.callbacks:
                 bar = getattr(callback, "training_bar", None)
-                if bar is not None:  # an error came; what is said of it gets a line of its own
+                if bar is not None:  # after an error, its message gets its own line
                     bar.close()
 
     def training_step(self, *args: Any, **options: Any) -> Tensor:
+        """Run a step and return its loss. Raises: FloatingPointError if the loss stays infinite or NaN."""
         step = self.state.global_step + 1
         try:
             loss = super().training_step(*args, **options)
-        except ValueError as error:  # such as that of a layer whose decays are not finite any more
+        except ValueError as error:  # for example, from a layer whose decays are no longer finite
             self._check_weights(step, error)
             raise
         self.losses.total += loss
-        self.overflows = 0 if loss.isfinite() else self.overflows + 1  # it waits for the device, as Trainer's own check
+        # This synchronises with the device, as Trainer's own check does.
+        self.overflows = 0 if loss.isfinite() else self.overflows + 1
         if self.overflows > (PATIENCE if self.args.fp16 else 0):
             raise self._diverged(step, f"the loss is {loss.item()}")
         return loss
 
     def log(self, logs: dict[str, float], *args: Any, **options: Any) -> None:
+        """Log the mean loss since the last log, over all processes."""
         if "loss" in logs:
             total = self._mean_over_processes()
             logs["loss"] = total.item() / (self.state.global_step - self.losses.logged_at)
@@ -88,6 +101,7 @@ class ResumableTrainer(Trainer):
         super().log(logs, *args, **options)
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
+        """Evaluate. Raises: FloatingPointError if a weight is not finite during training."""
         if self.is_in_train:
             self._check_weights(self.state.global_step)
         return super().evaluate(*args, **options)
@@ -96,7 +110,7 @@ class ResumableTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(self.losses.total, "mean"))
 
     def _check_weights(self, step: int, cause: Exception | None = None) -> None:
-        """Raises: FloatingPointError if one is not finite."""
+        """Raises: FloatingPointError if a trained weight is not finite."""
         for name, weight in cast(nn.Module, self.model).named_parameters():
             if weight.requires_grad and not weight.isfinite().all():
                 raise self._diverged(step, f"{name} is not finite") from cause
@@ -110,7 +124,7 @@ class ResumableTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """As Trainer does, aside; then it is brought to its place. Of several processes each writes into one folder."""
+        """Let Trainer write the checkpoint to a separate folder, shared by all processes; then rename it."""
         self._check_weights(self.state.global_step)
         self.losses.total = self._mean_over_processes()
         out, name = Path(str(self.args.output_dir)), f"checkpoint-{self.state.global_step}"

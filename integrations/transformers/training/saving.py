@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, checkpoints that are known to be whole, and one run to a folder.
+"""Atomic writes of files, verified checkpoints, and a lock that gives each folder to one run.
 
-What is written goes into a folder aside first, then onto the disk, then by renaming to its place, so that a run that is
-killed at any moment leaves what was there before or what is new, and nothing between.
+Files are first written to a separate folder, flushed to disk and then renamed, so that a run that is killed at any
+moment leaves either the old files or the new ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from retention.errors import NotSavedError
 
 from ..compat import TRAINER_STATE_NAME
 
-SUMS = "SHA256SUMS"  # of a checkpoint: a digest for each file, as `sha256sum -c` reads it
+SUMS = "SHA256SUMS"  # in each checkpoint: the digests of its files, in the format of `sha256sum -c`
 ASIDE = ".unfinished"
 LOCK = ".lock"
 
@@ -30,9 +30,9 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Hold `out` for one run. What was made for that goes again if nothing else came into it.
+    """Lock `out` for one run, creating it if needed; a created folder is removed if it stays empty.
 
-    Raises: ValueError if another run holds it. A run that was killed does not.
+    Raises: ValueError if another run holds the lock, or `out` cannot be written. The lock of a killed run is free.
     """
     check_folder(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -46,37 +46,41 @@ def alone_in(out: Path) -> Iterator[None]:
         ) from None
     except Timeout:
         raise ValueError(f"another run writes to {out}; wait for its end, or name another --out") from None
-    except NotImplementedError:  # some file systems of clusters have no locks
+    except NotImplementedError:  # some network file systems have no locks
         tqdm.write(f"{out} cannot be locked; see to it that no other run writes there")
     try:
         yield
     finally:
         if made and {path.name for path in out.iterdir()} <= {LOCK, ASIDE}:
             shutil.rmtree(out)
-            with suppress(OSError):  # something else came into it
+            with suppress(OSError):  # the folder holds other files by now
                 for folder in made[1:]:
                     folder.rmdir()
         lock.release()
 
 
 def check_folder(out: Path) -> None:
-    """Raises: ValueError if `out` cannot be a folder."""
+    """Raises: ValueError if `out` is a file or lies below one."""
     file = next((path for path in (out, *out.parents) if path.exists() and not path.is_dir()), None)
     if file is not None:
         raise ValueError(f"out must be a folder; {file} is a file; name another --out")
 
 
 def holds_run(out: Path) -> bool:
-    """Whether a run has got as far as a checkpoint or a model in `out`."""
+    """Tell whether `out` contains a checkpoint or a model."""
     found = (path for path in out.rglob("checkpoint-*") if ASIDE not in path.parts)
     return (out / "config.json").exists() or any(_CHECKPOINT.fullmatch(path.name) for path in found)
 
 
 @contextmanager
 def written_whole(out: Path, what: str, *, as_folder: str = "") -> Iterator[Path]:
-    """An empty folder to write in. At the end its files take their places in `out`, or it becomes `out/as_folder`.
+    """Give the block an empty folder, and move its files to `out` when the block ends.
 
-    what: is written, for the error. Raises: NotSavedError, after which `out` is as it was before.
+    Args:
+        out: the target folder.
+        what: names the files, for the error.
+        as_folder: name of a subfolder that the block writes; it replaces `out/as_folder` as a whole.
+    Raises: NotSavedError if anything fails; `out` then keeps its old files.
     """
     aside = out / ASIDE
     try:
@@ -99,30 +103,31 @@ def written_whole(out: Path, what: str, *, as_folder: str = "") -> Iterator[Path
 
 
 def write_text(file: Path, text: str) -> None:
-    """Raises: NotSavedError."""
+    """Write a text file atomically. Raises: NotSavedError."""
     with written_whole(file.parent, file.name) as folder:
         (folder / file.name).write_text(text)
 
 
 def remove_older(out: Path, kept: Sequence[str]) -> None:
-    """Remove what is older than the newest of these checkpoints, by name, and is not among them."""
+    """Remove the checkpoints that are older than the last one in `kept` and not in `kept` (names)."""
     for path in checkpoints(out):
         if path.name not in kept and step_of(path) < step_of(out / kept[-1]):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoints(out: Path) -> list[Path]:
-    """What may be checkpoints by their names, the newest first."""
+    """Return the folders that are named like checkpoints, newest first."""
     found = [path for path in out.glob("checkpoint-*") if _CHECKPOINT.fullmatch(path.name)]
     return sorted(found, key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.split("-")[1])
 
 
 def last_checkpoint(out: Path) -> Path | None:
-    """The newest that is whole; a line is printed for each that is newer and damaged, or has no step in its name."""
+    """Return the newest complete checkpoint, or None; print a line for each one that is skipped."""
     for path in sorted(out.glob("checkpoint-*")):
         if not _CHECKPOINT.fullmatch(path.name):
             tqdm.write(f"{path} is left out: a checkpoint is called checkpoint- and the number of its step")
@@ -137,7 +142,7 @@ def last_checkpoint(out: Path) -> Path | None:
 
 
 def damage_of(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, in words; nothing if it is as it was written."""
+    """Describe the damage of a checkpoint; "" if all its files are as they were written."""
     if not checkpoint.is_dir():
         return "it is no folder"
     try:
@@ -147,7 +152,7 @@ def damage_of(checkpoint: Path) -> str:
         return f"it has no {SUMS}, so it was not written to its end"
     except (OSError, ValueError):
         return f"its {SUMS} is damaged"
-    if list(sums)[-1:] != [TRAINER_STATE_NAME]:  # which is the last that is entered
+    if list(sums)[-1:] != [TRAINER_STATE_NAME]:  # the last entry that `_seal` writes
         return f"its {SUMS} is damaged"
     for name, digest in sums.items():
         try:
@@ -161,7 +166,7 @@ def damage_of(checkpoint: Path) -> str:
 
 
 def digest_of(file: Path) -> str:
-    """A SHA-256."""
+    """Return the SHA-256 of a file."""
     found = hashlib.sha256()
     with file.open("rb") as stream:
         while part := stream.read(1 << 20):
@@ -170,7 +175,7 @@ def digest_of(file: Path) -> str:
 
 
 def _seal(checkpoint: Path) -> None:
-    """Bring a checkpoint onto the disk, with the digests of its files."""
+    """Write the digests of a checkpoint's files and flush all of them to disk."""
     names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
     names.sort(key=lambda name: name == TRAINER_STATE_NAME)
     sums = "".join(f"{digest_of(checkpoint / name)}  {name}\n" for name in names)
@@ -180,7 +185,7 @@ def _seal(checkpoint: Path) -> None:
 
 
 def _move(source: Path, target: Path) -> None:
-    """Put every file of one folder into another, in the place of what has its name there."""
+    """Move all files of one folder to another and replace those with the same names."""
     files = [path for path in source.rglob("*") if path.is_file()]
     for file in files:
         _sync(file)
@@ -191,9 +196,9 @@ def _move(source: Path, target: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file or a folder is on the disk."""
+    """Flush a file or a folder to disk."""
     if path.is_dir() and os.name != "posix":
-        return  # there is no such call for folders
+        return  # Windows cannot flush folders
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)
@@ -202,7 +207,7 @@ def _sync(path: Path) -> None:
 
 
 def _why_not(folder: Path, error: Exception) -> str:
-    """Why something could not be written. torch does not hand on what the system says, so one more try asks it."""
+    """Return why a file could not be written; torch hides the system's reason, so another write is tried."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     try:

@@ -1,4 +1,4 @@
-"""What a training run is made of, and the checks that need nothing but itself."""
+"""The settings of a training run and checks of them."""
 
 from __future__ import annotations
 
@@ -37,13 +37,16 @@ _CHANGED = {
 
 @dataclass
 class Kept:
-    """Settings that are kept beside the checkpoints of a run, so that it can be resumed without being told again."""
+    """Base of settings that are stored beside the checkpoints of a run, so that `--resume` finds them."""
 
     FILE: ClassVar[str]
 
     @classmethod
     def read(cls, out: Path) -> Self:
-        """Those of the run in `out`. Raises: ValueError if there are none, or not what `write` wrote."""
+        """Read the settings of the run in `out`.
+
+        Raises: ValueError if there are none, or the file holds unknown settings or values of a wrong type.
+        """
         file = out / cls.FILE
         if not file.is_file():
             raise ValueError(f"nothing to resume in {out}: it has no {cls.FILE}")
@@ -64,17 +67,23 @@ class Kept:
         return cls(**options)
 
     def write(self, out: Path) -> None:
+        """Write the settings to `out`. Raises: NotSavedError."""
         write_text(out / self.FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     def check_same(self, **found: Any) -> None:
-        """Whether a run may go on. found: what it finds now. Raises: ValueError if it began with something else."""
+        """Check that a resumed run finds what it began with.
+
+        Args:
+            found: the current values of settings.
+        Raises: ValueError if one differs from the stored value.
+        """
         for name, value in found.items():
             begun = getattr(self, name)
             if begun and value != begun:
                 raise ValueError(_CHANGED[name].format(begun=begun, found=value))
 
     def check_counts(self, *names: str) -> None:
-        """Raises: ValueError for a number below 1."""
+        """Check the settings of these names. Raises: ValueError for a number below 1."""
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {name} {getattr(self, name)}")
@@ -82,15 +91,15 @@ class Kept:
 
 @dataclass
 class Settings(Kept):
-    """What a training is made of."""
+    """The settings of a training; each field is an option of `retention train`, whose help explains it."""
 
     FILE: ClassVar[str] = "training.json"
 
-    files: list[str] = field(default_factory=list)  # none: the Python standard library
+    files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
     text_column: str = "text"
-    tokenizer: str = ""  # none: bytes
+    tokenizer: str = ""  # "": bytes
     preset: str = "tiny"
-    config: dict[str, Any] = field(default_factory=dict)  # options of RetNetConfig, in place of the preset
+    config: dict[str, Any] = field(default_factory=dict)  # options of RetNetConfig; replaces the preset
     steps: int = 1200
     batch: int = 16
     accumulate: int = 1
@@ -107,10 +116,10 @@ class Settings(Kept):
     backend: str = "auto"
     form: str = "auto"
     report_to: str = "none"  # an experiment tracker
-    # Found out when the run begins, and the same when it is resumed.
-    corpus: str = ""  # a SHA-256
-    vocabulary: str = ""  # the tokenizer's SHA-256
-    unit: str = ""  # of the corpus: bytes or tokens
+    # Set when the run begins; a resumed run must find the same values.
+    corpus: str = ""  # SHA-256 of the corpus
+    vocabulary: str = ""  # SHA-256 of the tokenizer
+    unit: str = ""  # unit of the corpus: bytes or tokens
     processes: int = 0
 
     def check(self) -> None:
@@ -131,9 +140,12 @@ class Settings(Kept):
         check_report_to(self.report_to)
 
     def model_config(self, codec: Codec, least: int) -> RetNetConfig:
-        """The model's options. least: how many tokens it must know.
+        """Return the config of the model.
 
-        Raises: ValueError for a vocab_size that is too small.
+        Args:
+            codec: gives the number of tokens and the special tokens.
+            least: the smallest vocab_size that covers the corpus.
+        Raises: ValueError for a smaller vocab_size.
         """
         size = {"vocab_size": codec.size}
         options = size | self.config if self.config else PRESETS[self.preset] | size
@@ -147,7 +159,7 @@ class Settings(Kept):
 
 
 def _is_a(value: Any, kind: Any) -> bool:
-    """Whether a value read from JSON has the type that a field is annotated with."""
+    """Tell whether a value read from JSON has the annotated type of a field."""
     if kind is Any:
         return True
     if get_origin(kind) is list:
@@ -160,13 +172,13 @@ def _is_a(value: Any, kind: Any) -> bool:
 
 
 def check_dtype(dtype: str) -> None:
-    """Raises: ValueError for a dtype that is unknown."""
+    """Raises: ValueError for an unknown dtype."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got dtype {dtype!r}")
 
 
 def check_device(device: str) -> None:
-    """Raises: ValueError for a device that is unknown or not here."""
+    """Raises: ValueError for a device that is unknown or not available."""
     if device not in DEVICES:
         raise ValueError(f"device must be one of {', '.join(DEVICES)}; got device {device!r}")
     here = torch.accelerator.current_accelerator(check_available=True)
@@ -185,7 +197,10 @@ def check_report_to(tracker: str) -> None:
 
 
 def codec_of(folder: Path) -> Codec:
-    """How a model in a folder reads and writes text. Raises: ValueError if it knows tokens of unknown make."""
+    """Return the codec of the model in a folder.
+
+    Raises: ValueError if the model was trained on tokens and its tokenizer is missing.
+    """
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return load_codec(str(folder))
     unit = Settings.read(folder).unit if (folder / Settings.FILE).is_file() else ""
@@ -204,9 +219,9 @@ def _vocabulary(folder: Path) -> int:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The options of `RetNetConfig` in a JSON file, or in a folder's config.json.
+    """Read the options of `RetNetConfig` from a JSON file, or from a folder's config.json.
 
-    Raises: ValueError for a file that is not there, is no JSON object, or holds an option that is unknown.
+    Raises: ValueError for a missing file, a file without a JSON object, or an unknown option.
     """
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""Replace the attention of a trained model by retention and give it its quality back: what `retention swap` runs."""
+"""Replaces the attention of a trained model with retention and trains it further; `retention swap` runs this."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ from .saving import alone_in, check_folder, checkpoints, written_whole
 from .settings import Kept, check_device, check_dtype, check_report_to, codec_of
 from .train import device_arguments
 
-RECOVERY = "recovery.json"  # the losses before, between and after
+RECOVERY = "recovery.json"  # the losses before, between and after the stages
 
 
 @dataclass
 class SwapSettings(Kept):
-    """What a replacement is made of."""
+    """The settings of a replacement; each field is an option of `retention swap`, whose help explains it."""
 
     FILE: ClassVar[str] = "swap.json"
 
-    model: str = ""  # a folder, or a name on the hub
-    files: list[str] = field(default_factory=list)  # none: the Python standard library
+    model: str = ""  # a folder, or a name on the Hugging Face Hub
+    files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
     text_column: str = "text"
     layers: list[int] | None = None  # None: all
     allow_lost: bool = False
     decay: str = "short"
     features: bool = True
-    window: int | None = None  # None: no exact attention
+    window: int | None = None  # in tokens; None: no exact attention
     gate: str | None = "silu"
     scales: int | None = None  # None: 2 with features, else 1
     parts: int = 1
     transfer_steps: int = 600
     tuning_steps: int = 1400
     batch: int = 4
-    context: int | None = None  # None: 256, or as many as the model can
+    context: int | None = None  # in tokens; None: 256, or fewer if the model has fewer positions
     transfer_lr: float = 4e-2
     tuning_lr: float = 3e-4
     label_weight: float = 0.0
@@ -62,14 +62,14 @@ class SwapSettings(Kept):
     backend: str = "auto"
     form: str = "auto"
     report_to: str = "none"  # an experiment tracker
-    # Found out when the run begins, and the same when it is resumed.
-    weights: str = ""  # those of the model, a SHA-256
-    corpus: str = ""  # a SHA-256
-    vocabulary: str = ""  # the tokenizer's SHA-256
+    # Set when the run begins; a resumed run must find the same values.
+    weights: str = ""  # SHA-256 of the model's weights
+    corpus: str = ""  # SHA-256 of the corpus
+    vocabulary: str = ""  # SHA-256 of the tokenizer
 
     @property
     def replacement(self) -> dict[str, Any]:
-        """Options of `replace_attention`, without the layers."""
+        """The options of `replace_attention`, except the layers."""
         names = ("allow_lost", "scales", "decay", "features", "window", "gate")
         return {name: getattr(self, name) for name in names}
 
@@ -90,7 +90,15 @@ class SwapSettings(Kept):
 
 @dataclass
 class Swap:
-    """What a replacement gave: the model, how it reads and writes, what was replaced, and the losses."""
+    """The result of a replacement.
+
+    Attributes:
+        model: the trained model.
+        codec: encodes and decodes its text.
+        corpus: the data it was trained on.
+        report: the report of the replacement.
+        recovery: the losses.
+    """
 
     model: Any
     codec: Codec
@@ -100,12 +108,16 @@ class Swap:
 
 
 def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
-    """Run or continue a replacement; checkpoints, the model, its tokenizer and a plot of the losses go to `out`.
+    """Run or continue a replacement; write checkpoints, the model, its tokenizer and a plot of the losses to `out`.
 
-    resume: go on from the last whole checkpoint in `out`, or from the beginning if there is none yet.
-    Raises: ValueError, OSError, ImportError or BackendError for what cannot be, before anything is written to `out`.
-        Stopped, a KeyboardInterrupt, when Ctrl-C or another signal ended the run. FloatingPointError if a training
-        diverges. NotSavedError if the disk is full.
+    Args:
+        settings: the settings of the run.
+        out: the folder of the run.
+        resume: continue from the last complete checkpoint in `out`, or start anew if there is none.
+    Returns: the model and the losses.
+    Raises: ValueError, OSError, ImportError or BackendError for settings that cannot run, before anything is written to
+        `out`. Stopped, a KeyboardInterrupt, if Ctrl-C or another signal ends the run. FloatingPointError if the
+        training diverges. NotSavedError if the disk is full.
     """
     settings.check()
     check_folder(out)
@@ -160,7 +172,7 @@ def _host(settings: SwapSettings) -> Any:
 
 @contextmanager
 def _bars_of_transformers() -> Iterator[None]:
-    """Its own bars, of a download, of loading and of saving, which `quiet` takes away."""
+    """Show transformers' progress bars for download, loading and saving, which `quiet` hides."""
     shown = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
     try:
@@ -171,7 +183,7 @@ def _bars_of_transformers() -> Iterator[None]:
 
 
 def _digest(model: Any) -> str:
-    """Of the weights, a SHA-256."""
+    """Return the SHA-256 of the model's weights."""
     whole, weights = hashlib.sha256(), model.state_dict()
     with progress_bar("digest of the weights", total=len(weights), unit="tensor") as bar:
         for name, weight in weights.items():
@@ -213,7 +225,7 @@ def _recovered(
         callbacks=[StageProgress(batch, corpus), Picture(batch, out), stop],
         logging_nan_inf_filter=False,
         report_to=settings.report_to,
-        disable_tqdm=False,  # or a callback would print what the bar shows
+        disable_tqdm=False,  # else a callback prints each log as well
         eval_strategy="steps",
         eval_steps=settings.eval_every,
         save_steps=settings.save_every,
@@ -224,37 +236,40 @@ def _recovered(
 
 
 class StageProgress(Progress):
-    """The bar and the lines of one stage after the other."""
+    """The progress bar and report lines of each stage."""
 
     def headline(self, args: Any, model: Any) -> str:
+        """Return the first line of a stage: its name, its number of trained parameters, its batch."""
         learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return f"{_stage(args)}: {learning:,} parameters learn; {self.batch}"
 
     def report(self, args: Any, loss: float) -> str:
+        """Describe the validation loss: in the first stage, the relative error of the layers."""
         if Path(args.output_dir).name == TRANSFER:
             return f"relative error of the layers {loss:.4f}"
         return super().report(args, loss)
 
 
 class Picture(TrainerCallback):
-    """Draws the losses of all stages so far whenever a checkpoint is written."""
+    """Plots the losses of all stages so far whenever a checkpoint is written."""
 
     def __init__(self, batch: Batch, out: Path):
         self.batch, self.out = batch, out
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Draw the plot."""
         parts = sorted(self.out.glob("part-*"), key=lambda part: int(part.name.split("-")[1]))
         histories = [(_history(part / TRANSFER), _history(part / TUNING)) for part in parts]
         draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT)
 
 
 def _stage(args: Any) -> str:
-    """part-1/transfer, ..."""
+    """Return the name of a stage, such as "part-1/transfer"."""
     return "/".join(Path(args.output_dir).parts[-2:])
 
 
 def _history(stage: Path) -> list[dict[str, Any]]:
-    """Of the newest checkpoint that has one, whole or not: it is only drawn."""
+    """Return the log of the newest readable checkpoint, complete or not, as it is only plotted."""
     for checkpoint in checkpoints(stage):
         with suppress(OSError, ValueError, TypeError):
             return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history

@@ -1,4 +1,4 @@
-"""Text files, some of their documents held out."""
+"""Reads text files and splits their documents into training and validation text."""
 
 from __future__ import annotations
 
@@ -17,11 +17,15 @@ _END = END.encode()
 def read_texts(
     files: Sequence[str | Path] = (), *, skip: Path | None = None, validation_limit: int = 100_000
 ) -> tuple[bytes, bytes]:
-    """Training and validation text, the documents ended by a zero byte.
+    """Return training and validation text in which a zero byte ends each document.
 
-    files: text files, or folders of them; none: the source of the Python standard library. What is hidden, holds zero
-    bytes or lies in the folder `skip` is left out. Held out is what `split` holds out.
-    Raises: ValueError for a path that does not exist or holds no text.
+    Hidden files and files with zero bytes are left out. `split` chooses the validation text.
+
+    Args:
+        files: text files, or folders of them; none: the source of the Python standard library.
+        skip: a folder to leave out.
+        validation_limit: largest size of the validation text, in bytes.
+    Raises: ValueError for a path that does not exist, or if there is no text.
     """
     paths = list(_documents(files)) if files else _standard_library()
     paths = [path for path in paths if skip is None or not path.resolve().is_relative_to(skip.resolve())]
@@ -38,10 +42,10 @@ def _read(path: Path, bar: tqdm) -> bytes:
 
 
 def split(documents: list[bytes], validation_limit: int) -> tuple[bytes, bytes]:
-    """Training and validation text.
+    """Return training and validation text.
 
-    Of 20 documents or more every 20th is held out for validation, of fewer the last 5 % of each. It is cut to
-    `validation_limit` bytes.
+    Of 20 or more documents, every 20th is held out for validation; of fewer documents, the last 5 % of each. The
+    validation text is cut to `validation_limit` bytes.
     """
     if len(documents) >= 20:
         held_out = documents[::20]
@@ -55,7 +59,7 @@ def split(documents: list[bytes], validation_limit: int) -> tuple[bytes, bytes]:
 
 
 def portions(text: bytes, size: int = 1_000_000) -> list[str]:
-    """The documents of a text, the long ones in pieces of some `size` characters that end with a line if they can."""
+    """Return the documents of a text, cut into pieces of at most `size` characters, at line ends where possible."""
     found = []
     for document in text.decode(errors="replace").split(END):
         ended, begin = document + END, 0
@@ -65,12 +69,12 @@ def portions(text: bytes, size: int = 1_000_000) -> list[str]:
                 end = ended.rfind("\n", begin, end) + 1 or end
             found.append(ended[begin:end])
             begin = end
-    found[-1] = found[-1].removesuffix(END)  # what follows the last END is no document, or one without an end
+    found[-1] = found[-1].removesuffix(END)  # the text after the last END is empty, or a document without an end
     return found
 
 
 def _between_characters(text: bytes, place: int) -> int:
-    """`place`, or the one before it where UTF-8 may be cut."""
+    """Return `place`, or the nearest earlier place at which UTF-8 may be cut."""
     while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
         place -= 1
     return place

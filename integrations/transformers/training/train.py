@@ -1,4 +1,4 @@
-"""Train a RetNet language model with transformers' Trainer, on one process or, under torchrun, on many."""
+"""Trains a RetNet language model with transformers' Trainer, on one process or, under torchrun, on several."""
 
 from __future__ import annotations
 
@@ -28,7 +28,14 @@ A_DAY = 24 * 60 * 60
 
 @dataclass
 class Run:
-    """What a training gave. loss: in nats for each byte or token."""
+    """The result of a training.
+
+    Attributes:
+        model: the trained model.
+        codec: encodes and decodes its text.
+        corpus: its data.
+        loss: validation loss, in nats per byte or token.
+    """
 
     model: RetNetForCausalLM
     codec: Codec
@@ -37,22 +44,26 @@ class Run:
 
 
 def quiet() -> None:
-    """No bars and notices of transformers' own between what a command prints."""
+    """Turn off the progress bars and notices of transformers."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
 
 def train(settings: Settings, out: Path, *, resume: bool = False) -> Run:
-    """Run or continue a training; checkpoints, the model, its tokenizer and a plot of the losses go to `out`.
+    """Run or continue a training; write checkpoints, the model, its tokenizer and a plot of the losses to `out`.
 
-    resume: go on from the last whole checkpoint in `out`, or from the beginning if there is none yet.
-    Raises: ValueError, ImportError or BackendError for what cannot be, before anything is written to `out`. Stopped, a
-        KeyboardInterrupt, when Ctrl-C or another signal ended the run. FloatingPointError if the training diverges.
-        NotSavedError if the disk is full.
+    Args:
+        settings: the settings of the run.
+        out: the folder of the run.
+        resume: continue from the last complete checkpoint in `out`, or start anew if there is none.
+    Returns: the model and its loss.
+    Raises: ValueError, ImportError or BackendError for settings that cannot run, before anything is written to `out`.
+        Stopped, a KeyboardInterrupt, if Ctrl-C or another signal ends the run. FloatingPointError if the training
+        diverges. NotSavedError if the disk is full.
     """
     settings.check()
     check_folder(out)
-    args = _arguments(settings, out)  # from here on the processes know of each other
+    args = _arguments(settings, out)  # sets up communication between processes
     with SaveOnInterrupt() as stop, alone_in(out) if args.process_index == 0 else nullcontext():
         return _train(settings, args, out, stop, resume)
 
@@ -61,7 +72,7 @@ def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnI
     codec = load_codec(settings.tokenizer)
     if resume:
         settings.check_same(processes=args.world_size, vocabulary=codec.digest)
-    with args.main_process_first(desc="reading the corpus"):  # the others find it in the cache
+    with args.main_process_first(desc="reading the corpus"):  # the other processes read the cache
         corpus = read_corpus(settings.files, codec, settings.context, column=settings.text_column, skip=out)
     if resume:
         settings.check_same(corpus=corpus.digest)
@@ -71,7 +82,7 @@ def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnI
     set_seed(settings.seed)
     model = _model(settings, codec, corpus, finished)
     trainer = _trainer(model, args, codec, corpus, out, stop)
-    args.distributed_state.wait_for_everyone()  # so that nothing is written if one of them failed
+    args.distributed_state.wait_for_everyone()  # nothing is written if a process failed
     if args.process_index == 0:
         found = dict(processes=args.world_size, vocabulary=codec.digest, corpus=corpus.digest, unit=corpus.unit)
         replace(settings, **found).write(out)
@@ -87,27 +98,27 @@ def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnI
 
 
 def _agreed(args: TrainingArguments, out: Path) -> Path | None:
-    """The checkpoint to go on from, which the first process looks for."""
+    """Return the checkpoint to continue from, which the first process chooses for all."""
     found = [last_checkpoint(out) if args.process_index == 0 else None]
     return broadcast_object_list(found)[0]
 
 
 def _model(settings: Settings, codec: Codec, corpus: Corpus, finished: Path | None) -> RetNetForCausalLM:
-    """New, or that of the checkpoint of a finished run."""
+    """Return a new model, or that of a finished run's last checkpoint."""
     if finished:
         model = RetNetForCausalLM.from_pretrained(finished)
     else:
         model = RetNetForCausalLM(settings.model_config(codec, corpus.vocabulary))
-    if settings.gradient_checkpointing:  # transformers 5.16 has it under the old name only
+    if settings.gradient_checkpointing:  # transformers 5.16 has the old name only
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     set_backend(model, settings.backend, settings.form)
     with torch.no_grad():
-        model(corpus.train[0]["input_ids"][None, :2])  # raises here if no backend can
+        model(corpus.train[0]["input_ids"][None, :2])  # raises BackendError early
     return model
 
 
 class _Trainer(ResumableTrainer):
-    """Evaluates by the cross-entropy alone: the model's own loss may have more in it, such as what balances experts."""
+    """Evaluates by cross-entropy only, while the training loss may include other terms, such as that of experts."""
 
     def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
         inputs, plain = self._prepare_inputs(inputs), cast(RetNetForCausalLM, self.model)
@@ -135,7 +146,7 @@ def _trainer(
 
 
 def device_arguments(device: str, dtype: str) -> dict[str, Any]:
-    """Of `TrainingArguments`. device, dtype: as `Settings` has them."""
+    """Return the arguments of `TrainingArguments` for a device and a dtype, named as in `Settings`."""
     return {
         "use_cpu": device == "cpu" or torch.accelerator.current_accelerator(check_available=True) is None,
         "bf16": dtype == "bfloat16",
@@ -168,9 +179,9 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         seed=settings.seed,
         **device_arguments(settings.device, settings.dtype),
         ddp_find_unused_parameters=False,
-        ddp_timeout=A_DAY,  # the first process may tokenise for hours while the others wait
+        ddp_timeout=A_DAY,  # seconds; the first process may tokenise for hours while the others wait
         report_to=settings.report_to,
-        disable_tqdm=False,  # or a callback would print what the bar shows
+        disable_tqdm=False,  # else a callback prints each log as well
     )
-    args._n_gpu = min(1, args.n_gpu)  # a process has one device; without this transformers would split batches over all
+    args._n_gpu = min(1, args.n_gpu)  # one device per process; transformers would else split batches over all
     return args
