@@ -1,7 +1,7 @@
 """Lets the API reference show docstrings as they are written here, where a section may begin without an empty line.
 
 "Args:" and the like stay sections; "Shapes: ..." becomes a paragraph with its name in bold, "name: ..." one with the
-name as code. Lines that go on, which are indented, join their paragraph.
+name as code. Lines that go on, which are indented, join their paragraph. The code of an example is fenced.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import griffe
 
 SECTION = re.compile(r"(Args|Returns|Raises|Yields|Attributes|Example|Examples):$")
+EXAMPLE = re.compile(r"Examples?:$")
 LABEL = re.compile(r"([A-Z][a-z]+): (.*)")
 NAMES = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*)( \(.*?\))?: (.*)")
 
@@ -20,7 +21,22 @@ NAMES = re.compile(r"([a-z_]\w*(?:, [a-z_]\w*)*)( \(.*?\))?: (.*)")
 class Sections(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = "\n".join(_lines(obj.docstring.value))
+            obj.docstring.value = "\n".join(_lines("\n".join(_fenced(obj.docstring.value.splitlines()))))
+
+
+def _fenced(lines: list[str]) -> Iterator[str]:
+    """The lines, with the block under "Example:" as code unless it has prompts, which are known to be code."""
+    starts = [i for i, line in enumerate(lines) if EXAMPLE.match(line)]
+    if not starts:
+        yield from lines
+        return
+    start = starts[0] + 1
+    end = next((i for i in range(start, len(lines)) if lines[i].strip() and not lines[i].startswith(" ")), len(lines))
+    block = lines[start:end]
+    if not block or any(line.lstrip().startswith(">>>") for line in block):
+        yield from lines
+        return
+    yield from (*lines[:start], "    ```python", *block, "    ```", *lines[end:])
 
 
 def _lines(text: str) -> Iterator[str]:
