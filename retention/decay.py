@@ -29,7 +29,7 @@ def paper(num_heads: int) -> tuple[float, ...]:
     Examples:
         >>> import math
         >>> from retention.decay import paper
-        >>> [1 - math.exp(x) for x in paper(3)]
+        >>> [round(1 - math.exp(x), 9) for x in paper(3)]
         [0.03125, 0.015625, 0.0078125]
     """
     check_whole("num_heads", num_heads)

@@ -208,7 +208,7 @@ class RetNetBlock(nn.Module):
         Args:
             x, state: as in `MultiScaleRetention.step`.
             options: its further options, by name.
-        Returns: a `BlockOutput` without state.
+        Returns: a `BlockOutput` with the given state.
         Raises: the errors of `MultiScaleRetention.step`.
         """
         self.retention.check_step_inputs(x, state, **options)

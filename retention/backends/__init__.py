@@ -1,4 +1,4 @@
-"""The backends of `retain`, each in a file or folder of its own, and the registry that chooses between them."""
+"""The backends of `retain`, each in its own file or folder, and the registry that chooses between them."""
 
 from ..call import FORMS, Backend, Call
 from .registry import (
