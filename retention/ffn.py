@@ -204,6 +204,7 @@ class MixtureOfExperts(nn.Module):
         return out.view_as(x), self._imbalance(chances, chosen[:, 0], mask)
 
     def _chosen(self, tokens: Tensor, share: Tensor) -> Tensor:
+        """Run each expert on its own tokens only."""
         out = torch.zeros_like(tokens)
         for i, expert in enumerate(self.experts):
             rows = share[:, i].nonzero()[:, 0]
@@ -217,6 +218,7 @@ class MixtureOfExperts(nn.Module):
         )
 
     def _imbalance(self, chances: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:
+        """Return num_experts * sum over e of load_e mean(chances_e), over real tokens; chances (tokens, experts)."""
         real = torch.ones_like(first, dtype=torch.bool) if mask is None else mask.flatten()
         real = real[:, None].to(chances.dtype) / real.sum().clamp(min=1)
         load = (F.one_hot(first, chances.shape[1]) * real).sum(0)  # (experts,) share of tokens by first choice

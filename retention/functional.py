@@ -289,6 +289,7 @@ def _run(
     decay_norm: bool,
     score_norm: ScoreNorm,
 ) -> tuple[Tensor, RetentionState | None]:
+    """Choose a backend, run it outside of autocast, apply the normalisers and make the new state."""
     out_dtype = call.out_dtype
     if decay_norm or score_norm:  # sums may exceed the range of half precision, the normalised output does not
         call = call._replace(out_dtype=state_dtype(call.dtype))

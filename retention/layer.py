@@ -375,6 +375,7 @@ class MultiScaleRetention(HasBackend):
         return rotation(times.unsqueeze(1), self.freqs, state_dtype(x.dtype))
 
     def _project(self, x: Tensor, key: Tensor, value: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated q, k and v, (B, heads, T, D); with "xpos" each pair of channels is a head."""
         q, k, v = self.q_proj(x), self.k_proj(key), self.v_proj(value)
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = (z.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for z in (k, v))

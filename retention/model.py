@@ -220,12 +220,14 @@ class RetNetBlock(nn.Module):
         return self._after_retention(x, y, state, options.get("mask"))
 
     def _after_retention(self, x: Tensor, y: Tensor, state: RetentionState | None, mask: Tensor | None) -> BlockOutput:
+        """Add the output y of the retention layer to x, then that of the feed-forward."""
         x = self._add(x, y, self.retention_norm)
         y = self.ffn_norm(x) if self.norm_before else x
         y, aux_loss = self.ffn(y, mask) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(y), None)
         return BlockOutput(self._add(x, y, self.ffn_norm), state, aux_loss)
 
     def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        """Return alpha x + y, normalised if the norms follow the sums."""
         x = (x if self.alpha == 1 else x * self.alpha) + self.drop_path(y)
         return x if self.norm_before else norm(x)
 

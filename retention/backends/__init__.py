@@ -3,7 +3,7 @@
 from ..call import FORMS, Backend, Call
 from .registry import (
     Absent,
-    _backends,  # noqa: F401 - the tests' door to the table
+    _backends,  # noqa: F401 - for the tests
     check_name,
     choose,
     explain,

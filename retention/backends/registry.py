@@ -189,6 +189,7 @@ def check_name(backend: str) -> None:
 
 
 def _kind(call: Call) -> str:
+    """Return the key of `_PREFERRED` for a call with form "auto"."""
     if call.length == 1 and (call.has_state or call.return_state):
         return "token"
     if call.grid is not None:
@@ -201,6 +202,7 @@ def _kind(call: Call) -> str:
 
 
 def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
+    """Yield each backend and form to try, in order, with the reasons why it cannot run the call."""
     for form in _PREFERRED[_kind(call)] if call.form == "auto" else (call.form,):
         asked = call if call.form == form else call._replace(form=form)
         for name in _backends if backend == "auto" else (backend,):

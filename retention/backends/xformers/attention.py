@@ -86,7 +86,7 @@ def choose(
 
 
 def check(device: str) -> None:
-    """Check that xformers' attention works, if an operator takes a plain call on `device`. Raises: BackendError if not."""
+    """Check that xformers' attention works on `device`, if an operator takes a plain call. Raises: BackendError if not."""
     require("xformers' attention", device, _trial)
 
 
@@ -181,6 +181,7 @@ def _aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None, dropout: float
 ) -> Tensor:
+    """Run torch's SDPA; a causal call with more keys than queries gets a mask."""
     length, keys = q.shape[2], k.shape[2]
     if causal and 1 < length < keys:  # torch's is_causal puts the first query at the first key
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
@@ -202,6 +203,7 @@ def _of_one_dtype(*tensors: Tensor) -> Any:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> None:
+    """Check the shapes of a call. Raises: ShapeError or ValueError."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or q.shape[1] % k.shape[1]:
         raise ShapeError(

@@ -27,6 +27,7 @@ BLOCKS_ELSEWHERE = 1024
 
 @functools.lru_cache(maxsize=64)
 def _diagonal(blocks: int, size: int, device: torch.device) -> Blocks:
+    """Make the block-diagonal matrix with this number of blocks; the last ones made are kept."""
     with torch.inference_mode(False):  # the cache keeps it for later calls, which may need gradients
         return Blocks(torch.eye(blocks, dtype=torch.bool, device=device), size)
 

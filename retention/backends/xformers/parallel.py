@@ -124,6 +124,7 @@ class Walk:
         return patterns(key, lambda: self._pattern(rates))
 
     def _pattern(self, rates: tuple[float, ...]) -> Pattern:
+        """Make the pattern of heads with these log-decays: blocks whose largest decay is at most eps are left out."""
         segment = torch.tensor(self.alignment.segments, device=self.device)
         layout = segment[:, None] == segment
         layout = layout.tril() if self.causal else layout
@@ -139,7 +140,7 @@ class Walk:
         return Pattern(Blocks(layout, self.size), apart[counts], distance, decay)
 
     def _distance(self, reach: int, behind: int) -> tuple[Tensor, Tensor]:
-        """Return the distances of tokens in blocks that are -behind to reach apart, and the visible pairs, (D, C, C)."""
+        """Return the distances of tokens in blocks that are -behind to reach apart, and who sees whom, (D, C, C)."""
         index = torch.arange(self.size, device=self.device)
         first = torch.arange(behind + 1 + reach, device=self.device)[:, None, None] * self.size
         n, m = first + index[:, None], behind * self.size + index

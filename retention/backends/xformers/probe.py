@@ -61,6 +61,7 @@ def require(what: str, device: str, trial: Trial) -> None:
 
 @functools.cache
 def _trouble(trial: Trial, device: str) -> str | None:
+    """Run a trial once for each device, in a thread of its own, and return the reason of its failure."""
     log = logging.getLogger("xformers")
     before, log.disabled = log.disabled, True  # xformers warns of a compiled library that most parts do not need
     try:
@@ -114,6 +115,7 @@ def _compiled() -> str:
 
 
 def _root(error: BaseException) -> BaseException:
+    """Return the exception at the end of the chain of causes."""
     deeper = error.__cause__ or error.__context__
     return error if deeper is None else _root(deeper)
 
