@@ -86,7 +86,7 @@ def choose(
 
 
 def check(device: str) -> None:
-    """Check that xformers' attention works on `device`, if an operator takes a plain call. Raises: BackendError if not."""
+    """Check that the attention operators which take a plain call on `device` work. Raises: BackendError if not."""
     require("xformers' attention", device, _trial)
 
 
