@@ -113,7 +113,7 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise all weights anew (Xavier, uniform); biases are 0."""
+        """Initialise all weights again (Xavier, uniform) and set biases to 0."""
         for proj in (self.fc1, self.gate, self.fc2):
             if proj is not None:
                 nn.init.xavier_uniform_(proj.weight, 1.0 if proj is self.gate else self.init_scale)
@@ -141,10 +141,11 @@ class FeedForward(nn.Module):
 class MixtureOfExperts(nn.Module):
     """A feed-forward of several experts, of which a router chooses `top_k` for each token.
 
-        y = sum over the top_k experts e of w_e FeedForward_e(x),    w = softmax(router x), for top_k > 1 scaled to sum
-        1
+        y = sum over the top_k experts e of w_e FeedForward_e(x),    w = softmax(router x)
 
-    No expert has a limit of tokens. So no token is dropped, and none depends on the other tokens of its batch.
+    For top_k > 1 the weights w_e of the chosen experts are scaled to sum to 1.
+
+    No expert has a limit of tokens, so no token is dropped, and none depends on the other tokens of its batch.
 
     Shapes: x (B, T, dim) -> y (B, T, dim) and a loss ().
     Args:
@@ -178,7 +179,7 @@ class MixtureOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the router anew, not the experts."""
+        """Initialise the router again; the experts have a method of their own."""
         nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,7 @@ class MultiScaleRetention(HasBackend):
             uses backend "auto".
         device, dtype: of the parameters.
     Raises: ValueError, ShapeError or TypeError that names the option.
-    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays and angles are no buffers: they are computed from Python
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays and angles are not buffers but come from Python
         numbers, so `.to(bfloat16)`, a checkpoint or the meta device cannot change them.
     Examples:
         >>> import torch, retention
@@ -196,7 +196,7 @@ class MultiScaleRetention(HasBackend):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the projections anew, as the authors' code does, and reset biases, norms and decays."""
+        """Initialise the projections again, as the authors' code does, and reset biases, norms and decays."""
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.out_proj):
             if proj is not None:
                 gain = 0.5 if proj is self.out_proj else self.init_gain
@@ -397,7 +397,7 @@ class MultiScaleRetention(HasBackend):
         return state_dtype(v.dtype) if self.pairs > 1 or isinstance(self.norm, HeadNorm) else v.dtype
 
     def _output(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Map the output of retention, (B, num_heads * pairs, T, D) in `_sum_dtype`, to y (B, T, dim) from `dtype`."""
+        """Sum out (B, num_heads * pairs, T, D) over pairs, norm, gate and project it to y (B, T, dim), in `dtype`."""
         if self.pairs > 1:
             out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
         y = self.out_proj(self._gated(out.transpose(1, 2), x, dtype).flatten(2))

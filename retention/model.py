@@ -220,7 +220,7 @@ class RetNetBlock(nn.Module):
         return self._after_retention(x, y, state, options.get("mask"))
 
     def _after_retention(self, x: Tensor, y: Tensor, state: RetentionState | None, mask: Tensor | None) -> BlockOutput:
-        """Add the output y of the retention layer to x, then that of the feed-forward."""
+        """Add the output y of the retention layer to x, then the output of the feed-forward."""
         x = self._add(x, y, self.retention_norm)
         y = self.ffn_norm(x) if self.norm_before else x
         y, aux_loss = self.ffn(y, mask) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(y), None)
@@ -238,7 +238,7 @@ class RetNetBlock(nn.Module):
 
 
 class RetNetBackbone(nn.Module):
-    """The blocks of a RetNet with all between the embedding and the head: embeddings in, hidden states out.
+    """All layers of a RetNet between the embedding and the head: embeddings in, hidden states out.
 
     Shapes: x (B, T, dim) -> hidden (B, T, dim).
     Args:
@@ -259,12 +259,12 @@ class RetNetBackbone(nn.Module):
         dropout: rate after the embedding and each sublayer, in training.
         activation_dropout: rate inside the feed-forward, in training.
         drop_path_rate: rate of `DropPath`, which grows from 0 in the first block to this value in the last.
-        moe_freq: the feed-forward of every moe_freq-th block is a mixture of experts; 0: of none.
+        moe_freq: the feed-forward of every moe_freq-th block is a mixture of experts; 0: no mixtures.
         moe_expert_count: experts of a mixture.
         moe_top1_expert: choose one expert per token instead of two.
         retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
         device, dtype: of the parameters.
-    Raises: ValueError, ShapeError or TypeError that names the option.
+    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend "xformers" cannot run.
     Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
     Examples:
         >>> import torch
@@ -477,7 +477,7 @@ class RetNet(nn.Module):
         tie_embeddings: let the head use the weight of the embedding.
         device, dtype: of the parameters.
         backbone: the further options of `RetNetBackbone`, by name.
-    Raises: ValueError, ShapeError or TypeError that names the option.
+    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend "xformers" cannot run.
     Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
     Examples:
         >>> import torch, retention
@@ -521,7 +521,7 @@ class RetNet(nn.Module):
             preset: a name in `retention.model.PRESETS`: "tiny", "small", "medium", "300m", "1.3b", "2.7b" or "6.7b".
             changes: options of `RetNet` that replace those of the preset.
         Raises: ValueError for an unknown preset; the errors of `RetNet`.
-        Source: the four largest sizes are of Sun et al. 2023, arXiv:2307.08621.
+        Source: Sun et al. 2023, arXiv:2307.08621, for the sizes "1.3b", "2.7b" and "6.7b".
         Examples:
             >>> import retention
             >>> retention.RetNet.from_preset("tiny", num_layers=1).backbone.blocks[0].retention.num_heads

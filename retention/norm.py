@@ -43,8 +43,8 @@ class HeadNorm(nn.Module):
     Shapes: x (..., num_heads, head_dim) -> the same.
     Args:
         num_heads, head_dim: heads, and channels of each.
-        kind: "group" subtracts the mean and divides by the standard deviation, as the paper's GroupNorm; "rms" divides
-            by the root mean square, as the authors' later code.
+        kind: "group" subtracts the mean and divides by the standard deviation, as GroupNorm in the paper; "rms" divides
+            by the root mean square, as in the authors' later code.
         affine: False: no weights; "shared": one weight of head_dim for all heads; "channel": a weight for every channel
             of every head. "group" has a bias of the same shape too.
         eps: added to the variance or the mean square, at least 0.
@@ -116,8 +116,8 @@ def set_norm_backend(model: nn.Module, backend: str) -> nn.Module:
     Args:
         model: a module with at least one RMS norm; it is changed in place.
         backend: "xformers" for its Triton kernel, or "torch".
-    Raises: ValueError for an unknown name, or a model without an RMS norm; BackendError, from its cause, if xformers is
-        missing or its kernel does not work on a device of the model.
+    Raises: TypeError unless model is an nn.Module; ValueError for an unknown name, or a model without an RMS norm;
+        BackendError, from its cause, if xformers is missing or its kernel does not work on a device of the model.
     Examples:
         >>> import retention
         >>> model = retention.set_norm_backend(retention.RetNet(dim=16, num_layers=1), "torch")
