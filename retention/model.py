@@ -264,7 +264,7 @@ class RetNetBackbone(nn.Module):
         moe_top1_expert: choose one expert per token instead of two.
         retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
         device, dtype: of the parameters.
-    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend "xformers" cannot run.
+    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend cannot run.
     Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
     Examples:
         >>> import torch
@@ -477,7 +477,7 @@ class RetNet(nn.Module):
         tie_embeddings: let the head use the weight of the embedding.
         device, dtype: of the parameters.
         backbone: the further options of `RetNetBackbone`, by name.
-    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend "xformers" cannot run.
+    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend cannot run.
     Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
     Examples:
         >>> import torch, retention

@@ -1,7 +1,9 @@
 """The chunkwise form: a block-diagonal matrix for the pairs inside chunks, a state for all others.
 
 Source: Sun et al. 2023, arXiv:2307.08621, Eq. 7. Differs: one block-sparse product computes several chunks of all
-    heads. For a chunk of n tokens, with q scaled already, the state B before it and the state A after it:
+    heads.
+
+For a chunk of n tokens, with q scaled already, the state B before it and the state A after it:
 
     out = ((q kᵀ) * D) v + (read * q) B          D_jm = gamma^(j-m)    read_j = gamma^(j+1)
     A   = gamma^n B + (write * k)ᵀ v             write_j = gamma^(n-1-j)
