@@ -176,7 +176,8 @@ def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *,
 def check_token_ids(tokens: object, vocab_size: int | None = None, name: str = "tokens") -> None:
     """Check that tokens are (batch, length) int32 or int64, at least 0 and below `vocab_size`.
 
-    Values are checked on the CPU only, since reading those of an accelerator would stop its queue.
+    Values are checked on the CPU only, since reading those of an accelerator would stop its queue; there the embedding
+    checks them.
     Raises: TypeError, ShapeError or ValueError.
     """
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):

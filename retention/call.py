@@ -70,11 +70,12 @@ class Call(NamedTuple):  # takes about a microsecond to make; a frozen dataclass
 class Backend(Protocol):
     """An object that computes one or more forms of retention.
 
-    A backend that needs another library may have two more attributes:
+    A backend that needs another library may have two more attributes, which are optional.
 
-    cause: the exception that keeps the backend from running at all, or None. Errors are raised from it.
-    found(device): a method that returns a line on the library for people, or None; `explain` and `python -m retention`
-    print it.
+    Attributes:
+        cause: the exception that keeps the backend from running at all, or None. Errors are raised from it.
+        found: a method that takes the type of a device and returns a line on the library for people, or None; `explain`
+            and `python -m retention` print it.
     """
 
     def why_not(self, call: Call) -> list[str]:

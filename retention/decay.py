@@ -37,14 +37,15 @@ def paper(num_heads: int) -> tuple[float, ...]:
 
 
 def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> tuple[float, ...]:
-    """Return log-decays for which 1 - gamma_h falls from `first` to `last` in equal ratios.
+    """Return log-decays for which 1 - gamma_h goes from `first` to `last` in equal ratios.
 
     A head remembers about 1 / (1 - gamma) tokens. Larger values of `first` and `last` suit short contexts, and tasks
     where the nearest tokens matter most.
 
     Args:
         num_heads: number of heads.
-        first, last: 1 - gamma of the first and the last head, above 0 and below 1; the defaults are the paper's.
+        first: 1 - gamma of the first head, above 0 and below 1; the default is the paper's.
+        last: 1 - gamma of the last head, above 0 and below 1; the default is the paper's.
     Returns: num_heads natural logarithms of gamma per token.
     Raises: ValueError that names the argument.
     Source: Sun et al. 2023, arXiv:2307.08621, the language-model experiments.
@@ -62,7 +63,7 @@ def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> 
 
 
 def short(num_heads: int) -> tuple[float, ...]:
-    """Return `log_linear` from 1/2 to 1/128: heads that remember from 2 to 128 tokens.
+    """Return `log_linear` from 1/2 to 1/128: heads that remember about 2 to 128 tokens.
 
     Raises: ValueError unless num_heads is an integer of at least 1.
     Examples:

@@ -49,7 +49,9 @@ def retain(
     Dtypes: q, k and v share one dtype, float16, bfloat16, float32 or float64; log_decay is float32 or float64. Sums are
         computed in float32, or in float64 for float64 inputs. out has the dtype of v, or out_dtype.
     Args:
-        q, k, v: queries, keys and values.
+        q: queries.
+        k: keys.
+        v: values.
         log_decay: log(gamma) per head, natural logarithm per token, at most 0.
         state: the state that an earlier call returned, from any form and backend; this call continues its sequence.
             Default: the beginning of a sequence.
@@ -130,10 +132,17 @@ def step(
     Shapes: q (B, H, 1, K); k (B, Hkv, 1, K); v (B, Hkv, 1, V); log_decay (H,); out (B, H, 1, V).
     Dtypes: as `retain`.
     Args:
-        q, k, v, log_decay: as in `retain`, for one token.
+        q: the query of one token.
+        k: its key.
+        v: its value.
+        log_decay: log(gamma) per head, natural logarithm per token, at most 0.
         state: the state before the token, from `retain` or `initial_state`; it is overwritten.
+        scale: factor of q . k; default 1 / sqrt(K).
         mask: (B, 1) bool, True = real token. A row with padding keeps its state.
-        scale, decay_norm, score_norm, out_dtype, backend: as in `retain`; "absolute" is not possible.
+        decay_norm: as in `retain`.
+        score_norm: as in `retain`, without "absolute"; the state must have been made with score_norm too.
+        out_dtype: as in `retain`.
+        backend: as in `retain`.
     Returns: out.
     Cost: O(K V) for each head, at any position. No gradients.
     Raises: the errors of `retain`; ShapeError for more than one token; ValueError if a gradient would be needed.
@@ -231,9 +240,10 @@ def initial_state(
     """Make the state before the first token, which is all zero.
 
     Args:
-        rows: sequences: the batch size, or the number of segments of a packed call.
-        heads: query heads, which are those of the state too.
-        key_dim, value_dim: channels of q and v per head.
+        rows: number of sequences: the batch size, or the segments of a packed call.
+        heads: number of query heads.
+        key_dim: channels of q per head.
+        value_dim: channels of v per head.
         score_norm: whether the state is for calls with score_norm=True; it then holds k_sum.
         device: default: torch's default device.
         dtype: dtype of q, default torch's default dtype; the state is float32, or float64 for float64.
@@ -260,7 +270,11 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
     """Say which forms and backends can run `retain` with these arguments, which is chosen, and why the others cannot.
 
     Args:
-        q, k, v, log_decay, backend: as in `retain`.
+        q: as in `retain`.
+        k: as in `retain`.
+        v: as in `retain`.
+        log_decay: as in `retain`.
+        backend: as in `retain`.
         options: the further arguments of `retain`, by name.
     Returns: text with one line for the call, one for each form and backend in order of preference, and one for each
         outside library that a backend found.

@@ -80,7 +80,8 @@ class MultiScaleRetention(HasBackend):
         dim: width of input and output.
         num_heads: query heads, each with its own decay.
         num_kv_heads: key and value heads; divides num_heads; default num_heads.
-        key_dim, value_dim: total width of q and of the outputs of all heads; default dim and 2 dim, as in the paper.
+        key_dim: total width of q over all heads; default dim, as in the paper.
+        value_dim: total width of the outputs of all heads; default 2 dim, as in the paper.
         decay: "paper", "log_linear", "short", or num_heads log-decays; see `retention.decay`.
         learnable_decay: train the decay; see `retention.decay.HeadDecay`.
         rotary: "paper", "rope", "xpos" or None; see `retention.rotary`. With "xpos" each pair of channels has its own
@@ -89,16 +90,21 @@ class MultiScaleRetention(HasBackend):
         scale: factor of q . k; default 1 / sqrt(key_dim / num_heads).
         bias: give all five projections a bias.
         gate: "silu", "gelu", "relu", "sigmoid" or None.
-        norm, norm_affine, norm_eps: kind ("group", "rms", or None for no norm), affine and eps of `HeadNorm`.
+        norm: "group" or "rms", the kind of the `HeadNorm` that follows retention; None: no norm.
+        norm_affine: False, "shared" or "channel", the weights of that norm.
+        norm_eps: its eps.
         causal: False, for encoders, gives gamma^|distance| and no state.
-        decay_norm, score_norm: the paper's normalisers, see `retain`; a norm cancels them but for its eps.
+        decay_norm: a normaliser of the paper, see `retain`; a norm cancels it but for its eps.
+        score_norm: the other normaliser of the paper, likewise.
         dropout: rate of dropout of the output, in training.
         init_gain: gain of the Xavier initialisation of all projections but the last, whose gain is 1/2; the default is
             that of the authors' code, for deep models.
         init_scale: further factor for v_proj and out_proj, as in DeepNorm.
-        backend, form, chunk_size: of `forward`, as in `retain`; these attributes may be changed later. `step` always
-            uses backend "auto".
-        device, dtype: of the parameters.
+        backend: of `forward`, as in `retain`; the attribute may be changed later. `step` always uses "auto".
+        form: of `forward`, as in `retain`; the attribute may be changed later.
+        chunk_size: of `forward`, as in `retain`; the attribute may be changed later.
+        device: of the parameters.
+        dtype: of the parameters.
     Raises: ValueError, ShapeError or TypeError that names the option.
     Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays and angles are not buffers but come from Python
         numbers, so `.to(bfloat16)`, a checkpoint or the meta device cannot change them.
@@ -228,7 +234,8 @@ class MultiScaleRetention(HasBackend):
         Shapes: x, key and value (B, T, dim); mask (B, T) bool; cu_seqlens (N + 1,) int32 with B = 1; y (B, T, dim).
         Args:
             x: input of the queries and the gate.
-            key, value: inputs of the keys and the values; key defaults to x, value to key.
+            key: input of the keys; default: x.
+        value: input of the values; default: key.
             mask: True = real token; padding may stand anywhere.
             cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
             state: the state that an earlier call returned; default: the beginning of a sequence.
@@ -236,7 +243,8 @@ class MultiScaleRetention(HasBackend):
             grid: (rows, columns) of the image whose cells are the tokens, row by row, as in `retain`; needs
                 causal=False. Rotary positions still count the tokens one by one.
             rotation: the result of `self.rotation`, so that many layers can share it; default: computed here.
-            form, backend: for this call, instead of those of the layer.
+            form: of this call; default: that of the layer.
+        backend: of this call; default: that of the layer.
         Returns: y; with return_state, the pair (y, state).
         Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
             call.

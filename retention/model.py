@@ -473,9 +473,12 @@ class RetNet(nn.Module):
     Shapes: tokens (B, T) int32 or int64 -> logits (B, T, vocab_size).
     Args:
         vocab_size: number of token indices.
-        dim, num_layers, num_heads: width, number of blocks, heads of each block.
+        dim: width.
+        num_layers: number of blocks.
+        num_heads: query heads of each block.
         tie_embeddings: let the head use the weight of the embedding.
-        device, dtype: of the parameters.
+        device: of the parameters.
+        dtype: of the parameters.
         backbone: the further options of `RetNetBackbone`, by name.
     Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend cannot run.
     Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
@@ -548,8 +551,11 @@ class RetNet(nn.Module):
         Args:
             tokens: int32 or int64 indices below vocab_size.
             state: the states of all blocks from an earlier call, whose sequence the tokens continue.
-            mask, cu_seqlens, form, backend: as in `MultiScaleRetention.forward`.
+            mask: True = real token; padding may stand anywhere.
+        cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
             return_state: return the states too.
+        form: of this call; default: that of each layer.
+        backend: of this call; default: that of each layer.
         Returns: logits; with return_state, the pair (logits, list of one `RetentionState` per block).
         Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
             call.

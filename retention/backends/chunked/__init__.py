@@ -150,7 +150,7 @@ differentiable(chunkwise, chunkwise_backward)
 
 
 def _pieces(q: Tensor, segments: list[int] | None) -> Iterator[tuple[slice, slice, slice]]:
-    """Yield the parts that are computed at once: rows of the batch, tokens, and the rows of the state that belong to them."""
+    """Yield the parts that are computed at once: rows of the batch, their tokens, and the rows of their states."""
     if segments is not None:
         for i, (start, end) in enumerate(pairwise(segments)):
             yield slice(0, 1), slice(start, end), slice(i, i + 1)
