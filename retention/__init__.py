@@ -1,4 +1,4 @@
-"""Retention where attention is: the operation, the layer, a language model, and the backends that run them."""
+"""Retention in the place of attention: the operation, the layer, a language model, and the backends that run them."""
 
 from .backends import register, unregister
 from .errors import BackendError, ShapeError

@@ -1,4 +1,4 @@
-"""`python -m retention`: versions, devices, and which backend can run here."""
+"""`python -m retention` prints versions, devices, and the backends that can run here."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
 
 
 def report() -> str:
+    """Return the text that `python -m retention` prints."""
     lines = [f"multiscale-retention {__version__}, Python {platform.python_version()} on {platform.platform()}", ""]
     owners = packages_distributions().get("retention", [])
     if len(set(owners)) > 1:
@@ -50,7 +51,7 @@ def _devices() -> dict[str, str]:
 
 
 def _answers(device: str) -> dict[str, str]:
-    """For each backend the forms it can run on a plain call, and why not the others."""
+    """Return for each backend the forms that run a plain call, or the reasons why none does."""
     sizes: dict[str, Any] = dict(batch=1, heads=8, kv_heads=8, length=1024, key_dim=64, value_dim=128)
     answers = {}
     for name in backends.names():

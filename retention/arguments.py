@@ -1,4 +1,4 @@
-"""The arguments of `retain`: refused before any computation if they do not fit, else described for the backends."""
+"""The arguments of `retain`: each is checked before any computation, then a `Call` describes them for the backends."""
 
 from __future__ import annotations
 
@@ -37,7 +37,11 @@ def describe(
     return_state: bool = False,
     in_place: bool = False,
 ) -> Call:
-    """Check the arguments of `retain` and put down what a backend needs to know of them."""
+    """Check the arguments of `retain` and describe them in a `Call`. in_place: the state is to be overwritten.
+
+    Shapes: as in `retain`.
+    Raises: ShapeError, ValueError or TypeError that names the argument, its value and the values allowed.
+    """
     _check_tensors(q, k, v, log_decay)
     check_form(form)
     if chunk_size is not None:
@@ -103,7 +107,7 @@ def described(
     return_state: bool = False,
     in_place: bool = False,
 ) -> Call:
-    """`describe` for arguments that have been checked."""
+    """Make the `Call` of arguments that have been checked."""
     batch, heads, length, key_dim = q.shape
     inputs = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state.kv)
     return Call(
@@ -132,27 +136,27 @@ def described(
 
 
 def check_form(form: object) -> None:
-    """Raises: ValueError unless form is "auto" or one of FORMS."""
+    """Check that form is "auto" or one of FORMS. Raises: ValueError if not."""
     if not isinstance(form, str) or (form != "auto" and form not in FORMS):
         raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {shown(form)}")
 
 
 def check_score_norm(score_norm: object) -> None:
-    """Raises: ValueError unless score_norm is False, True or "absolute"."""
+    """Check that score_norm is False, True or "absolute". Raises: ValueError if not."""
     if not (isinstance(score_norm, bool) or (isinstance(score_norm, str) and score_norm == "absolute")):
         raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {shown(score_norm)}")
 
 
 def weight_of(linear: Any) -> Tensor | None:
-    """The weight that meets what a layer is given, unless something in its place or around it may change that first."""
+    """Return the weight that multiplies a layer's input; None if another module or a hook may change the input."""
     return linear.weight if type(linear) is torch.nn.Linear and "forward" not in vars(linear) else None
 
 
 def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *, tokens: bool = True) -> None:
-    """Check x (batch, length, dim), or unless `tokens` x (..., dim), what a layer is given.
+    """Check the input x of a layer: (batch, length, dim), or (..., dim) if `tokens` is False.
 
-    weight: what x is multiplied by, if it is known to be in place; autocast makes them alike.
-    Raises: TypeError or ShapeError.
+    weight: the weight that multiplies x, if it is known; x must have its device, and its dtype unless autocast is on.
+    Raises: TypeError, ShapeError, or ValueError for another device.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {name} {shown(x)}")
@@ -170,13 +174,18 @@ def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *,
 
 
 def check_token_ids(tokens: object, vocab_size: int | None = None, name: str = "tokens") -> None:
-    """Check tokens (batch, length), indices below `vocab_size`. Raises: TypeError or ValueError."""
+    """Check that tokens are (batch, length) int32 or int64, at least 0 and below `vocab_size`.
+
+    Values are checked on the CPU only, since reading those of an accelerator would stop its queue; there the embedding
+    checks them.
+    Raises: TypeError, ShapeError or ValueError.
+    """
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int64 or int32 tensor (batch, length); got {name} {shown(tokens)}")
     if tokens.dim() != 2:
         raise ShapeError(f"{name} must be (batch, length); got {name} {tuple(tokens.shape)}")
     if vocab_size is None or traced() or tokens.device.type != "cpu" or not tokens.numel():
-        return  # an accelerator checks when it looks the tokens up
+        return  # an accelerator checks the indices when the embedding looks them up
     low, high = (x.item() for x in tokens.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(
@@ -194,7 +203,11 @@ def check_places(
     grid: tuple[int, int] | None = None,
     causal: bool = True,
 ) -> None:
-    """Check what says where the tokens of a call stand, but for its values. Raises: as `describe`."""
+    """Check the types and shapes of the arguments that place tokens in time: mask, cu_seqlens and grid.
+
+    Shapes: mask (batch, length) bool; cu_seqlens (N + 1,) with batch 1; grid (rows, columns), rows * columns = length.
+    Raises: ShapeError, ValueError or TypeError.
+    """
     if mask is not None:
         check_mask(mask, batch, length, device)
     if cu_seqlens is not None:
@@ -204,7 +217,7 @@ def check_places(
 
 
 def check_contents(length: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Check the values of a mask or of borders that `check_places` has let pass. Raises: ValueError."""
+    """Check the values of a mask or of borders that have passed `check_places`. Raises: ValueError."""
     if mask is not None and not traced() and mask.shape[0] == length > 2:
         _refuse_pairs(mask)
     if cu_seqlens is not None:
@@ -264,7 +277,7 @@ def _shapes(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _check_log_decay(log_decay: Tensor) -> None:
-    if is_constant(log_decay):  # a layer's was checked when the layer was built
+    if is_constant(log_decay):  # the decay of a layer is checked when the layer is built
         return
     low, high = _values(log_decay).aminmax()
     sound = (low > -math.inf) & (high <= 0)
@@ -272,7 +285,7 @@ def _check_log_decay(log_decay: Tensor) -> None:
 
 
 def check_mask(mask: object, batch: int, length: int, device: torch.device) -> None:
-    """Raises: TypeError or ValueError unless mask says of each token (batch, length) whether it is real."""
+    """Check that mask is (batch, length) bool on `device`. Raises: TypeError or ShapeError if not."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"mask must be a bool tensor, True = real token; got mask {got}; use mask.bool()")
@@ -282,7 +295,7 @@ def check_mask(mask: object, batch: int, length: int, device: torch.device) -> N
 
 
 def _refuse_pairs(mask: Tensor) -> None:
-    """Refuse the mask (T, T) of pairs of tokens that attention takes to be causal, or its inverse: (B, T) in shape."""
+    """Refuse a (T, T) mask of pairs of tokens: the causal mask of attention or its inverse, if B = T."""
     mask = _values(mask)
     seen = torch.ones_like(mask).tril()
     message = (
@@ -319,9 +332,10 @@ def _check_grid(length: int, grid: tuple[int, int], causal: bool, parted: bool) 
 def check_state(
     state: object, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | None, score_norm: ScoreNorm
 ) -> None:
-    """Check a state for inputs of `dtype` on `device`, None for any. Raises: as `describe`.
+    """Check a state for inputs of `dtype` on `device`, where None is any device.
 
     shape: (rows, heads, key_dim, value_dim).
+    Raises: ShapeError, ValueError or TypeError.
     """
     if not isinstance(state, RetentionState):
         raise TypeError(
@@ -353,13 +367,13 @@ def check_state(
             raise TypeError(f"state.{name} must be {wide} on {device}; got state.{name} {x.dtype} on {x.device}")
     if time.device != device:
         raise ValueError(f"state.time must be on {device}; got state.time on {time.device}")
-    # An accelerator is not asked for each token that it decodes.
+    # Reading values of an accelerator at each decoded token would stop its queue.
     if type(time) is Tensor and device.type == "cpu" and not traced() and min(time.tolist(), default=0) < 0:
         raise ValueError(f"state.time must be at least 0, how many tokens there were; got state.time {time.tolist()}")
 
 
 def _values(x: Tensor) -> Tensor:
-    """x without gradient, and out of the transforms of torch.func, under which no value may be asked for."""
+    """Return x without gradient and without the wrappers of torch.func, under which no value can be read."""
     x = x.detach()
     while not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
@@ -367,12 +381,13 @@ def _values(x: Tensor) -> Tensor:
 
 
 def _require(condition: Tensor, message: str, value: Tensor) -> None:
-    """Check values, not only sizes. An accelerator checks when it gets there, since to ask it would stop the queue.
+    """Raise `message` unless the values in `condition`, which is made from `_values`, are all True.
 
-    So does a compiled call, on every device. condition: made of `_values`.
+    On an accelerator, and in a compiled call on every device, the check runs asynchronously, since waiting for its
+    result would stop the queue.
     """
     if type(condition) is not Tensor or condition.device.type == "meta":
-        return  # a tracer's tensors have no values
+        return  # the tensors of a tracer have no values
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
         torch._assert_async(condition.all(), message.format("of other values"))
     elif not condition.all():

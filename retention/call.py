@@ -1,4 +1,4 @@
-"""The contract between `retain` and its backends: what a call is, and what a backend must be able to do."""
+"""The contract between `retain` and its backends: the description of a call, and the methods of a backend."""
 
 from __future__ import annotations
 
@@ -10,12 +10,26 @@ from torch import Tensor
 FORMS = ("parallel", "chunkwise", "recurrent")
 
 
-class Call(NamedTuple):  # made in a microsecond, which a frozen dataclass is not
-    """All a backend may look at to decide: sizes and options, never values. So a choice can be tested without a GPU.
+class Call(NamedTuple):  # takes about a microsecond to make; a frozen dataclass takes longer
+    """The sizes and options of a call of `retain`: all that a backend decides by. It holds no values of tensors.
 
-    chunk_size None leaves it to the backend. in_place: the state given is to be overwritten. transformed: inside
-    torch.func transforms or forward-mode differentiation. out_dtype: of the output; wider than dtype where a normaliser
-    follows. grid: (rows, columns) with rows * columns = length, never causal, masked or packed.
+    So the choice of a backend can be tested without the device of the call.
+
+    Attributes:
+        batch, heads, kv_heads, length, key_dim, value_dim: B, H, Hkv, T, K and V of `retain`.
+        dtype: of q, k and v.
+        device: type of the device, as "cuda".
+        scale: factor of q . k.
+        out_dtype: dtype of the output; wider than dtype where a normaliser follows.
+        form: one of FORMS, or "auto" before a backend is chosen.
+        causal: whether tokens see no later ones.
+        masked, packed, has_state: whether there is a mask, cu_seqlens, a state.
+        return_state: whether the state after the last token is wanted.
+        in_place: whether the state given is to be overwritten.
+        needs_grad: whether a gradient of an input is wanted.
+        transformed: whether the call is inside torch.func transforms or forward-mode differentiation.
+        chunk_size: tokens per chunk; None leaves the choice to the backend.
+        grid: (rows, columns) with rows * columns = length, or None; a call on a grid is never causal, masked or packed.
     """
 
     batch: int
@@ -54,14 +68,18 @@ class Call(NamedTuple):  # made in a microsecond, which a frozen dataclass is no
 
 
 class Backend(Protocol):
-    """A backend that leans on another library may also have
+    """An object that computes one or more forms of retention.
 
-    cause: the exception that keeps it from running at all, or None; errors are raised from it.
-    found(device): a line on what there is of that library, or None; `explain` and `python -m retention` print it.
+    A backend that needs another library may have two more attributes, which are optional.
+
+    Attributes:
+        cause: the exception that keeps the backend from running at all, or None. Errors are raised from it.
+        found: a method that takes the type of a device and returns a line on the library for people, or None; `explain`
+            and `python -m retention` print it.
     """
 
     def why_not(self, call: Call) -> list[str]:
-        """Every reason this backend cannot run `call`, whose form is a concrete one. Empty means it can."""
+        """Return every reason why this backend cannot run `call`, whose form is concrete; an empty list if it can."""
 
     def __call__(
         self,
@@ -74,9 +92,11 @@ class Backend(Protocol):
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run `call`.
+        """Run `call`, for arguments that have been checked.
 
-        Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V); log_decay (H,); mask (B, T) bool;
-            cu_seqlens (N + 1,) with B = 1; state (B or N, H, K, V) in `state_dtype(q.dtype)`. All valid already.
-        Returns: out (B, H, T, V) in call.out_dtype; the state after the last token if call.return_state, else None.
+        Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V); log_decay (H,); mask (B, T) bool, True = real token;
+            cu_seqlens (N + 1,) with B = 1; state (B or N, H, K, V).
+        Dtypes: q, k, v in call.dtype; log_decay float32 or float64; state in `state_dtype(call.dtype)`.
+        Returns: the output (B, H, T, V) in call.out_dtype, 0 at padding; and the state after the last token if
+            call.return_state, else None.
         """

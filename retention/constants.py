@@ -1,7 +1,7 @@
 """Constants as tensors, made once for each device and dtype.
 
-Layers hold their constants as numbers and ask here, instead of in a buffer: neither `.to(bfloat16)` nor a checkpoint
-nor initialisation on the meta device can spoil them. Nobody may write to such a tensor.
+Layers hold their constants as Python numbers and get the tensors here, instead of from a buffer. So `.to(bfloat16)`, a
+checkpoint or initialisation on the meta device cannot spoil them. No code may write to such a tensor.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_by_id: dict[int, Tensor] = {}  # no other tensor can have these ids, for these are never freed
+_by_id: dict[int, Tensor] = {}  # these tensors are never freed, so no other tensor gets their ids
 
 
 def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """The tensor of `values`."""
+    """Return `values` as a tensor, the same one each time; inside a trace or a transform a new one."""
     return torch.tensor(values, dtype=dtype, device=device) if traced() else _made(values, device, dtype)
 
 
 def is_constant(x: Tensor) -> bool:
-    """Whether x comes from `as_tensor`."""
+    """Return whether `as_tensor` made x and keeps it."""
     return id(x) in _by_id
 
 
 def kept(number: int, longest: int | None = None) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
-    """Let a function keep what it made of constants, the last `number` of them.
+    """Make a decorator by which a function of a constant keeps its last `number` results.
 
-    The function's first argument is a tensor, its second the length of what it makes, if there is a `longest` to keep.
+    The function takes a tensor first. If `longest` is given, its second argument is the length of the result, and
+    longer results are not kept.
     """
 
     def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -50,7 +51,7 @@ def kept(number: int, longest: int | None = None) -> Callable[[Callable[..., Ten
 
 
 def traced() -> bool:
-    """Whether tensors made now belong to a tracer or a transform, and are of no use after it."""
+    """Return whether a tensor made now belongs to a tracer or a transform, so that it must not be kept."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0

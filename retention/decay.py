@@ -1,10 +1,11 @@
 """Decay schedules: how fast each head forgets.
 
 A schedule gives one decay gamma in (0, 1] per head. It is kept as `log_decay`, the natural logarithm of gamma per
-token, as Python floats computed in double precision. In float32, 1 - 2^-25 rounds to 1 and a slow head would
-never forget; log(gamma) stays exact.
+token, in Python floats of double precision. In float32, 1 - 2^-25 rounds to 1 and a slow head would never forget;
+log(gamma) keeps its digits.
 
-Source: Sun et al. 2023, arXiv:2307.08621: "paper" is Eq. 8, "log_linear" that of its language-model experiments.
+To add a schedule, write a function of the number of heads and enter it in `SCHEDULES`.
+Source: Sun et al. 2023, arXiv:2307.08621: "paper" is Eq. 8, "log_linear" is the schedule of its language models.
 """
 
 from __future__ import annotations
@@ -21,16 +22,38 @@ from .options import check_device, check_dtype, check_flags, check_number, check
 
 
 def paper(num_heads: int) -> tuple[float, ...]:
-    """Log-decays of gamma_h = 1 - 2^(-5 - h). Raises: ValueError for a wrong number of heads."""
+    """Return the log-decays of the paper, gamma_h = 1 - 2^(-5 - h) for heads h = 0, 1, ...
+
+    Raises: ValueError unless num_heads is an integer of at least 1.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8.
+    Examples:
+        >>> import math
+        >>> from retention.decay import paper
+        >>> [round(1 - math.exp(x), 9) for x in paper(3)]
+        [0.03125, 0.015625, 0.0078125]
+    """
     check_whole("num_heads", num_heads)
     return tuple(math.log1p(-(2.0 ** (-5 - h))) for h in range(num_heads))
 
 
 def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> tuple[float, ...]:
-    """Log-decays of 1 - gamma_h from `first` to `last` in equal ratios; the defaults are the paper's.
+    """Return log-decays for which 1 - gamma_h goes from `first` to `last` in equal ratios.
 
-    A head remembers some 1 / (1 - gamma) tokens: for short contexts, or where neighbours matter most, take larger ones.
+    A head remembers about 1 / (1 - gamma) tokens. Larger values of `first` and `last` suit short contexts, and tasks
+    where the nearest tokens matter most.
+
+    Args:
+        num_heads: number of heads.
+        first: 1 - gamma of the first head, above 0 and below 1; the default is the paper's.
+        last: 1 - gamma of the last head, above 0 and below 1; the default is the paper's.
+    Returns: num_heads natural logarithms of gamma per token.
     Raises: ValueError that names the argument.
+    Source: Sun et al. 2023, arXiv:2307.08621, the language-model experiments.
+    Examples:
+        >>> import math
+        >>> from retention.decay import log_linear
+        >>> [round(1 - math.exp(x), 6) for x in log_linear(3, 1 / 2, 1 / 8)]
+        [0.5, 0.25, 0.125]
     """
     check_whole("num_heads", num_heads)
     for name, gap in (("first", first), ("last", last)):
@@ -40,7 +63,15 @@ def log_linear(num_heads: int, first: float = 1 / 32, last: float = 1 / 512) -> 
 
 
 def short(num_heads: int) -> tuple[float, ...]:
-    """`log_linear` from 1/2 to 1/128: from the neighbour to some hundred tokens back."""
+    """Return `log_linear` from 1/2 to 1/128: heads that remember about 2 to 128 tokens.
+
+    Raises: ValueError unless num_heads is an integer of at least 1.
+    Examples:
+        >>> import math
+        >>> from retention.decay import short
+        >>> [round(1 / (1 - math.exp(x))) for x in short(7)]
+        [2, 4, 8, 16, 32, 64, 128]
+    """
     return log_linear(num_heads, 1 / 2, 1 / 128)
 
 
@@ -48,11 +79,18 @@ SCHEDULES = {"paper": paper, "log_linear": log_linear, "short": short}
 
 
 def log_decays(decay: str | Tensor | Sequence[float], num_heads: int) -> tuple[float, ...]:
-    """The log-decay of each head, in double precision.
+    """Return the log-decay of each head, in double precision.
 
-    decay: a name in SCHEDULES, or a tensor or sequence of `num_heads` log-decays, which is taken as it is.
-    Raises: ValueError for an unknown schedule, another number of heads, or a log-decay above 0 or not finite;
-        TypeError for what is no schedule.
+    Args:
+        decay: a name in SCHEDULES, or a tensor or sequence of num_heads natural logarithms of gamma per token, which is
+            returned unchanged.
+        num_heads: number of heads.
+    Raises: ValueError for an unknown schedule, another number of heads, or a log-decay that is above 0 or not finite;
+        TypeError for another type.
+    Examples:
+        >>> from retention.decay import log_decays
+        >>> log_decays([-0.5, -0.25], 2)
+        (-0.5, -0.25)
     """
     check_whole("num_heads", num_heads)
     if isinstance(decay, str):
@@ -83,7 +121,7 @@ def log_decays(decay: str | Tensor | Sequence[float], num_heads: int) -> tuple[f
 
 
 def check_decay(decay: object) -> None:
-    """Refuse what is a decay for no number of heads. Raises: as `log_decays`."""
+    """Refuse a decay that no number of heads accepts. Raises: the errors of `log_decays`."""
     listed = isinstance(decay, Sequence) and not isinstance(decay, str)
     count = len(decay) if listed else decay.numel() if isinstance(decay, Tensor) else 1  # type: ignore[arg-type]
     log_decays(decay, max(count, 1))  # type: ignore[arg-type]
@@ -91,14 +129,15 @@ def check_decay(decay: object) -> None:
 
 @kept(32)
 def decay_factors(log_decay: Tensor) -> Tensor:
-    """gamma of each head, (H, 1, 1)."""
+    """Return gamma of each head, (H, 1, 1), from log_decay (H,)."""
     return log_decay.exp()[:, None, None]
 
 
-@kept(16, longest=200)  # as long as form="auto" takes the parallel form for
+@kept(16, longest=200)  # form="auto" chooses the parallel form up to this length
 def decay_matrix(log_decay: Tensor, length: int, causal: bool) -> Tensor:
-    """D_nm = gamma^|n - m| of each head, (H, length, length); 0 for m > n if causal.
+    """Return D_nm = gamma^|n - m| of each head, (H, length, length); 0 for m > n if causal.
 
+    Shapes: log_decay (H,).
     Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5.
     """
     index = torch.arange(length, device=log_decay.device, dtype=log_decay.dtype)
@@ -109,10 +148,23 @@ def decay_matrix(log_decay: Tensor, length: int, causal: bool) -> Tensor:
 class HeadDecay(nn.Module):
     """The log-decay of each head, fixed or learnt.
 
-    decay: as `log_decays`. learnable: train `shift`, which is added to the schedule's log(1 - gamma): there, half
-        precision keeps slow heads apart, and weight decay pulls toward the schedule.
-    pairs: log-decays of the pairs of channels inside a head, which are added to the head's.
-    Raises: ValueError for a schedule that does not fit, or is too fast to be learnt.
+    A learnable decay trains `shift`, which is added to log(1 - gamma) of the schedule. On that scale half precision
+    still tells slow heads apart, and weight decay pulls toward the schedule.
+
+    Args:
+        decay: as `log_decays`.
+        num_heads: number of heads.
+        learnable: make `shift` (num_heads,) a parameter; it starts at 0.
+        pairs: log-decays of the pairs of channels inside a head, which are added to that of the head; default: none.
+        device, dtype: of the parameter.
+    Shapes: `forward` returns (num_heads,), or (num_heads * len(pairs),) with pairs.
+    Raises: ValueError or TypeError for a schedule that does not fit, for pairs that are not finite or above 0, and for
+        a learnable decay of gamma below 1e-4.
+    Examples:
+        >>> import torch
+        >>> from retention.decay import HeadDecay
+        >>> HeadDecay([-0.5, -0.25], 2)(torch.device("cpu"))
+        tensor([-0.5000, -0.2500])
     """
 
     def __init__(
@@ -139,16 +191,17 @@ class HeadDecay(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the decays back to the schedule."""
         if self.shift is not None:
             nn.init.zeros_(self.shift)
 
     def forward(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(num_heads,), or with pairs (num_heads * len(pairs),), pair by pair."""
+        """Return log(gamma) in `dtype` on `device`: (num_heads,), or (num_heads * len(pairs),), head by head."""
         if self.shift is None:
             heads = as_tensor(self.values, device, dtype)
         else:
             log_gap = as_tensor(self.log_gaps, device, dtype) + self.shift.to(dtype)
-            # gamma stays above 0. The gradient is that without the bound: at the bound it would be 0, for good.
+            # The bound keeps gamma above 0. The gradient ignores the bound, since a gradient of 0 would never leave it.
             log_gap = log_gap + (log_gap.clamp(max=-1e-4) - log_gap).detach()
             heads = torch.log1p(-log_gap.exp())
         if self.pairs is None:
@@ -160,23 +213,32 @@ class HeadDecay(nn.Module):
 
 
 def geometric_sum(log_decay: Tensor, count: Tensor) -> Tensor:
-    """sum over i < count of exp(i log_decay): the total weight of `count` tokens. The shapes broadcast.
+    """Return the sum over i < count of exp(i log_decay), the total weight of `count` tokens.
 
-    With x = count log_decay it is expm1(x) / expm1(log_decay). The derivative of that is a difference of two terms,
-    which cancel where |x| is small. There count phi(x) / phi(log_decay) is the same, with phi(x) = expm1(x) / x by its
-    series, whose derivatives do not cancel.
+    With x = count log_decay the sum is expm1(x) / expm1(log_decay). The derivative of this quotient is a difference of
+    two terms that cancel where |x| is small. There the same value is computed as count phi(x) / phi(log_decay), where
+    phi(x) = expm1(x) / x is a series whose derivatives do not cancel.
+
+    Shapes: log_decay and count broadcast against each other, and to the result.
+    Dtypes: float32 or float64, the same for both.
+    Source: the geometric series; sum_i D_ni in Sun et al. 2023, arXiv:2307.08621, Section 2.2, is one.
+    Examples:
+        >>> import torch
+        >>> from retention.decay import geometric_sum
+        >>> geometric_sum(torch.tensor(0.5).log(), torch.tensor([1.0, 2.0, 3.0]))
+        tensor([1.0000, 1.5000, 1.7500])
     """
     x = count * log_decay
     small = x.abs() < 1
     series = count * _phi(torch.where(small, x, 0)) / _phi(torch.where(small, log_decay, 0))
-    # Outside of its zone each formula gets a harmless argument: 0 * inf is NaN in the gradient of `where`.
+    # `where` multiplies the gradient of the other branch by 0, and 0 * inf is NaN: each branch gets a safe argument.
     closed = _expm1(torch.where(small, -1.0, x)) / _expm1(torch.where(small, -1.0, log_decay))
     return torch.where(small, series, closed)
 
 
 def _phi(x: Tensor) -> Tensor:
-    """expm1(x) / x = sum of x^n / (n + 1)! for |x| < 1."""
-    terms = 19 if x.dtype == torch.float64 else 11  # the first that is left out is below the rounding error
+    """Return expm1(x) / x = sum over n >= 0 of x^n / (n + 1)! for |x| < 1."""
+    terms = 19 if x.dtype == torch.float64 else 11  # the next term is below the rounding error
     total = torch.ones_like(x)
     for n in range(terms, 1, -1):
         total = 1 + x / n * total
@@ -184,6 +246,6 @@ def _phi(x: Tensor) -> Tensor:
 
 
 def _expm1(x: Tensor) -> Tensor:
-    """exp(x) - 1. torch takes expm1(x) + 1 for the derivative of expm1, which has no digits left far below 0."""
+    """Return exp(x) - 1. The derivative of torch.expm1 is expm1(x) + 1, which has no digits left far below 0."""
     far = x <= -1
     return torch.where(far, x.exp() - 1, torch.expm1(torch.where(far, 0, x)))

@@ -1,4 +1,4 @@
-"""Decoding with any model that takes a prompt in one pass and then a token at a time."""
+"""Decoding with any model that reads a prompt in one pass and then one token at a time."""
 
 from __future__ import annotations
 
@@ -27,13 +27,28 @@ def stream(
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """Yield the tokens (B, 1) that follow `tokens` (B, T): the prompt in one pass, then one token at a time.
+    """Yield the tokens (B, 1) that follow `tokens`: the prompt is read in one pass, then one token is drawn at a time.
 
-    prompt: tokens (B, T) and mask to the last token's logits (B, 1, vocab_size) and the state.
-    step: tokens (B, 1) and state, to be updated in place, to logits (B, 1, vocab_size).
-    temperature: 0 takes the likeliest token. top_k: draw among the likeliest k only. mask: (B, T), for padded prompts,
-    whose last column must be real. generator: where the chance comes from.
-    Raises: ShapeError, ValueError or TypeError that names the argument, before the first token is asked for.
+    Shapes: tokens (B, T), T at least 1; mask (B, T); each result (B, 1) int64.
+    Args:
+        prompt: a function of tokens (B, T) and mask that returns the logits of the last token, (B, 1, vocab_size), and
+            the state after it.
+        step: a function of tokens (B, 1) and the state that returns logits (B, 1, vocab_size) and updates the state in
+            place.
+        tokens: int32 or int64 indices.
+        max_new_tokens: tokens to yield for each row.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: draw among the k likeliest tokens only; default: among all.
+        mask: bool, True = real token, for padded prompts; the last column must be real, so pad on the left.
+        generator: source of the random numbers; default: torch's.
+    Raises: ShapeError, ValueError or TypeError that names the argument, before the first token is drawn.
+    Examples:
+        >>> import torch
+        >>> from retention.decoding import stream
+        >>> after = lambda tokens, _: torch.eye(5)[(tokens[:, -1:] + 1) % 5]  # the next index is the likeliest
+        >>> new = stream(lambda tokens, mask: (after(tokens, mask), None), after, torch.tensor([[2]]), 3, temperature=0)
+        >>> [token.item() for token in new]
+        [3, 4, 0]
     """
     for name, function in (("prompt", prompt), ("step", step)):
         check_is(name, function, Callable, "a function")
@@ -72,7 +87,7 @@ def _stream(
 
 
 def _pick(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """One token (B, 1) from logits (B, vocab_size)."""
+    """Draw one token (B, 1) from logits (B, vocab_size)."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature

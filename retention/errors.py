@@ -1,13 +1,13 @@
-"""The errors of this library that have a name of their own; everything else is a plain TypeError or ValueError."""
+"""The errors of this library that have a name of their own. All other errors are a plain TypeError or ValueError."""
 
 
 class ShapeError(ValueError):
-    """Sizes of tensors or options do not fit together."""
+    """The sizes of tensors or options do not fit together."""
 
 
 class BackendError(RuntimeError):
-    """No backend, or not the one asked for, can run a call. The message holds every reason."""
+    """No backend can run a call, or the one asked for cannot. The message lists every reason."""
 
 
 class NotSavedError(OSError):
-    """Something could not be written. The message says why, and which checkpoint is kept."""
+    """A file could not be written. The message gives the cause and names the checkpoint that is kept."""

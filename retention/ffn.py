@@ -1,7 +1,8 @@
-"""The feed-forward of a block, dense or a mixture of experts.
+"""The feed-forward of a block: a dense one, or a mixture of experts.
 
-Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3; the gate is Shazeer 2020, arXiv:2002.05202; the norm before fc2
-is Sub-LN, Wang et al. 2022, arXiv:2210.06423; the experts are GShard's, Lepikhin et al. 2020, arXiv:2006.16668.
+Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3; the gate is from Shazeer 2020, arXiv:2002.05202; the norm before
+    fc2 is the Sub-LN of Wang et al. 2022, arXiv:2210.06423; the experts are those of GShard, Lepikhin et al. 2020,
+    arXiv:2006.16668.
 """
 
 from __future__ import annotations
@@ -33,14 +34,33 @@ BACKENDS = ("torch", "xformers")
 
 
 class FeedForward(nn.Module):
-    """fc2(activation(fc1 x) * gate x), or without the gate fc2(activation(fc1 x)).
+    """A feed-forward of two linear layers, with or without a gate.
 
-    activate_output: take the activation of fc2's output too. hidden_norm: "rms" or "layer", before fc2.
-    init_scale: factor of the initialisation of fc1 and fc2.
-    backend: "torch", or "xformers", which computes the same from the same parameters; only with the gate and the
-        activation "silu", with nothing between them and fc2.
+        fc2(norm(activation(fc1 x) * gate x)),    without a gate fc2(norm(activation(fc1 x)))
+
+    Shapes: x (..., dim) -> (..., dim).
+    Args:
+        dim, hidden_dim: width of input and output, width between fc1 and fc2.
+        gated: multiply by a linear layer `gate` of x.
+        bias: give all linear layers a bias.
+        activation: "silu", "gelu", "relu" or "sigmoid".
+        activate_output: apply the activation to the output of fc2 too.
+        hidden_norm: "rms" or "layer" for a norm before fc2; None: no norm.
+        norm_eps: eps of that norm.
+        dropout: rate of dropout of the output, in training.
+        activation_dropout: rate of dropout before fc2, in training.
+        init_scale: factor of the Xavier initialisation of fc1 and fc2.
+        backend: "torch", or "xformers" for its `swiglu`, which computes the same from the same parameters. It needs
+            gated=True, activation="silu", and neither hidden_norm nor activation_dropout.
+        device, dtype: of the parameters.
     Raises: ValueError or TypeError that names the option; BackendError, from its cause, if xformers is missing or does
         not work.
+    Source: Shazeer 2020, arXiv:2002.05202.
+    Examples:
+        >>> import torch
+        >>> from retention.ffn import FeedForward
+        >>> FeedForward(8, 16, activation="silu")(torch.ones(2, 3, 8)).shape
+        torch.Size([2, 3, 8])
     """
 
     def __init__(
@@ -93,6 +113,7 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Initialise all weights again (Xavier, uniform) and set biases to 0."""
         for proj in (self.fc1, self.gate, self.fc2):
             if proj is not None:
                 nn.init.xavier_uniform_(proj.weight, 1.0 if proj is self.gate else self.init_scale)
@@ -102,7 +123,7 @@ class FeedForward(nn.Module):
             self.norm.reset_parameters()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim)."""
+        """Map x (..., dim) to (..., dim). Raises: ShapeError, TypeError or ValueError if x does not fit."""
         check_input("x", x, self.dim, tokens=False, weight=weight_of(self.fc1))
         if self.backend == "xformers" and self.gate is not None:
             y = swiglu(x, self.fc1, self.gate, self.fc2)
@@ -118,12 +139,28 @@ class FeedForward(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes through the `top_k` of `num_experts` plain feed-forwards that the router likes best for it.
+    """A feed-forward of several experts, of which a router chooses `top_k` for each token.
 
-    Their outputs are added with the router's probabilities as weights, which for more than one are scaled to sum to 1.
-    No expert has a limit of tokens, so that none is dropped and no token depends on the others in its batch.
-    options: of the experts, as `FeedForward`.
-    Raises: as `FeedForward`; ValueError unless 1 <= top_k <= num_experts.
+        y = sum over the top_k experts e of w_e FeedForward_e(x),    w = softmax(router x)
+
+    For top_k > 1 the weights w_e of the chosen experts are scaled to sum to 1.
+
+    No expert has a limit of tokens, so no token is dropped, and none depends on the other tokens of its batch.
+
+    Shapes: x (B, T, dim) -> y (B, T, dim) and a loss ().
+    Args:
+        dim, hidden_dim: widths of each expert, as in `FeedForward`.
+        num_experts: number of experts, which have no gate.
+        top_k: experts per token, at most num_experts.
+        options: the further options of `FeedForward`, for each expert.
+    Raises: the errors of `FeedForward`; ValueError unless 1 <= top_k <= num_experts.
+    Source: Lepikhin et al. 2020, arXiv:2006.16668. Differs: experts have no capacity.
+    Examples:
+        >>> import torch
+        >>> from retention.ffn import MixtureOfExperts
+        >>> y, loss = MixtureOfExperts(8, 16, num_experts=4, top_k=2)(torch.ones(2, 3, 8))
+        >>> y.shape, loss.shape
+        (torch.Size([2, 3, 8]), torch.Size([]))
     """
 
     def __init__(self, dim: int, hidden_dim: int, *, num_experts: int, top_k: int, **options: Any):
@@ -142,20 +179,25 @@ class MixtureOfExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The router's; the experts have their own."""
+        """Initialise the router again; the experts have a method of their own."""
         nn.init.normal_(self.router.weight, std=self.router.in_features**-0.5)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, T, dim) -> the same, and the loss that keeps the experts' loads alike, 1 if they are.
+        """Return y (B, T, dim) and the loss that balances the experts, which is 1 if all get the same load.
 
-        mask (B, T) bool: padding does not count in the loss.
+            loss = num_experts * sum over e of (share of tokens with e as first choice) (mean probability of e)
+
+        Args:
+            x: (B, T, dim).
+            mask: (B, T) bool, True = real token; the loss leaves padding out.
+        Raises: ShapeError, TypeError or ValueError for inputs that do not fit.
         """
         check_input("x", x, self.router.in_features, weight_of(self.router))
         if mask is not None:
             check_mask(mask, x.shape[0], x.shape[1], x.device)
         tokens = x.flatten(0, 1)
-        chances = self.router(tokens).softmax(-1, dtype=state_dtype(x.dtype))
-        weights, chosen = chances.topk(self.top_k, dim=-1)
+        chances = self.router(tokens).softmax(-1, dtype=state_dtype(x.dtype))  # (tokens, experts)
+        weights, chosen = chances.topk(self.top_k, dim=-1)  # (tokens, top_k)
         if self.top_k > 1:
             weights = weights / weights.sum(-1, keepdim=True)
         share = torch.zeros_like(chances).scatter(1, chosen, weights).to(x.dtype)  # (tokens, experts)
@@ -163,6 +205,7 @@ class MixtureOfExperts(nn.Module):
         return out.view_as(x), self._imbalance(chances, chosen[:, 0], mask)
 
     def _chosen(self, tokens: Tensor, share: Tensor) -> Tensor:
+        """Run each expert on its own tokens only."""
         out = torch.zeros_like(tokens)
         for i, expert in enumerate(self.experts):
             rows = share[:, i].nonzero()[:, 0]
@@ -170,13 +213,14 @@ class MixtureOfExperts(nn.Module):
         return out
 
     def _all(self, tokens: Tensor, share: Tensor) -> Tensor:
-        """The same with every token through every expert: a compiler wants shapes that do not hang on the data."""
+        """Run every token through every expert, since a compiler needs shapes that do not depend on the data."""
         return sum(
             (expert(tokens) * share[:, i, None] for i, expert in enumerate(self.experts)), torch.zeros_like(tokens)
         )
 
     def _imbalance(self, chances: Tensor, first: Tensor, mask: Tensor | None) -> Tensor:
+        """Return num_experts * sum over e of load_e mean(chances_e), over real tokens; chances (tokens, experts)."""
         real = torch.ones_like(first, dtype=torch.bool) if mask is None else mask.flatten()
         real = real[:, None].to(chances.dtype) / real.sum().clamp(min=1)
-        load = (F.one_hot(first, chances.shape[1]) * real).sum(0)
+        load = (F.one_hot(first, chances.shape[1]) * real).sum(0)  # (experts,) share of tokens by first choice
         return chances.shape[1] * (load * (chances * real).sum(0)).sum()

@@ -1,4 +1,4 @@
-"""Retention as a function: chooses a backend, runs it, applies the paper's normalisers."""
+"""Retention as functions: check the arguments, choose a backend, run it, and apply the paper's normalisers."""
 
 from __future__ import annotations
 
@@ -38,38 +38,58 @@ def retain(
     form: str = "auto",
     return_state: bool = False,
 ) -> Tensor | tuple[Tensor, RetentionState]:
-    """Retention of every token with the tokens before it; the shapes are those of `scaled_dot_product_attention`.
+    """Compute retention of every token with the tokens before it. Shapes are as in `scaled_dot_product_attention`.
 
         R_nm = scale (q_n . k_m) D_nm,    D_nm = gamma^(t_n - t_m) for m <= n, else 0,    out = R v
 
-    Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V), where Hkv divides H and each key/value head serves
-        H / Hkv query heads in a row; log_decay (H,). Returns out (B, H, T, V), and the state with return_state.
-    Dtypes: q, k, v alike, any float; log_decay float32 or float64; sums in float32 at least; out as v, or out_dtype.
+    The time t_n is the number of real tokens before token n in its sequence.
+
+    Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V), where Hkv divides H and each key/value head serves H /
+        Hkv consecutive query heads; log_decay (H,); out (B, H, T, V).
+    Dtypes: q, k and v share one dtype, float16, bfloat16, float32 or float64; log_decay is float32 or float64. Sums are
+        computed in float32, or in float64 for float64 inputs. out has the dtype of v, or out_dtype.
     Args:
+        q: queries.
+        k: keys.
+        v: values.
         log_decay: log(gamma) per head, natural logarithm per token, at most 0.
-        state: what an earlier call returned, whatever its form or backend: this call continues the sequence.
+        state: the state that an earlier call returned, from any form and backend; this call continues its sequence.
+            Default: the beginning of a sequence.
         scale: factor of q . k; default 1 / sqrt(K).
-        mask: (B, T) bool, True = real token. Padding may stand anywhere; time stands still over it, its output is 0.
+        mask: (B, T) bool, True = real token. Padding may stand anywhere. Padding does not advance the time, and its
+            output is 0.
         cu_seqlens: (N + 1,) int32, the borders 0 = c_0 <= ... <= c_N = T of N sequences packed into one row (B = 1).
-            Nothing crosses a border; states then have N rows.
-        causal: False gives D_nm = gamma^|t_n - t_m| for all m; no state then.
-        grid: (rows, columns) of an image whose cells are the tokens, row by row, T = rows * columns; with causal=False
-            D_nm = gamma^(|row_n - row_m| + |column_n - column_m|). No mask or cu_seqlens.
+            Tokens see only their own sequence; a state then has N rows.
+        causal: False gives D_nm = gamma^|t_n - t_m| for all m, and allows no state.
+        grid: (rows, columns) of an image whose cells are the tokens, row by row, with T = rows * columns. It needs
+            causal=False, gives D_nm = gamma^(|row_n - row_m| + |column_n - column_m|), and excludes mask and
+            cu_seqlens.
         decay_norm: divide D_nm by sqrt(sum_i D_ni).
-        score_norm: divide R_nm by max(|sum_i R_ni|, 1). Where the scores cancel, rounding errors grow by
-            sum_i |R_ni| / max(|sum_i R_ni|, 1): 2e-5 was seen in float32. "absolute" takes
-            min(max(sum_i |R_ni|, 1), 5e4) without gradient, as torchscale does; it cannot be had from a state, so form
-            "parallel" only.
-        out_dtype: of out; default: that of v. float32 keeps sums of half precision, which may leave its range: take it
-            where a norm or a division follows.
-        chunk_size: tokens per chunk of the chunkwise form, on a grid cells per tile; default: the backend's.
-        backend: "auto" or a registered name; see `explain`. A named backend never falls back.
-        form: "auto", "parallel", "chunkwise" or "recurrent". The result is the same.
-    Cost: O(T^2 (K + V)) parallel, O(T (C + K) (K + V)) chunkwise, O(T K V) recurrent; for each head. On a grid the
-        chunkwise form is linear in T too.
-    Raises: ShapeError, ValueError or TypeError for arguments that do not fit; BackendError if no backend can.
+        score_norm: divide R_nm by max(|sum_i R_ni|, 1). Where the scores cancel, rounding errors grow by the factor
+            sum_i |R_ni| / max(|sum_i R_ni|, 1); errors of 2e-5 were measured in float32. "absolute" divides by
+            min(max(sum_i |R_ni|, 1), 5e4) without gradient, as torchscale does; a state does not hold this sum, so it
+            needs form "parallel".
+        out_dtype: dtype of out: that of v (default), or float32 (float64 for float64). The sums may exceed the range of
+            half precision; take float32 where a norm or a division follows.
+        chunk_size: tokens per chunk of the chunkwise form, on a grid cells per tile; default: the choice of the
+            backend.
+        backend: "auto" or a registered name; see `explain`. A named backend never falls back to another.
+        form: "auto", "parallel", "chunkwise" or "recurrent". All forms give the same result.
+        return_state: return the state after the last token too.
+    Returns: out; with return_state, the pair (out, state).
+    Cost: O(T^2 (K + V)) parallel, O(T (C + K) (K + V)) chunkwise with chunks of C tokens, O(T K V) recurrent; for each
+        head. On a grid the chunkwise form is linear in T too.
+    Raises: ShapeError, ValueError or TypeError for arguments that do not fit; BackendError if no backend can run the
+        call.
     Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5 to 7; normalisers from its Section 2.2. Differs: the normalisers
-        are off, since the norm that follows in a layer cancels them.
+        are off by default, since the norm that follows in a layer cancels them.
+    Examples:
+        >>> import torch, retention
+        >>> x = torch.ones(1, 1, 3, 1)  # one row, one head, three tokens, one channel
+        >>> retention.retain(x, x, x, torch.tensor([0.5]).log())
+        tensor([[[[1.0000],
+                  [1.5000],
+                  [1.7500]]]])
     """
     call = describe(
         q,
@@ -107,13 +127,33 @@ def step(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """One more token for each row; `state` is updated in place. The same result as `retain`, for decoding.
+    """Compute retention of one more token for each row and update `state` in place. The result equals that of `retain`.
 
-    Shapes: q (B, H, 1, K); k (B, Hkv, 1, K); v (B, Hkv, 1, V); mask (B, 1). Returns out (B, H, 1, V).
-    Cost: O(K V) for each head, at any position; allocates nothing that lasts. No gradients.
-    Raises: as `retain`; ValueError if a gradient would be needed.
+    Shapes: q (B, H, 1, K); k (B, Hkv, 1, K); v (B, Hkv, 1, V); log_decay (H,); out (B, H, 1, V).
+    Dtypes: as `retain`.
+    Args:
+        q: the query of one token.
+        k: its key.
+        v: its value.
+        log_decay: log(gamma) per head, natural logarithm per token, at most 0.
+        state: the state before the token, from `retain` or `initial_state`; it is overwritten.
+        scale: factor of q . k; default 1 / sqrt(K).
+        mask: (B, 1) bool, True = real token. A row with padding keeps its state.
+        decay_norm: as in `retain`.
+        score_norm: as in `retain`, without "absolute"; the state must have been made with score_norm too.
+        out_dtype: as in `retain`.
+        backend: as in `retain`.
+    Returns: out.
+    Cost: O(K V) for each head, at any position. No gradients.
+    Raises: the errors of `retain`; ShapeError for more than one token; ValueError if a gradient would be needed.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 6.
+    Examples:
+        >>> import torch, retention
+        >>> x, state = torch.ones(1, 1, 1, 1), retention.initial_state(1, 1, 1, 1)
+        >>> [retention.step(x, x, x, torch.tensor([0.5]).log(), state).item() for _ in range(3)]
+        [1.0, 1.5, 1.75]
     """
-    if state is None:  # which for `retain` is the beginning
+    if state is None:  # `retain` takes None for the beginning of a sequence
         raise TypeError("state must be a RetentionState; got NoneType; `initial_state` makes an empty one")
     options: dict[str, Any] = dict(
         scale=scale, mask=mask, decay_norm=decay_norm, score_norm=score_norm, out_dtype=out_dtype
@@ -138,7 +178,7 @@ def stepped(
     decay_norm: bool,
     score_norm: ScoreNorm,
 ) -> Tensor:
-    """`step` for arguments that have been checked, and described in `call`."""
+    """Run `step` for arguments that have been checked and are described in `call`."""
     out, _ = _run(call, backend, q, k, v, log_decay, state, mask, None, decay_norm, score_norm)
     state.time += 1 if mask is None else counts(call, mask, None, q.device)
     return out
@@ -156,7 +196,25 @@ def scores(
     decay_norm: bool = False,
     score_norm: ScoreNorm = False,
 ) -> Tensor:
-    """The retention scores R of the parallel form, (B, H, T, T): `retain` is R v. Arguments and source as there."""
+    """Compute the retention scores R of the parallel form; `retain` returns R v.
+
+    Shapes: q (B, H, T, K); k (B, Hkv, T, K); log_decay (H,). Returns R (B, H, T, T).
+    Dtypes: as `retain`; R is float32, or float64 for float64 inputs.
+    Args:
+        q, k, log_decay: as in `retain`.
+        scale, mask, causal, grid, decay_norm, score_norm: as in `retain`.
+    Cost: O(T^2 K) for each head, and memory for all T^2 scores.
+    Raises: ShapeError, ValueError or TypeError for arguments that do not fit.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5; normalisers from its Section 2.2.
+    Examples:
+        >>> import torch
+        >>> from retention.functional import scores
+        >>> x = torch.ones(1, 1, 3, 1)
+        >>> scores(x, x, torch.tensor([0.5]).log())[0, 0]
+        tensor([[1.0000, 0.0000, 0.0000],
+                [0.5000, 1.0000, 0.0000],
+                [0.2500, 0.5000, 1.0000]])
+    """
     options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid, decay_norm=decay_norm)
     call = describe(q, k, k, log_decay, score_norm=score_norm, form="parallel", **options)
     found = retention_scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
@@ -179,9 +237,22 @@ def initial_state(
     device: Any = None,
     dtype: Any = None,
 ) -> RetentionState:
-    """The state before the first token: all zero. dtype: of q; the state is float32 at least.
+    """Make the state before the first token, which is all zero.
 
+    Args:
+        rows: number of sequences: the batch size, or the segments of a packed call.
+        heads: number of query heads.
+        key_dim: channels of q per head.
+        value_dim: channels of v per head.
+        score_norm: whether the state is for calls with score_norm=True; it then holds k_sum.
+        device: default: torch's default device.
+        dtype: dtype of q, default torch's default dtype; the state is float32, or float64 for float64.
+    Returns: a `RetentionState` with kv (rows, heads, key_dim, value_dim) and time (rows,).
     Raises: ValueError or TypeError that names the argument.
+    Examples:
+        >>> import retention
+        >>> retention.initial_state(2, 4, 8, 16).kv.shape
+        torch.Size([2, 4, 8, 16])
     """
     check_whole("rows", rows, 0)
     for name, size in (("heads", heads), ("key_dim", key_dim), ("value_dim", value_dim)):
@@ -196,7 +267,24 @@ def initial_state(
 
 
 def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str = "auto", **options: Any) -> str:
-    """Which forms and backends can run `retain` with these arguments, which one is chosen, and why not the others."""
+    """Say which forms and backends can run `retain` with these arguments, which is chosen, and why the others cannot.
+
+    Args:
+        q: as in `retain`.
+        k: as in `retain`.
+        v: as in `retain`.
+        log_decay: as in `retain`.
+        backend: as in `retain`.
+        options: the further arguments of `retain`, by name.
+    Returns: text with one line for the call, one for each form and backend in order of preference, and one for each
+        outside library that a backend found.
+    Raises: ShapeError, ValueError or TypeError for arguments that `retain` refuses.
+    Examples:
+        >>> import torch, retention
+        >>> x = torch.ones(1, 1, 100, 8)
+        >>> print(retention.explain(x, x, x, torch.tensor([-0.1])).splitlines()[1])
+          chunkwise  chunked    can, and is chosen
+    """
     if "in_place" in options:
         raise TypeError("explain() takes the arguments of `retain`; got in_place")
     return backends.explain(describe(q, k, v, log_decay, **options), backend)
@@ -215,15 +303,16 @@ def _run(
     decay_norm: bool,
     score_norm: ScoreNorm,
 ) -> tuple[Tensor, RetentionState | None]:
+    """Choose a backend, run it outside of autocast, apply the normalisers and make the new state."""
     out_dtype = call.out_dtype
-    if decay_norm or score_norm:  # a sum may be too large for half precision, its mean is not
+    if decay_norm or score_norm:  # sums may exceed the range of half precision, the normalised output does not
         call = call._replace(out_dtype=state_dtype(call.dtype))
     backend, call = backends.choose(call, name)
 
     def run(values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if call.device == "meta" or not torch.is_autocast_enabled(call.device):
             return backend(call, q, k, values, log_decay, before, mask, cu_seqlens)
-        with torch.autocast(call.device, enabled=False):  # sums stay float32
+        with torch.autocast(call.device, enabled=False):  # the sums stay float32
             return backend(call, q, k, values, log_decay, before, mask, cu_seqlens)
 
     out, kv = run(v, None if state is None else state.kv)
@@ -231,7 +320,7 @@ def _run(
     if score_norm == "absolute":
         scores = retention_scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)
         mass = scores.detach().abs().sum(-1, keepdim=True)
-    elif score_norm:  # sum_i R_ni is retention with values of 1
+    elif score_norm:  # sum_i R_ni is the retention of values that are all 1
         before = None if state is None or state.k_sum is None else state.k_sum[..., None]
         mass, k_sum = run(torch.ones_like(v[..., :1]), before)
 

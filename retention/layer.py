@@ -1,4 +1,4 @@
-"""MultiScaleRetention: the layer that stands where attention stood."""
+"""MultiScaleRetention, the layer that takes the place of attention."""
 
 from __future__ import annotations
 
@@ -52,11 +52,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 NORMS = ("group", "rms")
-GATED_AT_ONCE = 2**18  # numbers, on CPU without gradients: 10 % faster at 2048 tokens and beyond
+GATED_AT_ONCE = 2**18  # elements, on CPU without gradients: 10 % faster from 2048 tokens on
 
 
 class HasBackend(nn.Module):
-    """A module that computes retention itself. backend, form: as `retain`."""
+    """A module that computes retention itself.
+
+    Attributes:
+        backend, form: as in `retain`; `set_backend` sets both.
+    """
 
     backend: str
     form: str
@@ -67,32 +71,49 @@ class MultiScaleRetention(HasBackend):
 
         y = (gate(x W_g) * norm(retain(rotate(x W_q), rotate(x W_k), x W_v))) W_o
 
-    Shapes: x (B, T, dim) -> y (B, T, dim); the state is (B, num_heads, key_dim / num_heads, value_dim / num_heads),
-        whatever the length.
+    Shapes: x (B, T, dim) -> y (B, T, dim). The state is (B, num_heads, key_dim / num_heads, value_dim / num_heads) at
+        any length; with "xpos" it is (B, num_heads * P, 2, value_dim / num_heads) for P = key_dim / num_heads / 2
+        pairs.
+    Dtypes: x has the dtype of the weights, or any under autocast; decays, angles and states are float32, or float64 for
+        float64 inputs.
     Args:
         dim: width of input and output.
         num_heads: query heads, each with its own decay.
         num_kv_heads: key and value heads; divides num_heads; default num_heads.
-        key_dim, value_dim: total width of q and of the heads' outputs; default dim and 2 dim, as in the paper.
+        key_dim: total width of q over all heads; default dim, as in the paper.
+        value_dim: total width of the outputs of all heads; default 2 dim, as in the paper.
         decay: "paper", "log_linear", "short", or num_heads log-decays; see `retention.decay`.
-        learnable_decay: train it; see `retention.decay.HeadDecay`.
-        rotary: "paper", "rope", "xpos" or None; see `retention.rotary`. interleaved: which channels form a pair. With
-            "xpos" each pair of channels has its own decay, which costs key_dim / num_heads / 2 times as much.
+        learnable_decay: train the decay; see `retention.decay.HeadDecay`.
+        rotary: "paper", "rope", "xpos" or None; see `retention.rotary`. With "xpos" each pair of channels has its own
+            decay, which multiplies the cost of retention by key_dim / num_heads / 2.
+        interleaved: whether neighbouring channels form the pairs that are rotated; see `retention.rotary.rotate`.
         scale: factor of q . k; default 1 / sqrt(key_dim / num_heads).
-        bias: of all five projections.
+        bias: give all five projections a bias.
         gate: "silu", "gelu", "relu", "sigmoid" or None.
-        norm: "group", "rms" or None; norm_affine False, "shared" or "channel"; norm_eps. See `HeadNorm`.
-        causal: False for encoders: gamma^|distance|, no state.
-        decay_norm, score_norm: the paper's normalisers, see `retain`; without effect under a norm, but for its eps.
-        dropout: of the output, in training.
-        init_gain: of the Xavier initialisation of all projections but the last, whose gain is 1/2; default: that of the
-            authors' code, for deep models. init_scale: a further factor for v_proj and out_proj, as in DeepNorm.
-        backend, form, chunk_size: of `forward`, as in `retain`; attributes, so they can be changed later. `step` takes
-            the best backend that can.
-    Raises: ValueError or ShapeError that names the option.
-    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays, angles and states are float32 at least and no
-        buffers: they are computed from integers, so that neither `.to(bfloat16)` nor a checkpoint nor the meta device
-        touches them.
+        norm: "group" or "rms", the kind of the `HeadNorm` that follows retention; None: no norm.
+        norm_affine: False, "shared" or "channel", the weights of that norm.
+        norm_eps: its eps.
+        causal: False, for encoders, gives gamma^|distance| and no state.
+        decay_norm: a normaliser of the paper, see `retain`; a norm cancels it but for its eps.
+        score_norm: the other normaliser of the paper, likewise.
+        dropout: rate of dropout of the output, in training.
+        init_gain: gain of the Xavier initialisation of all projections but the last, whose gain is 1/2; the default is
+            that of the authors' code, for deep models.
+        init_scale: further factor for v_proj and out_proj, as in DeepNorm.
+        backend: of `forward`, as in `retain`; the attribute may be changed later. `step` always uses "auto".
+        form: of `forward`, as in `retain`; the attribute may be changed later.
+        chunk_size: of `forward`, as in `retain`; the attribute may be changed later.
+        device: of the parameters.
+        dtype: of the parameters.
+    Raises: ValueError, ShapeError or TypeError that names the option.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8. Decays and angles are not buffers but come from Python
+        numbers, so `.to(bfloat16)`, a checkpoint or the meta device cannot change them.
+    Examples:
+        >>> import torch, retention
+        >>> layer = retention.MultiScaleRetention(dim=16, num_heads=2)
+        >>> y, state = layer(torch.ones(1, 5, 16), return_state=True)  # five tokens
+        >>> y.shape, layer.step(torch.ones(1, 1, 16), state).shape  # and one more
+        (torch.Size([1, 5, 16]), torch.Size([1, 1, 16]))
     """
 
     def __init__(
@@ -158,7 +179,7 @@ class MultiScaleRetention(HasBackend):
         self.key_dim, self.value_dim = key_dim, value_dim
         self.head_key_dim, self.head_value_dim = key_dim // num_heads, value_dim // num_heads
         self.freqs = None if rotary is None else frequencies(rotary, self.head_key_dim)
-        self.pairs = self.head_key_dim // 2 if rotary == "xpos" else 1  # of channels, with decays of their own
+        self.pairs = self.head_key_dim // 2 if rotary == "xpos" else 1  # pairs of channels with their own decays
         self.interleaved, self.causal = interleaved, causal
         self.scale = self.head_key_dim**-0.5 if scale is None else scale
         self.decay_norm, self.score_norm = decay_norm, score_norm
@@ -181,7 +202,7 @@ class MultiScaleRetention(HasBackend):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the projections anew, as the authors' code does; biases, norms and decays as at the start."""
+        """Initialise the projections again, as the authors' code does, and reset biases, norms and decays."""
         for proj in (self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.out_proj):
             if proj is not None:
                 gain = 0.5 if proj is self.out_proj else self.init_gain
@@ -208,15 +229,25 @@ class MultiScaleRetention(HasBackend):
         form: str | None = None,
         backend: str | None = None,
     ) -> Any:
-        """Mix the tokens of x; with `state`, continue the sequence it comes from.
+        """Compute retention of the tokens of x; with `state`, x continues the sequence of the state.
 
-        Shapes: x (B, T, dim); key, value (B, T, dim), what to retain instead of x (value defaults to key, key to x);
-            mask (B, T) bool, True = real token; cu_seqlens (N + 1,) int32 with B = 1.
-        grid: (rows, columns) of the image whose cells are the tokens, row by row, as in `retain`; needs causal=False.
-            Rotary positions go on counting the tokens one by one.
-        rotation: what `self.rotation` returns, to compute it once for many layers.
-        form, backend: for this call, instead of the layer's own.
-        Returns: y (B, T, dim); with return_state, also the state after the last token.
+        Shapes: x, key and value (B, T, dim); mask (B, T) bool; cu_seqlens (N + 1,) int32 with B = 1; y (B, T, dim).
+        Args:
+            x: input of the queries and the gate.
+            key: input of the keys; default: x.
+        value: input of the values; default: key.
+            mask: True = real token; padding may stand anywhere.
+            cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
+            state: the state that an earlier call returned; default: the beginning of a sequence.
+            return_state: return the state after the last token too.
+            grid: (rows, columns) of the image whose cells are the tokens, row by row, as in `retain`; needs
+                causal=False. Rotary positions still count the tokens one by one.
+            rotation: the result of `self.rotation`, so that many layers can share it; default: computed here.
+            form: of this call; default: that of the layer.
+        backend: of this call; default: that of the layer.
+        Returns: y; with return_state, the pair (y, state).
+        Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
+            call.
         """
         key = x if key is None else key
         value = key if value is None else value
@@ -263,10 +294,17 @@ class MultiScaleRetention(HasBackend):
     def step(
         self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
-        """Decode one token, x (B, 1, dim) -> y (B, 1, dim); `state` is updated in place, at a cost that never grows.
+        """Decode one token and update `state` in place, at a cost that does not depend on the position. No gradients.
 
-        mask (B, 1) bool, True = real token. rotation: as in `forward`. No gradients.
-        Raises: ValueError if the layer is not causal; ShapeError or TypeError for inputs that do not fit.
+        Shapes: x (B, 1, dim) -> y (B, 1, dim).
+        Args:
+            x: input of one token for each row.
+            state: the state before the token, from `forward` or `initial_state`; it is overwritten.
+            mask: (B, 1) bool, True = real token. A row with padding keeps its state.
+            rotation: as in `forward`.
+        Returns: y.
+        Raises: ValueError if the layer is not causal; ShapeError, ValueError or TypeError for inputs that do not fit.
+        Source: Sun et al. 2023, arXiv:2307.08621, Eq. 6.
         """
         self.check_step_inputs(x, state, mask=mask, rotation=rotation)
         return self.checked_step(x, state, mask=mask, rotation=rotation)
@@ -274,8 +312,8 @@ class MultiScaleRetention(HasBackend):
     def checked_step(
         self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
-        """`step` without `check_step_inputs`, for what has checked the inputs of all its layers."""
-        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # to enter it takes 3 % of a step
+        """Run `step` without its checks, for a caller that has checked the inputs of all its layers."""
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():  # entering no_grad takes 3 % of a step
             if rotation is None:
                 rotation = self._rotation(x, mask=mask, state=state)
             q, k, v = self._project(x, x, x, rotation)
@@ -286,9 +324,16 @@ class MultiScaleRetention(HasBackend):
             return self._output(out, x, v.dtype)
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
-        """The retention scores R that `forward` weighs the values with in its parallel form, (B, num_heads, T, T).
+        """Return the retention scores R by which the parallel form weighs the values, (B, num_heads, T, T).
 
-        x (B, T, dim); mask (B, T) bool; grid as in `forward`. For looking at: they take memory in T^2.
+        They are for inspection: their memory grows with T^2.
+
+        Args:
+            x: (B, T, dim).
+            mask: (B, T) bool, True = real token.
+            grid: as in `forward`.
+        Raises: ShapeError, ValueError or TypeError that names the argument.
+        Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5.
         """
         self.check_inputs(x, x, x, mask=mask, grid=grid)
         q, k, _ = self._project(x, x, x, self._rotation(x, mask=mask))
@@ -298,7 +343,7 @@ class MultiScaleRetention(HasBackend):
         return found if self.pairs == 1 else reduce(found, "b (h p) n m -> b h n m", "sum", h=self.num_heads)
 
     def initial_state(self, batch: int) -> RetentionState:
-        """The state before the first token, for `step`. Raises: ValueError if the layer is not causal."""
+        """Make the state before the first token of `batch` rows, for `step`. Raises: ValueError unless causal."""
         self._check_causal()
         check_whole("batch", batch, 0)
         weight = self.q_proj.weight
@@ -313,9 +358,11 @@ class MultiScaleRetention(HasBackend):
         cu_seqlens: Tensor | None = None,
         state: RetentionState | None = None,
     ) -> Tensor | None:
-        """cos and sin for the tokens of x, (..., T, key_dim / num_heads / 2, 2), as `rotate` takes them.
+        """Return the cosines and sines for the tokens of x, which `forward` takes as `rotation`; None without rotary.
 
-        ... is (B or 1, 1) with a mask, segments or a state, else nothing. None without rotary.
+        Shapes: x (B, T, dim); mask (B, T); cu_seqlens (N + 1,). Returns (T, key_dim / num_heads / 2, 2), or with a
+            mask, segments or a state (B or 1, 1, T, key_dim / num_heads / 2, 2).
+        Raises: ShapeError, ValueError or TypeError that names the argument.
         """
         self.check_inputs(x, x, x, mask=mask, cu_seqlens=cu_seqlens, state=state, here=False)
         return self._rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=state)
@@ -336,6 +383,7 @@ class MultiScaleRetention(HasBackend):
         return rotation(times.unsqueeze(1), self.freqs, state_dtype(x.dtype))
 
     def _project(self, x: Tensor, key: Tensor, value: Tensor, rotation: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rotated q, k and v, (B, heads, T, D); with "xpos" each pair of channels is a head."""
         q, k, v = self.q_proj(x), self.k_proj(key), self.v_proj(value)
         q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         k, v = (z.unflatten(-1, (self.num_kv_heads, -1)).transpose(1, 2) for z in (k, v))
@@ -346,32 +394,32 @@ class MultiScaleRetention(HasBackend):
         return q, k, v
 
     def _heads_of_pairs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Each pair of channels as a head, since a head has one decay; the sum of their outputs is that of the head."""
+        """Make each pair of channels a head, since a head has one decay; their outputs add up to that of the head."""
         pattern = "b h t (p c) -> b (h p) t c" if self.interleaved else "b h t (c p) -> b (h p) t c"
         k = k.repeat_interleave(self.num_heads // self.num_kv_heads, dim=1)
         q, k = (rearrange(z, pattern, c=2) for z in (q, k))
         return q, k, v.repeat_interleave(q.shape[1] // self.num_kv_heads, dim=1)
 
     def _sum_dtype(self, v: Tensor) -> torch.dtype:
-        """Of what retention gives. A sum may be too large for half precision, but not what a norm makes of it."""
+        """Return the dtype of the output of retention: its sums may exceed half precision until a norm follows."""
         return state_dtype(v.dtype) if self.pairs > 1 or isinstance(self.norm, HeadNorm) else v.dtype
 
     def _output(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """out (B, num_heads * pairs, T, D), in `_sum_dtype`; dtype: that of the projections."""
+        """Sum out (B, num_heads * pairs, T, D) over pairs, norm, gate and project it to y (B, T, dim), in `dtype`."""
         if self.pairs > 1:
             out = reduce(out, "b (h p) t d -> b h t d", "sum", h=self.num_heads)
         y = self.out_proj(self._gated(out.transpose(1, 2), x, dtype).flatten(2))
         return y if self.dropout is None else self.dropout(y)
 
     def _gated(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """gate(x W_g) * norm(out), (B, T, num_heads, value_dim / num_heads), in `dtype`."""
+        """Return gate(x W_g) * norm(out), (B, T, num_heads, value_dim / num_heads), in `dtype`."""
         if self.gate is None or self.g_proj is None:
             return self.norm(out).to(dtype)
         gate = self.g_proj(x).view_as(out)
         few = out.numel() <= GATED_AT_ONCE
         if few or torch.is_grad_enabled() or torch.compiler.is_compiling() or out.device.type != "cpu":
             return (self.gate(gate) * self.norm(out)).to(dtype)
-        # A part at a time, over what retention gave: what lies between stays in the cache, no new memory is touched.
+        # A part of the tokens at a time, written over `out`: the intermediate results stay in the processor's cache.
         gated = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         tokens = max(1, GATED_AT_ONCE * out.shape[1] // out.numel())
         for parts in zip(*(z.split(tokens, dim=1) for z in (out, gate, gated)), strict=True):
@@ -399,9 +447,9 @@ class MultiScaleRetention(HasBackend):
         backend: str | None = None,
         here: bool = True,
     ) -> None:
-        """Refuse what `forward` could not take. Raises: ShapeError, ValueError or TypeError that names the argument.
+        """Check the inputs of `forward`. Raises: ShapeError, ValueError or TypeError that names the argument.
 
-        here: x is where the layer computes, in its dtype; False if hooks around the layer may still bring it there.
+        here: whether x must have the device and dtype of the weights; False if a hook may still move x there.
         """
         self._check_tensors(x, key, value, here)
         check_flags(return_state=return_state)
@@ -417,13 +465,13 @@ class MultiScaleRetention(HasBackend):
             self.check_state(state, rows, x.dtype, x.device)
         if rotation is None:
             check_contents(x.shape[1], mask, cu_seqlens)
-        else:  # whoever made it has looked
+        else:  # `rotation` has checked the values
             self._check_rotation(rotation, x.shape[1])
 
     def check_step_inputs(
         self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> None:
-        """Refuse what `step` could not take. Raises: ShapeError, ValueError or TypeError that names the argument."""
+        """Check the inputs of `step`. Raises: ShapeError, ValueError or TypeError that names the argument."""
         self._check_causal()
         self._check_tensors(x, x, x)
         if x.shape[1] != 1:
@@ -450,7 +498,10 @@ class MultiScaleRetention(HasBackend):
     def check_state(
         self, state: RetentionState, rows: int, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
-        """Refuse a state that is none of this layer, for `rows` sequences and inputs of `dtype`. Raises: as above."""
+        """Check a state for `rows` sequences and inputs of `dtype` on `device`, where None is any device.
+
+        Raises: ShapeError, ValueError or TypeError that names the part of the state.
+        """
         check_state(state, (rows, *self._state_shape()), dtype, device, self.score_norm)
 
     def _check_rotation(self, rotation: Tensor, length: int) -> None:
@@ -462,7 +513,7 @@ class MultiScaleRetention(HasBackend):
             raise ShapeError(f"rotation must be (..., length, pairs, 2) {shape}; got rotation {tuple(rotation.shape)}")
 
     def _state_shape(self) -> tuple[int, int, int]:
-        """Of each row."""
+        """Return the shape of kv for one row."""
         return self.num_heads * self.pairs, self.head_key_dim // self.pairs, self.head_value_dim
 
     def extra_repr(self) -> str:
@@ -473,9 +524,18 @@ class MultiScaleRetention(HasBackend):
 
 
 def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> nn.Module:
-    """Let `forward` of every module in `model` that computes retention run on `backend`, in `form`.
+    """Set the backend and the form of `forward` for every module in `model` that computes retention; return the model.
 
-    Raises: ValueError for unknown names.
+    Args:
+        model: it is changed in place.
+        backend: "auto" or a registered name, as in `retain`.
+        form: "auto", "parallel", "chunkwise" or "recurrent".
+    Raises: TypeError unless model is an nn.Module; ValueError for unknown names.
+    Examples:
+        >>> import retention
+        >>> model = retention.set_backend(retention.RetNet(dim=16, num_layers=1), "eager", "recurrent")
+        >>> model.backbone.blocks[0].retention.form
+        'recurrent'
     """
     check_is("model", model, nn.Module, "an nn.Module")
     backends.check_name(backend)

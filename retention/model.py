@@ -33,9 +33,9 @@ from .options import (
 )
 from .state import RetentionState
 
-# Sizes for RetNet.from_preset. The small ones are for trials on a CPU, with options chosen by `python -m benchmarks
-# quality`: their heads look back some 2 to 128 tokens, the paper's 32 and more. The others are the paper's in width, in
-# heads of 256 key and 512 value channels, in a plain feed-forward of width 2 dim, in decays and norms.
+# Sizes for RetNet.from_preset. The small presets are for trials on a CPU; `python -m benchmarks quality` compares their
+# options. Their heads look back about 2 to 128 tokens, those of the paper 32 and more. The large presets have the
+# paper's widths, heads of 256 key and 512 value channels, plain feed-forwards of width 2 dim, decays and norms.
 _SMALL: dict[str, Any] = dict(
     num_heads=8,
     retention={"decay": "short", "learnable_decay": True, "rotary": "rope", "init_gain": 1.0},
@@ -52,7 +52,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-# What a model hands on to its layers as `retention`.
+# The option `retention` of a model may hold every option of MultiScaleRetention but these.
 _OF_THE_MODEL = ("dim", "num_heads", "device", "dtype")
 RETENTION_OPTIONS = tuple(
     name for name in inspect.signature(MultiScaleRetention).parameters if name not in _OF_THE_MODEL
@@ -60,16 +60,28 @@ RETENTION_OPTIONS = tuple(
 
 
 class BlockOutput(NamedTuple):
+    """The output of a block.
+
+    Attributes:
+        hidden: (B, T, dim).
+        state: the state of the retention layer, or None.
+        aux_loss: the loss that balances the experts, or None without experts.
+    """
+
     hidden: Tensor
     state: RetentionState | None
     aux_loss: Tensor | None
 
 
 class BackboneOutput(NamedTuple):
-    """What comes out of `RetNetBackbone`; state, layers and scores are None unless asked for.
+    """The output of `RetNetBackbone`; state, layers and scores are None unless asked for.
 
-    hidden (B, T, dim): after the final norm. state: of each block. layers: the input of the first block and the output
-    of each. scores: R of each block, (B, num_heads, T, T). aux_losses: of each block's experts, None without experts.
+    Attributes:
+        hidden: (B, T, dim), after the final norm.
+        state: the state of each block.
+        layers: the input of the first block and the output of each, (B, T, dim).
+        scores: the retention scores R of each block, (B, num_heads, T, T).
+        aux_losses: the loss of each block that balances its experts, None for a block without experts.
     """
 
     hidden: Tensor
@@ -80,14 +92,18 @@ class BackboneOutput(NamedTuple):
 
     @property
     def aux_loss(self) -> Tensor | None:
-        """The mean over the blocks that have experts; None if none has."""
+        """The mean of aux_losses over the blocks with experts; None if no block has them."""
         losses = [loss for loss in self.aux_losses if loss is not None]
         return torch.stack(losses).mean() if losses else None
 
 
 class DropPath(nn.Module):
-    """In training, leave a residual branch out for a part `rate` of the sequences, and scale the rest up.
+    """Drop a residual branch, in training, for a random part of the sequences, and scale the branch up for the others.
 
+    Shapes: x (B, ...) -> the same.
+    Args:
+        rate: probability that the branch of a sequence is dropped, at least 0 and below 1.
+    Raises: ValueError for another rate.
     Source: Huang et al. 2016, arXiv:1603.09382.
     """
 
@@ -97,6 +113,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return x with the branch of each dropped sequence set to 0 and the others divided by 1 - rate."""
         if self.rate == 0 or not self.training:
             return x
         kept = torch.rand(x.shape[0], *[1] * (x.dim() - 1), device=x.device) >= self.rate
@@ -107,10 +124,30 @@ class DropPath(nn.Module):
 
 
 class RetNetBlock(nn.Module):
-    """x + retention(norm(x)), then x + ffn(norm(x)); or with the norms after the sums, and x in them times `alpha`.
+    """A residual block of a retention layer and a feed-forward, with norms before both, or after the residual sums.
 
-    retention: further options of `MultiScaleRetention`. The others: as `RetNetBackbone`.
+        norm_before=True:   y = alpha x + retention(norm(x)),    z = alpha y + ffn(norm(y))
+        norm_before=False:  y = norm(alpha x + retention(x)),    z = norm(alpha y + ffn(y))
+
+    Shapes: x (B, T, dim) -> z (B, T, dim).
+    Args:
+        dim, num_heads: width and heads of the retention layer.
+        ffn: the feed-forward, a module (..., dim) -> (..., dim), or a `MixtureOfExperts`.
+        retention: further options of `MultiScaleRetention` by name.
+        norm, norm_eps: "rms" or "layer", and its eps.
+        norm_before: False puts the norms after the residual sums.
+        alpha: factor of the residual; 1 without DeepNorm.
+        dropout: rate after the retention layer, in training.
+        drop_path: rate of `DropPath` for both branches.
+        device, dtype: of the parameters.
     Raises: ValueError, ShapeError or TypeError that names the option.
+    Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3; alpha is from DeepNorm, Wang et al. 2022, arXiv:2203.00555.
+    Examples:
+        >>> import torch
+        >>> from retention.model import RetNetBackbone  # which makes the blocks
+        >>> block = RetNetBackbone(dim=16, num_layers=1, num_heads=2).blocks[0]
+        >>> block(torch.ones(2, 3, 16)).hidden.shape
+        torch.Size([2, 3, 16])
     """
 
     def __init__(
@@ -152,56 +189,88 @@ class RetNetBlock(nn.Module):
         self.norm_before, self.alpha = norm_before, alpha
 
     def forward(self, x: Tensor, **options: Any) -> BlockOutput:
-        """x (B, T, dim) -> x, the state if asked for, the experts' loss; options as `MultiScaleRetention.forward`."""
+        """Map x (B, T, dim) to the output of the block.
+
+        Args:
+            x: (B, T, dim).
+            options: the options of `MultiScaleRetention.forward`, by name.
+        Returns: a `BlockOutput`.
+        Raises: the errors of `MultiScaleRetention.forward`.
+        """
         self.retention.check_inputs(x, x, x, **options)
         y = self.retention(self.retention_norm(x) if self.norm_before else x, **options)
         y, state = y if options.get("return_state") else (y, None)
         return self._after_retention(x, y, state, options.get("mask"))
 
     def step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
-        """One token, x (B, 1, dim); `state` is updated in place. Options as `MultiScaleRetention.step`."""
+        """Map one token, x (B, 1, dim), and update `state` in place. No gradients in the retention layer.
+
+        Args:
+            x, state: as in `MultiScaleRetention.step`.
+            options: its further options, by name.
+        Returns: a `BlockOutput` with the given state.
+        Raises: the errors of `MultiScaleRetention.step`.
+        """
         self.retention.check_step_inputs(x, state, **options)
         return self.checked_step(x, state, **options)
 
     def checked_step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
-        """`step` for inputs that have been checked."""
+        """Run `step` for inputs that have been checked."""
         y = self.retention.checked_step(self.retention_norm(x) if self.norm_before else x, state, **options)
         return self._after_retention(x, y, state, options.get("mask"))
 
     def _after_retention(self, x: Tensor, y: Tensor, state: RetentionState | None, mask: Tensor | None) -> BlockOutput:
+        """Add the output y of the retention layer to x, then the output of the feed-forward."""
         x = self._add(x, y, self.retention_norm)
         y = self.ffn_norm(x) if self.norm_before else x
         y, aux_loss = self.ffn(y, mask) if isinstance(self.ffn, MixtureOfExperts) else (self.ffn(y), None)
         return BlockOutput(self._add(x, y, self.ffn_norm), state, aux_loss)
 
     def _add(self, x: Tensor, y: Tensor, norm: nn.Module) -> Tensor:
+        """Return alpha x + y, normalised if the norms follow the sums."""
         x = (x if self.alpha == 1 else x * self.alpha) + self.drop_path(y)
         return x if self.norm_before else norm(x)
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None) -> Tensor:
-        """Those of the retention layer, for the block's input."""
+        """Return the scores (B, num_heads, T, T) of the retention layer for x (B, T, dim), the input of the block."""
         self.retention.check_inputs(x, x, x, mask=mask)
         return self.retention.scores(self.retention_norm(x) if self.norm_before else x, mask=mask)
 
 
 class RetNetBackbone(nn.Module):
-    """All between the embedding and the head: embeddings in, hidden states out.
+    """All layers of a RetNet between the embedding and the head: embeddings in, hidden states out.
 
+    Shapes: x (B, T, dim) -> hidden (B, T, dim).
     Args:
-        dim, num_layers, num_heads: width, blocks, heads in each.
-        ffn_dim: inner width of the feed-forward; default 4/3 dim with gate (rounded up to 16), 2 dim without.
-        use_glu, ffn_bias, activation_fn, activate_output, ffn_backend: see `FeedForward`; experts run on "torch" only.
-        norm, norm_eps: "rms" or "layer", of each sublayer and, with final_norm, at the end.
-        norm_before: False puts the norms after the residual sums, and there is none at the end.
-        deepnorm: norms after the sums, residuals times (2 num_layers)^(1/4), smaller first weights (arXiv:2203.00555).
-        subln: "layer", True for short, or "rms": a norm before fc2 in feed-forwards without a gate (arXiv:2210.06423).
-        layernorm_embedding: a norm of the embeddings. no_scale_embedding: False multiplies them by sqrt(dim).
-        dropout: of the embedding and of each sublayer's output; activation_dropout: inside the feed-forward;
-            drop_path_rate: of whole branches, from 0 in the first block to this in the last. In training.
-        moe_freq: every how many blocks the feed-forward is a mixture of moe_expert_count experts, of which a token
-            takes two, with moe_top1_expert one; 0: none.
-        retention: further options of `MultiScaleRetention`, the same for all blocks, e.g. {"decay": "log_linear"}.
-    Raises: ValueError or ShapeError that names the option.
+        dim, num_layers, num_heads: width, number of blocks, heads of each block.
+        ffn_dim: width inside the feed-forward; default 4/3 dim with a gate (rounded up to a multiple of 16), 2 dim
+            without.
+        use_glu, ffn_bias, activation_fn, activate_output, ffn_backend: gated, bias, activation, activate_output and
+            backend of `FeedForward`; experts run on "torch" only.
+        norm, norm_eps: "rms" or "layer", and its eps, of each sublayer and the final norm.
+        norm_before: False puts the norms after the residual sums, without a final norm.
+        final_norm: False leaves out the norm after the last block.
+        deepnorm: norms after the sums, residuals times (2 num_layers)^(1/4), and smaller initial weights
+            (arXiv:2203.00555).
+        subln: "rms", "layer" or True (which means "layer") for a norm before fc2 in feed-forwards without a gate
+            (arXiv:2210.06423); default False.
+        layernorm_embedding: normalise the embeddings.
+        no_scale_embedding: False multiplies the embeddings by sqrt(dim).
+        dropout: rate after the embedding and each sublayer, in training.
+        activation_dropout: rate inside the feed-forward, in training.
+        drop_path_rate: rate of `DropPath`, which grows from 0 in the first block to this value in the last.
+        moe_freq: the feed-forward of every moe_freq-th block is a mixture of experts; 0: no mixtures.
+        moe_expert_count: experts of a mixture.
+        moe_top1_expert: choose one expert per token instead of two.
+        retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
+        device, dtype: of the parameters.
+    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend cannot run.
+    Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
+    Examples:
+        >>> import torch
+        >>> from retention.model import RetNetBackbone
+        >>> RetNetBackbone(dim=16, num_layers=2, num_heads=2)(torch.ones(1, 3, 16)).hidden.shape
+        torch.Size([1, 3, 16])
     """
 
     block_class: type[RetNetBlock] = RetNetBlock
@@ -258,7 +327,7 @@ class RetNetBackbone(nn.Module):
                 f"use_glu {use_glu}, activation_fn {activation_fn!r}, activation_dropout {activation_dropout}, "
                 f"moe_freq {moe_freq}; change them, or use ffn_backend 'torch'"
             )
-        if ffn_dim is None:  # as many parameters with the gate as without
+        if ffn_dim is None:  # the gate does not change the number of parameters: 3 (4/3) dim^2 = 2 (2 dim^2)
             ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if use_glu else 2 * dim
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -293,7 +362,7 @@ class RetNetBackbone(nn.Module):
         self.embedding_norm = NORMS[norm](dim, eps=norm_eps, **dd) if layernorm_embedding else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.norm = NORMS[norm](dim, eps=norm_eps, **dd) if final_norm and norm_before else nn.Identity()
-        # Training that computes each block anew in the backward pass.
+        # Gradient checkpointing: the backward pass computes each block again instead of storing its activations.
         self.gradient_checkpointing = False
         self._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
 
@@ -310,7 +379,18 @@ class RetNetBackbone(nn.Module):
         form: str | None = None,
         backend: str | None = None,
     ) -> BackboneOutput:
-        """x (B, T, dim), the embeddings. Options as `MultiScaleRetention.forward`, and what `BackboneOutput` names."""
+        """Map the embeddings x (B, T, dim) to hidden states.
+
+        Args:
+            x: (B, T, dim).
+            state: the states of all blocks from an earlier call, whose sequence x continues.
+            mask, cu_seqlens, form, backend: as in `MultiScaleRetention.forward`.
+            return_state, return_layers, return_scores: fill state, layers and scores of the output. Scores need the
+                parallel form, without state and cu_seqlens.
+        Returns: a `BackboneOutput`.
+        Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
+            call.
+        """
         check_flags(return_state=return_state, return_layers=return_layers, return_scores=return_scores)
         first, *_ = all_layers = self._layers()
         if state is not None:
@@ -327,7 +407,7 @@ class RetNetBackbone(nn.Module):
             )
         x = self._embedded(x)
         start = None if state is None else state[0]
-        options["rotation"] = first.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=start)  # all rotate alike
+        options["rotation"] = first.rotation(x, mask=mask, cu_seqlens=cu_seqlens, state=start)  # equal in all layers
         options["form"] = "parallel" if return_scores else form
         layers, scores, states, losses = [x], [], [], []
         for i, block in enumerate(self.blocks):
@@ -347,14 +427,19 @@ class RetNetBackbone(nn.Module):
 
     @torch.no_grad()
     def step(self, x: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> BackboneOutput:
-        """One token for each row, x (B, 1, dim), the embeddings; every state is updated in place. No gradients.
+        """Map one token for each row, as embeddings x (B, 1, dim), and update every state in place. No gradients.
 
-        mask (B, 1) bool, True = real token. The output has the layers too, which cost nothing.
+        Args:
+            x: (B, 1, dim).
+            state: a list of one state for each block.
+            mask: (B, 1) bool, True = real token.
+        Returns: a `BackboneOutput` with the given states and the layers.
+        Raises: ShapeError, ValueError or TypeError that names the argument, before any state changes.
         """
         first, *others = self._layers()
         self._check_number(state)
         first.check_step_inputs(x, state[0], mask=mask)
-        for layer, before in zip(others, state[1:], strict=True):  # all of them, before one is changed
+        for layer, before in zip(others, state[1:], strict=True):  # check all states before any of them changes
             layer.check_state(before, x.shape[0], x.dtype)
         x = self._embedded(x)
         rotation = first.rotation(x, mask=mask, state=state[0])
@@ -383,12 +468,25 @@ class RetNetBackbone(nn.Module):
 
 
 class RetNet(nn.Module):
-    """A language model: token indices (B, T) in, logits (B, T, vocab_size) out.
+    """A language model: token indices in, logits out.
 
+    Shapes: tokens (B, T) int32 or int64 -> logits (B, T, vocab_size).
     Args:
-        tie_embeddings: the head uses the embedding's weight.
-        backbone: further options, as `RetNetBackbone`.
-    Raises: ValueError or ShapeError that names the option.
+        vocab_size: number of token indices.
+        dim: width.
+        num_layers: number of blocks.
+        num_heads: query heads of each block.
+        tie_embeddings: let the head use the weight of the embedding.
+        device: of the parameters.
+        dtype: of the parameters.
+        backbone: the further options of `RetNetBackbone`, by name.
+    Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend cannot run.
+    Source: Sun et al. 2023, arXiv:2307.08621, Section 2.3.
+    Examples:
+        >>> import torch, retention
+        >>> model = retention.RetNet(vocab_size=256, dim=16, num_layers=1, num_heads=2)
+        >>> model(torch.tensor([[1, 2, 3]])).shape
+        torch.Size([1, 3, 256])
     """
 
     def __init__(
@@ -420,7 +518,18 @@ class RetNet(nn.Module):
 
     @classmethod
     def from_preset(cls, preset: str, **changes: Any) -> RetNet:
-        """A model of the sizes in `PRESETS`, with any option changed. Raises: ValueError for an unknown name."""
+        """Make a model with the sizes of a preset.
+
+        Args:
+            preset: a name in `retention.model.PRESETS`: "tiny", "small", "medium", "300m", "1.3b", "2.7b" or "6.7b".
+            changes: options of `RetNet` that replace those of the preset.
+        Raises: ValueError for an unknown preset; the errors of `RetNet`.
+        Source: Sun et al. 2023, arXiv:2307.08621, for the sizes "1.3b", "2.7b" and "6.7b".
+        Examples:
+            >>> import retention
+            >>> retention.RetNet.from_preset("tiny", num_layers=1).backbone.blocks[0].retention.num_heads
+            8
+        """
         if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {shown(preset)}")
         return cls(**{**PRESETS[preset], **changes})
@@ -436,9 +545,20 @@ class RetNet(nn.Module):
         form: str | None = None,
         backend: str | None = None,
     ) -> Any:
-        """Logits (B, T, vocab_size) of tokens (B, T); with return_state, also one state for each block.
+        """Return the logits of tokens, and with return_state also the state after the last token.
 
-        The options are those of `MultiScaleRetention.forward`.
+        Shapes: tokens (B, T); logits (B, T, vocab_size); mask (B, T) bool; cu_seqlens (N + 1,) int32 with B = 1.
+        Args:
+            tokens: int32 or int64 indices below vocab_size.
+            state: the states of all blocks from an earlier call, whose sequence the tokens continue.
+            mask: True = real token; padding may stand anywhere.
+        cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
+            return_state: return the states too.
+        form: of this call; default: that of each layer.
+        backend: of this call; default: that of each layer.
+        Returns: logits; with return_state, the pair (logits, list of one `RetentionState` per block).
+        Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
+            call.
         """
         check_token_ids(tokens, self.vocab_size)
         options: dict[str, Any] = dict(
@@ -449,20 +569,40 @@ class RetNet(nn.Module):
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> Tensor:
-        """Logits (B, 1, vocab_size) of one token for each row, tokens (B, 1); every state is updated in place."""
+        """Return the logits (B, 1, vocab_size) of one token for each row, and update every state in place.
+
+        Args:
+            tokens: (B, 1) int32 or int64.
+            state: a list of one state for each block, from `forward` with return_state=True.
+            mask: (B, 1) bool, True = real token.
+        Returns: the logits, without gradients.
+        Raises: ShapeError, ValueError or TypeError that names the argument, before any state changes.
+        """
         check_token_ids(tokens, self.vocab_size)
         if tokens.shape[1] != 1:
             raise ShapeError(f"step takes one token for each row, tokens (batch, 1); got tokens {tuple(tokens.shape)}")
         return self.head(self.backbone.step(self.embedding(tokens), state, mask=mask).hidden)
 
     def generate(self, tokens: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
-        """tokens (B, T) and what follows, (B, T + max_new_tokens). Options as `stream`."""
+        """Return tokens (B, T) followed by `max_new_tokens` new ones, (B, T + max_new_tokens).
+
+        Args:
+            tokens: (B, T) int32 or int64, T at least 1.
+            max_new_tokens: tokens to add to each row.
+            options: temperature, top_k, mask and generator of `retention.decoding.stream`.
+        Raises: ShapeError, ValueError or TypeError that names the argument.
+        Examples:
+            >>> import torch, retention
+            >>> model = retention.RetNet(vocab_size=256, dim=16, num_layers=1, num_heads=2)
+            >>> model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=4).shape
+            torch.Size([1, 7])
+        """
         check_token_ids(tokens, self.vocab_size)
         return torch.cat([tokens, *stream(self._prompt, self.step, tokens, max_new_tokens, **options)], dim=1)
 
     def _prompt(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, list[RetentionState]]:
         out = self.backbone(self.embedding(tokens), mask=mask, return_state=True)
-        return self.head(out.hidden[:, -1:]), out.state  # the other logits are not needed
+        return self.head(out.hidden[:, -1:]), out.state  # decoding needs the logits of the last token only
 
 
 def _check_blocks(

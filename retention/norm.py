@@ -1,4 +1,4 @@
-"""Norms: of each head, and the RMS norm of a whole width, which also runs on xformers' kernel if that is asked for."""
+"""Norms: `HeadNorm` of each head, and `RMSNorm` of a whole width. Both can run an RMS norm on xformers' kernel."""
 
 from __future__ import annotations
 
@@ -16,23 +16,46 @@ BACKENDS = ("torch", "xformers")
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's; see `set_norm_backend`."""
+    """torch's RMS norm, x / sqrt(mean(x^2) + eps) * weight, which `set_norm_backend` can move to xformers' kernel.
+
+    Shapes: x (..., dim) -> (..., dim).
+    Args:
+        normalized_shape, eps, elementwise_affine, device, dtype: as in `torch.nn.RMSNorm`.
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467.
+    Examples:
+        >>> import torch
+        >>> from retention.norm import RMSNorm
+        >>> RMSNorm(2, eps=0.0)(torch.tensor([1.0, 7.0])).detach()
+        tensor([0.2000, 1.4000])
+    """
 
     eps: float
     backend = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., dim)."""
+        """Normalise x (..., dim)."""
         return _rms_norm(x, self.weight, self.eps, self.backend)
 
 
 class HeadNorm(nn.Module):
-    """Normalise each head by itself, so that heads of slow decay, whose sums are larger, do not drown the others.
+    """Normalise each head by itself, so that heads with slow decay, whose sums are larger, do not dominate the others.
 
-    kind: "group" takes off the mean and divides by the standard deviation (the paper's GroupNorm); "rms" divides by the
-        root mean square (the authors' later code).
-    affine: False; "shared", one weight of head_dim for all heads; "channel", one for every channel of every head.
+    Shapes: x (..., num_heads, head_dim) -> the same.
+    Args:
+        num_heads, head_dim: heads, and channels of each.
+        kind: "group" subtracts the mean and divides by the standard deviation, as GroupNorm in the paper; "rms" divides
+            by the root mean square, as in the authors' later code.
+        affine: False: no weights; "shared": one weight of head_dim for all heads; "channel": a weight for every channel
+            of every head. "group" has a bias of the same shape too.
+        eps: added to the variance or the mean square, at least 0.
+        device, dtype: of the weights.
     Raises: ValueError or TypeError that names the option.
+    Source: Sun et al. 2023, arXiv:2307.08621, Eq. 8 (GroupNorm).
+    Examples:
+        >>> import torch
+        >>> from retention.norm import HeadNorm
+        >>> HeadNorm(1, 2, "rms", affine=False, eps=0.0)(torch.tensor([[1.0, 7.0]]))
+        tensor([[0.2000, 1.4000]])
     """
 
     backend = "torch"
@@ -62,13 +85,14 @@ class HeadNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Set the weights to 1 and the biases to 0."""
         if self.weight is not None:
             nn.init.ones_(self.weight)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., heads, head_dim)."""
+        """Normalise x (..., num_heads, head_dim). Raises: ShapeError or TypeError if x does not fit."""
         check_input("x", x, self.head_dim, tokens=False)
         if self.kind == "rms":
             x = _rms_norm(x, None, self.eps, self.backend)
@@ -83,12 +107,22 @@ class HeadNorm(nn.Module):
 
 
 def set_norm_backend(model: nn.Module, backend: str) -> nn.Module:
-    """Let the RMS norms in `model`, of heads too, run on "xformers", its Triton kernel, or again on "torch".
+    """Choose the code that runs the RMS norms in `model`, those of heads included, and return the model.
 
-    The kernel is for inference on CUDA. It is tried first, on every device that the model is on. Where it cannot give
-    what torch gives (with gradients, autocast or torch.compile, in float64, on a CPU), the norms go on in torch.
-    Raises: ValueError for an unknown name, or a model that has no RMS norm; BackendError, from its cause, if xformers
-        is missing or its kernel does not work on a device of the model.
+    The kernel of xformers is for inference on CUDA. It is first tried on every device of the model. For calls whose
+    result would differ from torch's (with gradients, autocast or torch.compile, in float64, or on a CPU), the norms run
+    in torch.
+
+    Args:
+        model: a module with at least one RMS norm; it is changed in place.
+        backend: "xformers" for its Triton kernel, or "torch".
+    Raises: TypeError unless model is an nn.Module; ValueError for an unknown name, or a model without an RMS norm;
+        BackendError, from its cause, if xformers is missing or its kernel does not work on a device of the model.
+    Examples:
+        >>> import retention
+        >>> model = retention.set_norm_backend(retention.RetNet(dim=16, num_layers=1), "torch")
+        >>> model.backbone.norm.backend
+        'torch'
     """
     check_is("model", model, nn.Module, "an nn.Module")
     check_choice("backend", backend, BACKENDS)

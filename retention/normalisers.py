@@ -1,4 +1,4 @@
-"""The paper's two normalisers of the scores, which every form has: each is a sum that a state can carry on.
+"""The paper's two normalisers of the scores. Each is a sum that a state can continue, so every form has both.
 
 decay_norm divides D_nm by sqrt(sum_i D_ni); score_norm divides R_nm by max(|sum_i R_ni|, 1).
 Source: Sun et al. 2023, arXiv:2307.08621, Section 2.2.
@@ -21,24 +21,29 @@ ScoreNorm = bool | Literal["absolute"]
 def total_decay(
     call: Call, log_decay: Tensor, state: RetentionState | None, mask: Tensor | None, cu_seqlens: Tensor | None
 ) -> Tensor:
-    """sum_i D_ni of each token, (B or 1, H, T)."""
+    """Return the divisor of decay_norm before its square root, sum_i D_ni of each token n, (B, H, T) or (1, H, T).
+
+    With t tokens before n and, without causality, L tokens in all: sum_{i=0}^{t} gamma^i + sum_{i=1}^{L-1-t} gamma^i.
+
+    Shapes: log_decay (H,); mask (B, T) bool; cu_seqlens (N + 1,); the time of the state (B,) or (N,).
+    """
     wide = state_dtype(call.dtype)
-    if call.grid is not None:  # a sum over rows times a sum over columns
+    if call.grid is not None:  # sum_i D_ni is the sum over rows times the sum over columns
         sides = (call._replace(batch=1, length=n, grid=None) for n in call.grid)
         rows, columns = (total_decay(side, log_decay, None, None, None) for side in sides)
         return (rows[..., :, None] * columns[..., None, :]).flatten(2)
     times = token_times(call.batch, call.length, log_decay.device, state, mask, cu_seqlens)
     rate = log_decay.to(wide)[:, None]
-    behind = geometric_sum(rate, (times + 1)[:, None].to(wide))
+    behind = geometric_sum(rate, (times + 1)[:, None].to(wide))  # (B or 1, H, T): token n and those before it
     if call.causal:
         return behind
     lengths = counts(call, mask, cu_seqlens, log_decay.device)[:, None]
     if cu_seqlens is not None:
         lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
-    ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))
-    return behind + ahead - 1
+    ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))  # token n and those after it
+    return behind + ahead - 1  # token n itself is in both
 
 
 def score_divisor(total: Tensor, score_norm: ScoreNorm) -> Tensor:
-    """max(|total|, 1), what the scores of a token are divided by; "absolute" has the upper bound of torchscale."""
+    """Return max(|total|, 1), the divisor of the scores of a token; "absolute" has torchscale's upper bound 5e4 too."""
     return total.abs().clamp(1, 5e4 if score_norm == "absolute" else None)

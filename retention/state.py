@@ -1,4 +1,4 @@
-"""The recurrent state: all that retention remembers of the tokens so far, always of the same size."""
+"""The recurrent state: it summarises all tokens so far in a size that does not grow with their number."""
 
 from __future__ import annotations
 
@@ -14,15 +14,22 @@ from .options import check_device, check_is, is_whole
 
 @dataclass
 class RetentionState:
-    """What follows a sequence, so that the next tokens can be added by any form on any backend.
+    """The state after a sequence, from which any form on any backend can go on with the next tokens.
 
-    kv (B, H, K, V):  sum over m of gamma^(t - t_m) k_m v_m^T after the last token, unscaled, in `state_dtype`.
-    time (B,):        how many real tokens there were, int64.
-    k_sum (B, H, K):  sum over m of gamma^(t - t_m) k_m; only with `score_norm`, which needs it.
+    B is the batch size, or the number of segments of a packed call. `torch.save` takes a state as it is, and so does
+    `torch.load(weights_only=True)` once `retention` is imported.
 
-    B is the batch, or the number of segments of a packed call. `torch.save` and `torch.load(weights_only=True)` take a
-    state as it is (once `retention` is imported).
+    Attributes:
+        kv: (B, H, K, V) sum over m of gamma^(t - t_m) k_m v_m^T after the last token, without scale; float32, or
+            float64 for float64 inputs.
+        time: (B,) int64, the number of real tokens so far.
+        k_sum: (B, H, K) sum over m of gamma^(t - t_m) k_m, in the dtype of kv; None unless score_norm is on.
     Source: Sun et al. 2023, arXiv:2307.08621, Eq. 6.
+    Examples:
+        >>> import retention
+        >>> state = retention.initial_state(2, 4, 8, 16)
+        >>> state[[0, 0, 1]].kv.shape  # row 0 twice, as in beam search
+        torch.Size([3, 4, 8, 16])
     """
 
     kv: Tensor
@@ -30,29 +37,38 @@ class RetentionState:
     k_sum: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> RetentionState:
-        """A new state of `function` of each tensor."""
+        """Return a new state whose tensors are `function` of the tensors of this one."""
         tensors = ((f.name, getattr(self, f.name)) for f in fields(self))
         return replace(self, **{name: function(x) for name, x in tensors if x is not None})
 
     def __getitem__(self, rows: int | slice | list[int] | Tensor) -> RetentionState:
-        """Rows of the batch, as many as asked for and in that order: `state[beam_indices]` serves beam search."""
+        """Copy rows of the batch, in the given order and with repetitions: `state[beam_indices]` serves beam search.
+
+        Raises: TypeError unless rows is an integer, a slice, a list or a tensor.
+        """
         if is_whole(rows):
             rows = [rows]  # keeps the batch dimension
         check_is("rows", rows, slice | list | Tensor, "an integer, a slice, a list or a tensor")
-        return self.map(lambda x: x[rows].clone())  # also of a slice: a step must not reach into another state
+        return self.map(lambda x: x[rows].clone())  # a slice is a view: without a copy `step` would change both states
 
     def __len__(self) -> int:
+        """Return the number of rows, B."""
         return self.kv.shape[0]
 
     def to(self, device: torch.device | str) -> RetentionState:
+        """Return the state on `device`. Raises: ValueError unless torch knows the device."""
         check_device(device, optional=False)
         return self.map(lambda x: x.to(device))
 
     def clone(self) -> RetentionState:
+        """Return a copy that shares no memory with this state."""
         return self.map(torch.clone)
 
     def copy_(self, other: RetentionState) -> RetentionState:
-        """Overwrite the tensors with those of `other`. Raises: TypeError or ShapeError unless they are alike."""
+        """Overwrite the tensors with those of `other` and return this state.
+
+        Raises: TypeError or ShapeError, before any change, unless both states have the same tensors of the same shapes.
+        """
         check_is("other", other, type(self), f"a {type(self).__name__}")
         pairs = [(f.name, getattr(self, f.name), getattr(other, f.name)) for f in fields(self)]
         for name, mine, theirs in pairs:
@@ -65,12 +81,12 @@ class RetentionState:
         return self
 
     def detach(self) -> RetentionState:
-        """Cut from the graph: between the parts of a sequence in truncated backpropagation."""
+        """Cut the state from the autograd graph, as between the parts of a sequence in truncated backpropagation."""
         return self.map(torch.detach)
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, decays and states for inputs of `dtype`: float32, or float64 for float64."""
+    """Return the dtype of sums, decays and states for inputs of `dtype`: float32, or float64 for float64."""
     return dtype if dtype == torch.float64 else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""When tokens stand: how many real tokens of its own sequence come before each one. Padding does not count."""
+"""The time of a token: the number of real tokens before it in its own sequence. Padding does not count."""
 
 from __future__ import annotations
 
@@ -17,8 +17,15 @@ def token_times(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    """How many tokens of its own sequence stand before each token: (B, T) int64, or (1, T) where all rows agree."""
-    if length == 1 and state is not None and cu_seqlens is None:  # decoding: nothing but the state tells
+    """Return the time of each token, (B, T) int64, or (1, T) if all rows agree.
+
+    Shapes: mask (B, T) bool, True = real token; cu_seqlens (N + 1,) with B = 1; state.time (B,), or (N,) with
+        cu_seqlens.
+    Args:
+        batch, length: B and T.
+        state: the state whose sequences the tokens continue; None at the beginning.
+    """
+    if length == 1 and state is not None and cu_seqlens is None:  # decoding: the state alone determines the time
         return state.time.unsqueeze(1)
     index = torch.arange(length, device=device)[None]
     if cu_seqlens is not None:
@@ -31,7 +38,7 @@ def token_times(
 
 
 def counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """How many real tokens of each row or segment the call holds, int64."""
+    """Return the number of real tokens in each row or segment of the call, (B,) or (N,) int64."""
     if cu_seqlens is not None:
         return cu_seqlens.diff().long()
     if mask is not None:

@@ -1,9 +1,9 @@
-"""The backends of `retain`, each in a file or folder of its own, and the registry that chooses between them."""
+"""The backends of `retain`, each in its own file or folder, and the registry that chooses between them."""
 
 from ..call import FORMS, Backend, Call
 from .registry import (
     Absent,
-    _backends,  # noqa: F401 - the tests' door to the table
+    _backends,  # noqa: F401 - for the tests
     check_name,
     choose,
     explain,

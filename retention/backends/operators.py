@@ -1,10 +1,13 @@
-"""What torch is told of a backend's two opaque operators, forward and backward: their outputs, and how gradients go.
+"""How torch sees the two opaque operators of a backend, forward and backward: fake outputs, gradients, packed rows.
 
-forward(q, k, v, log_decay, state, mask, cu_seqlens, *options, return_state, out_dtype) -> out, last state
-backward(dout, dfinal, q, k, v, log_decay, state, mask, cu_seqlens, *options, decay_grad) -> gradients of the first five
+    out, final = forward(q, k, v, log_decay, state, mask, cu_seqlens, *options, return_state, out_dtype)
+    dq, dk, dv, dlog_decay, dstate = backward(
+        dout, dfinal, q, k, v, log_decay, state, mask, cu_seqlens, *options, decay_grad
+    )
 
-Shapes as in `Backend.__call__`. An operator gives tensors only, so that the last state is empty unless return_state,
-and the gradient of the state empty if there is none; that of log_decay is 0 unless decay_grad.
+Shapes: as in `Backend.__call__`; final is the state after the last token, dfinal its gradient. An operator returns
+    tensors only, so an absent result is an empty tensor: final without return_state, and dstate without a state.
+    dlog_decay is 0 unless decay_grad.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ TENSORS = 7  # inputs before the options
 def outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, return_state: bool, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """What forward gives, not filled yet."""
+    """Allocate the outputs of forward: out (B, H, T, V), and final (B or N, H, K, V), (0,) without return_state."""
     rows = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (rows, q.shape[1], q.shape[3], v.shape[3]) if return_state else (0,)
     return empty(q, (*q.shape[:3], v.shape[3]), out_dtype), q.new_empty(shape, dtype=state_dtype(q.dtype))
@@ -36,14 +39,14 @@ def outputs(
 def gradients(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What backward gives, not filled yet but for log_decay's, which is 0."""
+    """Allocate the outputs of backward: dq, dk, dv, dlog_decay (all 0) and dstate, which is (0,) without a state."""
     dq, dk, dv = (empty(x, x.shape, x.dtype) for x in (q, k, v))
     dstate = q.new_empty(0 if state is None else state.shape, dtype=state_dtype(q.dtype))
     return dq, dk, dv, torch.zeros_like(log_decay), dstate
 
 
 def packed_forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Let `run`, the function of a forward operator, see packed segments in the place of a mask, and no mask."""
+    """Wrap `run`, the function of a forward operator: rows with a mask reach it as packed segments without a mask."""
 
     @wraps(run)
     def of_any(
@@ -65,7 +68,7 @@ def packed_forward(run: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., t
 
 
 def packed_backward(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-    """The same for the function of a backward operator."""
+    """Wrap `run`, the function of a backward operator, as `packed_forward` does."""
 
     @wraps(run)
     def of_any(
@@ -90,13 +93,13 @@ def packed_backward(run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tup
 
 
 def _with_types(wrapper: Any, run: Any) -> Any:
-    """torch reads the schema of an operator from its types, which it cannot look up by name in another file."""
+    """Give the wrapper the types of `run`, from which torch reads the schema of an operator."""
     wrapper.__signature__ = inspect.signature(run, eval_str=True)
     return wrapper
 
 
 def differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """Let torch trace both, and differentiate the one by the other."""
+    """Register fake outputs, with which torch traces both operators, and `backward` as the gradient of `forward`."""
 
     @forward.register_fake
     def _(q, k, v, log_decay, state, mask, cu_seqlens, *options):  # type: ignore[no-untyped-def]
@@ -113,10 +116,10 @@ def differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
         ctx.out = output[0].shape, output[0].dtype
 
     def autograd(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad  # once: gradient checkpointing computes them anew
+        tensors, needed = ctx.saved_tensors, ctx.needs_input_grad  # read once: gradient checkpointing recomputes them
         if dout is None:
             dout = tensors[0].new_zeros(ctx.out[0], dtype=ctx.out[1])
-        if not ctx.return_state:  # an empty tensor then, not a state
+        if not ctx.return_state:  # the second output was an empty tensor, not a state
             dfinal = None
         grads = backward(dout, dfinal, *tensors, *ctx.options, needed[3])
         used = [grad if wanted else None for grad, wanted in zip(grads, needed, strict=False)]

@@ -1,15 +1,15 @@
-"""Which code runs a retention call, and why.
+"""The registry of backends, and the choice of the one that runs a call.
 
-A form is mathematics (parallel, chunkwise, recurrent); a backend is code that computes one or more of them. A backend
-is one object with two abilities: to say why it cannot run a call, and to run it. All of them compute the same thing:
+A form is mathematics (parallel, chunkwise, recurrent); a backend is code that computes one or more forms. A backend is
+one object with two methods: `why_not` says why it cannot run a call, `__call__` runs it. All backends compute
 
-    out[n] = scale * sum over m of gamma^|t_n - t_m| (q_n . k_m) v_m
+    out_n = scale sum over m of gamma^|t_n - t_m| (q_n . k_m) v_m
 
-with m <= n if causal, over the real tokens of n's own segment, and out[n] = 0 where n is padding. On a grid the tokens
-are its cells, row by row, and their distance is that in rows plus that in columns. Normalisers and checks of the
-arguments stand above, in `retention.functional`, once for all backends.
+over the real tokens m of the segment of n, with m <= n if causal, and out_n = 0 where n is padding. On a grid the
+tokens are the cells, row by row, and the distance of two cells is that in rows plus that in columns.
+`retention.functional` checks the arguments and applies the normalisers for all backends.
 
-To add one: write an object like those in this folder and `register` it, or name it in the entry-point group
+To add a backend, write an object like those in this folder and `register` it, or name it in the entry-point group
 `retention.backends` of your own distribution.
 """
 
@@ -28,7 +28,7 @@ from ..errors import BackendError
 from ..options import shown
 from . import chunked, eager, xformers
 
-# What form="auto" tries. Measured by `python -m benchmarks op`, and vision for the cells of a small grid.
+# The forms that form="auto" tries, in order. `python -m benchmarks op` measures them, for grids `... vision`.
 _PREFERRED = {
     "token": ("recurrent", "chunkwise", "parallel"),
     "small grid": ("parallel", "chunkwise"),
@@ -36,12 +36,17 @@ _PREFERRED = {
     "sequence": ("chunkwise", "parallel", "recurrent"),
 }
 SMALL_GRID = 24 * 24
-SHORT, FEW_SCORES = 64, 2**19  # tokens; query-key pairs of all heads and rows
-SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality: the chunkwise form then walks twice
+SHORT, FEW_SCORES = 64, 2**19  # limits of a "short" call: tokens; query-key pairs of all heads and rows
+SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality, where the chunkwise form walks twice
 
 
 class Absent:
-    """Stands in for a backend that could not be loaded, and gives the reason."""
+    """A backend that could not be loaded: it refuses every call with the reason.
+
+    Args:
+        reason: text for `explain` and errors.
+        cause: the exception of the failed import, from which errors are raised.
+    """
 
     def __init__(self, reason: str, cause: BaseException | None = None):
         self.reason, self.cause = reason, cause
@@ -53,22 +58,34 @@ class Absent:
         raise BackendError(self.reason) from self.cause
 
 
-# The order of preference. xformers is never faster than chunked, and eager can be differentiated any number of times.
+# In order of preference. xformers is last because it is never faster than chunked, and because eager can be
+# differentiated any number of times.
 _backends: dict[str, Backend] = {"chunked": chunked.backend, "eager": eager.backend, "xformers": xformers.backend}
 _plugins_loaded = False
 
 
 def names() -> tuple[str, ...]:
-    """The registered backends, in order of preference."""
+    """Return the names of the registered backends, in order of preference."""
     load_plugins()
     return tuple(_backends)
 
 
 def register(name: str, backend: Backend, *, before: str | None = None) -> None:
-    """Add a backend: last in the order of preference, or just before another.
+    """Add a backend, last in the order of preference or just before another.
 
-    Raises: ValueError if the name is taken (`unregister` it first) or `before` is unknown; TypeError for what is no
-        backend.
+    Args:
+        name: a new name, not "auto".
+        backend: an object with the methods of `retention.backends.Backend`.
+        before: the name of the backend that it is to precede; default: it becomes the last.
+    Raises: ValueError if the name is taken (`unregister` it first) or `before` is unknown; TypeError if an object lacks
+        the methods.
+    Examples:
+        >>> import retention
+        >>> from retention.backends.xformers import XFormers
+        >>> retention.register("approximate", XFormers(eps=1e-4))
+        >>> "approximate" in retention.backends.names()
+        True
+        >>> retention.unregister("approximate")
     """
     if not isinstance(name, str) or name in ("", "auto"):
         raise ValueError(f"name must be that of one backend, not 'auto'; got name {shown(name)}")
@@ -84,16 +101,25 @@ def register(name: str, backend: Backend, *, before: str | None = None) -> None:
 
 
 def unregister(name: str) -> None:
-    """Take a backend out again. Raises: ValueError for an unknown name."""
+    """Remove a backend.
+
+    Args:
+        name: the name of a registered backend.
+    Raises: ValueError for an unknown name.
+    Examples:
+        >>> import retention
+        >>> retention.unregister("xformers")
+        >>> retention.register("xformers", retention.backends.xformers.backend)  # and back again
+    """
     if not isinstance(name, str) or name not in _backends:
         raise ValueError(f"name must be one of {', '.join(_backends)}; got name {shown(name)}")
     del _backends[name]
 
 
 def load_plugins() -> None:
-    """Register what other distributions offer in the entry-point group `retention.backends`; once."""
+    """Register the backends of other distributions, from the entry-point group `retention.backends`, once."""
     global _plugins_loaded
-    if _plugins_loaded or torch.compiler.is_compiling():  # a layer has loaded them when it was built
+    if _plugins_loaded or torch.compiler.is_compiling():  # building a layer has loaded them before compilation
         return
     _plugins_loaded = True
     for plugin in entry_points(group="retention.backends"):
@@ -102,15 +128,18 @@ def load_plugins() -> None:
             continue
         try:
             register(plugin.name, plugin.load())
-        except Exception as error:  # somebody else's code may fail in any way, and must not take ours along
+        except Exception as error:  # a plugin may fail in any way, which must not affect the other backends
             absent: Any = Absent(f"cannot be loaded ({type(error).__name__}: {error})", error)
             register(plugin.name, absent)
 
 
 def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
-    """The backend that runs `call`, and the call with its form decided. Never a silent second best.
+    """Return the backend that runs `call`, and the call with a concrete form. A named backend never falls back.
 
-    Raises: ValueError for an unknown name; BackendError if none can, with every reason.
+    Args:
+        call: the description of a call; its form may be "auto".
+        backend: "auto" or a registered name.
+    Raises: ValueError for an unknown name; BackendError, with every reason, if no backend can run the call.
     """
     check_name(backend)
     for _, candidate, asked, reasons in _answers(call, backend):
@@ -123,7 +152,10 @@ def choose(call: Call, backend: str = "auto") -> tuple[Backend, Call]:
 
 
 def explain(call: Call, backend: str = "auto") -> str:
-    """A line for every form and backend that `choose` would look at, in its order."""
+    """Return text with lines for the call, for every form and backend that `choose` would try, and for libraries.
+
+    Raises: ValueError for an unknown name.
+    """
     check_name(backend)
     lines, taken = [str(call)], False
     for name, _, asked, reasons in _answers(call, backend):
@@ -135,37 +167,42 @@ def explain(call: Call, backend: str = "auto") -> str:
 
 
 def found_by(backend: str, device: str) -> str | None:
-    """What a backend says of the library that it leans on; None if there is none, or it cannot be used."""
+    """Return the line of a backend on the library that it needs; None if it needs none or cannot use it."""
     found = getattr(_backends[backend], "found", None)
     return None if found is None else found(device)
 
 
 def why_not(call: Call, backend: str) -> list[str]:
-    """Every reason why `backend` cannot run `call`, whose form is a concrete one."""
+    """Return every reason why `backend` cannot run `call`, whose form is a concrete one; an empty list if it can.
+
+    Raises: ValueError for an unknown name.
+    """
     check_name(backend)
     return _backends[backend].why_not(call)
 
 
 def check_name(backend: str) -> None:
-    """Raises: ValueError for a name that is neither registered nor "auto"."""
+    """Check that backend is "auto" or a registered name. Raises: ValueError if not."""
     load_plugins()
     if not isinstance(backend, str) or (backend != "auto" and backend not in _backends):
         raise ValueError(f"backend must be 'auto' or one of {', '.join(_backends)}; got backend {shown(backend)}")
 
 
 def _kind(call: Call) -> str:
+    """Return the key of `_PREFERRED` for a call with form "auto"."""
     if call.length == 1 and (call.has_state or call.return_state):
         return "token"
     if call.grid is not None:
         return "small grid" if call.length <= SMALL_GRID else "sequence"
-    if call.packed or torch.compiler.is_exporting():  # an exported program is for all lengths
+    if call.packed or torch.compiler.is_exporting():  # an exported program must suit all lengths
         return "sequence"
-    both_ways = not call.causal and not call.masked  # with padding the parallel form needs a decay matrix for each row
+    both_ways = not call.causal and not call.masked  # a mask costs the parallel form a decay matrix per row
     short, few = (SHORT_BOTH_WAYS, FEW_BOTH_WAYS) if both_ways else (SHORT, FEW_SCORES)
     return "short" if call.length <= short and call.batch * call.heads * call.length**2 <= few else "sequence"
 
 
 def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, list[str]]]:
+    """Yield each backend and form to try, in order, with the reasons why it cannot run the call."""
     for form in _PREFERRED[_kind(call)] if call.form == "auto" else (call.form,):
         asked = call if call.form == form else call._replace(form=form)
         for name in _backends if backend == "auto" else (backend,):

@@ -1,19 +1,21 @@
-"""The chunkwise form in torch operations: linear in length, lean, the fast path on CPU and the portable one everywhere.
+"""The chunkwise form in torch operations: linear in length, with little memory, on every device.
 
-Source: Sun et al. 2023, arXiv:2307.08621, Eq. 7. Differs: any length and chunk size; the last chunk is simply shorter.
+Source: Sun et al. 2023, arXiv:2307.08621, Eq. 7. Differs: any length and chunk size, since the last chunk may be
+    shorter.
 
-A chunk of C tokens does the parallel form inside and talks to all others through one state per head:
+A chunk of C tokens, i = 0 ... C - 1, runs the parallel form inside and meets all other chunks in one state S per head:
 
     out_i  = scale sum_j<=i gamma^(i-j) (q_i . k_j) v_j  +  scale gamma^(i+1) q_i S        inner + read from S
     S     <- gamma^C S + sum_j gamma^(C-1-j) k_j v_j^T                                     carry  + write to S
 
-Bidirectional retention adds the same with time reversed, for what lies in later chunks. The gradients are retentions
-too: that of q runs forward through the states S, those of k and v backward through the states' gradients dS. So the
-backward pass walks the sequence once each way, computes every S anew, and no state of a chunk is ever stored.
+Bidirectional retention adds the same with time reversed, for the tokens of later chunks. The gradients are retentions
+too. That of q runs forward through the states S; those of k and v run backward through the gradients dS of the states.
+So the backward pass visits the chunks once in each direction and computes every S again; the state of a chunk is never
+stored.
 
-Each step is a handful of batched matrix products on views of the inputs; what it touches besides (scores, scaled q and
-k, S) has the size of a chunk and stays in the processor's cache. The walk is an opaque operator, so that
-torch.compile and torch.export see one node, not one per chunk. Decay on a grid walks otherwise, see `grid`.
+Each step consists of a few batched matrix products on views of the inputs. Its other tensors (scores, scaled q and k,
+S) have the size of a chunk and stay in the processor's cache. The loop over the chunks is an opaque operator, so that
+torch.compile and torch.export see one node instead of one per chunk. Retention on a grid is in the file `grid`.
 """
 
 from __future__ import annotations
@@ -32,12 +34,14 @@ from ..packing import ask_for_huge_pages, clear_outside, segment_borders
 from .grid import on_grid, on_grid_anew
 from .walk import Decays, backward, forward
 
-CHUNK_SIZE = 64  # on CPU as fast as any of 16 to 256, within the noise of `python -m benchmarks floor --chunks`
+CHUNK_SIZE = 64  # on CPU as fast as all sizes from 16 to 256, by `python -m benchmarks floor --chunks`
 GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
-HEADS_AT_ONCE = 32  # rows times heads; on CPU more of them leave the cache, fewer leave threads idle
+HEADS_AT_ONCE = 32  # rows times heads; on CPU more do not fit the cache, and fewer leave threads idle
 
 
 class Chunked:
+    """The backend "chunked": the chunkwise form; see `Backend`."""
+
     def why_not(self, call: Call) -> list[str]:
         reasons = []
         if call.form != "chunkwise":
@@ -64,7 +68,7 @@ class Chunked:
             side = isqrt(call.chunk_size or GRID_CHUNK_SIZE)
             return walk(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
         options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
-        # The operator itself costs a short call as much as what it does; without gradients nobody needs to see it.
+        # For a short call the operator costs as much as the computation, and without gradients it is not needed.
         plain = type(q) is Tensor and not torch.compiler.is_compiling() and call.device != "meta"
         run = _chunkwise if plain and not call.needs_grad else chunkwise
         out, final = run(q, k, v, log_decay, state, mask, cu_seqlens, *options)
@@ -89,7 +93,7 @@ def _chunkwise(
     return_state: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `Backend.__call__`. Returns: out (B, H, T, V); the last state, empty unless return_state."""
+    """Return out (B, H, T, V) and the last state, (0,) without return_state. Shapes: as in `Backend.__call__`."""
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
@@ -125,7 +129,7 @@ def chunkwise_backward(
     chunk_size: int,
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
+    """Return the gradients of q, k, v, log_decay (0 unless decay_grad) and state ((0,) without a state)."""
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     ask_for_huge_pages(dq, dk, dv)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
@@ -146,7 +150,7 @@ differentiable(chunkwise, chunkwise_backward)
 
 
 def _pieces(q: Tensor, segments: list[int] | None) -> Iterator[tuple[slice, slice, slice]]:
-    """What is walked over at once: rows of the batch, tokens, and the rows of the state that belong to them."""
+    """Yield the parts that are computed at once: rows of the batch, their tokens, and the rows of their states."""
     if segments is not None:
         for i, (start, end) in enumerate(pairwise(segments)):
             yield slice(0, 1), slice(start, end), slice(i, i + 1)

@@ -1,12 +1,13 @@
 """Retention on block-sparse matrices, multiplied by xformers (https://github.com/facebookresearch/xformers).
 
-The chunkwise form computes the blocks on the diagonal and carries a state between them: linear in length. The parallel
-form computes every block in which two tokens see each other, and may leave out those that have decayed.
+The chunkwise form computes the blocks on the diagonal and carries a state between them, so its cost is linear in the
+length. The parallel form computes every block in which two tokens see each other, and may leave out blocks whose decay
+is small.
 
-xformers is imported at first use only, and trusted after a small test of its results and of the gradients. What is used
-of it needs no compiled library and runs on every device.
+xformers is imported at first use, and used only after a small test of its results and gradients on the device. The
+functions used need no compiled library and run on every device.
 
-Other parts of xformers, for the layers around retention, stand beside it: `swiglu`, `norm` and `attention`.
+The files `swiglu`, `norm` and `attention` use other parts of xformers, for the layers around retention.
 """
 
 from __future__ import annotations
@@ -20,10 +21,20 @@ from .probe import cause, found, trouble
 
 
 class XFormers:
-    """eps: the parallel form leaves out blocks in which no decay is above it; 0 is exact.
+    """The backend "xformers": the parallel and the chunkwise form; see `Backend`.
 
-    block_size: tokens of a block, at least 16, and of a chunk unless the call says; default: what is fast on CPU.
-    An approximation is asked for by a name of its own: `retention.register("xformers-1e-4", XFormers(eps=1e-4))`.
+    To use an approximation, register it under a name of its own.
+
+    Args:
+        eps: the parallel form leaves out blocks in which no decay gamma^distance is above eps, at least 0 and below 1;
+            0 is exact.
+        block_size: tokens of a block, at least 16, and of a chunk unless the call gives chunk_size; default: the
+            fastest size on CPU.
+    Raises: ValueError that names the option.
+    Examples:
+        >>> import retention
+        >>> from retention.backends.xformers import XFormers
+        >>> retention.register("xformers-1e-4", XFormers(eps=1e-4))
     """
 
     def __init__(self, eps: float = 0.0, block_size: int | None = None):
@@ -52,11 +63,11 @@ class XFormers:
 
     @property
     def cause(self) -> BaseException | None:
-        """The exception that keeps it from running at all."""
+        """The exception that keeps xformers from running at all, or None."""
         return cause()
 
     def found(self, device: str) -> str | None:
-        """What there is of xformers, for people; None if it cannot be used."""
+        """Return a line on the xformers found, for people; None if it cannot be used."""
         return found(device)
 
     def __call__(
@@ -75,7 +86,7 @@ class XFormers:
         return out, final if call.return_state else None
 
     def _size(self, call: Call) -> int:
-        """Measured by `python -m benchmarks xformers --blocks`: large blocks copy less, small ones leave out more."""
+        """Return the tokens of a block; `python -m benchmarks xformers --blocks` measures the default sizes."""
         if call.form == "chunkwise" and call.chunk_size is not None:
             return call.chunk_size
         whole = call.form == "parallel" and not (call.packed or call.masked)

@@ -1,7 +1,7 @@
-"""Softmax attention for what stays attention: xformers' `memory_efficient_attention` where it takes a call, else SDPA.
+"""Softmax attention by xformers' `memory_efficient_attention` where it accepts a call, else by torch's SDPA.
 
-Which of the two is said for each call. xformers is asked with the very tensors of the call, by what its operators say
-they take; its version says nothing.
+Each call says which of the two ran it. The operators of xformers are asked with the tensors of the call; the version of
+xformers decides nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,12 @@ SDPA = "sdpa"
 
 
 class Choice(NamedTuple):
-    """label: "sdpa", or "xformers" and its operator. why: what stands against xformers, if it is not."""
+    """The code that runs a call.
+
+    Attributes:
+        label: "sdpa", or "xformers" and the name of its operator.
+        why: the reason against xformers; empty if it is chosen.
+    """
 
     label: str
     why: str = ""
@@ -36,14 +41,25 @@ def attend(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[Tensor, str]:
-    """softmax(scale q kᵀ + mask) v, and what has run it: the label of `choose`.
+    """Return softmax(scale q k^T + mask) v, and the label of the code that ran it.
 
-    Shapes: q (B, H, T, K); k (B, Hkv, S, K); v (B, Hkv, S, V), H a multiple of Hkv; out (B, H, T, V), in memory
-        (B, T, H, V) if xformers ran.
-    causal: the last query stands at the last key, as when the first keys come from a cache. scale: default 1 / sqrt(K).
-    mask: broadcast to (B, H, T, S), bool, True = seen, or added to the scores; not with causal. A query that sees
-        nothing gathers something finite, not the same from both.
-    Raises: ShapeError or ValueError if the arguments do not fit.
+    Shapes: q (B, H, T, K); k (B, Hkv, S, K); v (B, Hkv, S, V), H a multiple of Hkv; mask broadcasts to (B, H, T, S).
+        Returns out (B, H, T, V), which is (B, T, H, V) in memory if xformers ran.
+    Dtypes: q, k and v alike, or cast by autocast; out as v.
+    Args:
+        causal: query n sees the keys up to n + S - T, as when the first S - T keys come from a cache; needs T <= S.
+        scale: default 1 / sqrt(K).
+        mask: bool, True = seen, or floats that are added to the scores; not with causal. For a query that sees no key
+            the output is finite, and differs between xformers and SDPA.
+        dropout: rate of dropout of the attention weights.
+    Returns: the pair (out, label).
+    Raises: ShapeError or ValueError for arguments that do not fit.
+    Examples:
+        >>> import torch
+        >>> from retention.backends.xformers.attention import attend
+        >>> out, label = attend(*torch.ones(3, 1, 2, 4, 8, dtype=torch.float64), causal=True)
+        >>> out.shape, label  # xformers has no operator for float64
+        (torch.Size([1, 2, 4, 8]), 'sdpa')
     """
     _check(q, k, v, causal, mask)
     q, k, v = _of_one_dtype(q, k, v)
@@ -63,20 +79,20 @@ def choose(
     mask: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Choice:
-    """What would run this call of `attend`, and why not xformers. Arguments and errors as there."""
+    """Return which code would run this call of `attend`, and why xformers would not. Arguments and errors as there."""
     _check(q, k, v, causal, mask)
     q, k, v = _of_one_dtype(q, k, v)
     return _plan(q, k, v, causal, scale, mask, dropout)[0]
 
 
 def check(device: str) -> None:
-    """Raises: BackendError, from its cause, if xformers' attention cannot be asked. To have no operator is no error."""
+    """Check that the attention operators which take a plain call on `device` work. Raises: BackendError if not."""
     require("xformers' attention", device, _trial)
 
 
 @functools.cache
 def why_not(device: str) -> str | None:
-    """What keeps xformers' attention from being asked at all on a device; None if nothing does."""
+    """Return the reason why xformers' attention cannot run any call on `device`; None if there is none."""
     broken = trouble(device, _trial)
     return broken if broken or attention_operators(device) else f"xformers has no attention operator for {device}"
 
@@ -84,7 +100,7 @@ def why_not(device: str) -> str | None:
 def _plan(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None, dropout: float
 ) -> tuple[Choice, Any]:
-    """The choice, and xformers' `Inputs` if it is xformers."""
+    """Return the choice, and the `Inputs` of xformers if it is chosen."""
     if torch.compiler.is_compiling():
         return Choice(SDPA, "torch.compile cannot see through xformers' choice of an operator"), None
     if q.dtype == torch.float64:
@@ -97,12 +113,12 @@ def _plan(
     inputs = _inputs(q, k, v, causal, scale, mask, dropout)
     try:
         return Choice(f"xformers {_operator(inputs)}"), inputs
-    except NotImplementedError as refusal:  # which says why, for each operator
+    except NotImplementedError as refusal:  # its message has the reason of each operator
         return Choice(SDPA, str(refusal)), None
 
 
 def _operator(inputs: Any) -> str:
-    """The name of the one that xformers takes forward. Raises: NotImplementedError if it has none, there or back."""
+    """Return the name of xformers' forward operator. Raises: NotImplementedError if one is missing, or its gradient."""
     from xformers.ops import fmha
 
     learning = _learning(inputs.query, inputs.key, inputs.value)
@@ -112,7 +128,7 @@ def _operator(inputs: Any) -> str:
 
 
 def _efficient(inputs: Any) -> Tensor:
-    """(B, H, T, V)."""
+    """Run xformers and return out (B, H, T, V)."""
     from xformers.ops import fmha
 
     options = dict(attn_bias=inputs.attn_bias, p=inputs.p, scale=inputs.scale)
@@ -123,10 +139,10 @@ def _efficient(inputs: Any) -> Tensor:
 def _inputs(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None, dropout: float
 ) -> Any:
-    """The call as xformers takes it, (B, T, H, K).
+    """Return the call as the `Inputs` of xformers, with tensors (B, T, H, K).
 
-    Shared heads are a fifth dimension, (B, T, Hkv, H / Hkv, K), in inference without a mask; else they are copied:
-    fewer operators, and none backward, have five.
+    In inference without a mask, shared heads become a fifth dimension, (B, T, Hkv, H / Hkv, K). Otherwise they are
+    copied, since fewer forward operators and no backward operator take five dimensions.
     """
     from xformers.ops import fmha
 
@@ -150,9 +166,9 @@ def _causal(q: Tensor, k: Tensor) -> Any:
 
 
 def _aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The mask as xformers takes it: added, in q's dtype, (B, H, T, S), rows that begin at multiples of 16 bytes.
+    """Return the mask as xformers takes it: added to the scores, (B, H, T, S) in q's dtype, rows aligned to 16 bytes.
 
-    What is not seen is the least number and not -inf, of which a softmax over nothing makes NaN.
+    A pair that is not seen gets the least finite number, since a softmax over -inf alone is NaN.
     """
     length, keys = q.shape[2], k.shape[2]
     mask = mask.expand(*mask.shape[:-2], length, keys)
@@ -165,6 +181,7 @@ def _aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _sdpa(
     q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None, mask: Tensor | None, dropout: float
 ) -> Tensor:
+    """Run torch's SDPA; a causal call with more keys than queries gets a mask."""
     length, keys = q.shape[2], k.shape[2]
     if causal and 1 < length < keys:  # torch's is_causal puts the first query at the first key
         mask = torch.ones(length, keys, dtype=torch.bool, device=q.device).tril(keys - length)
@@ -173,12 +190,12 @@ def _sdpa(
 
 
 def _learning(*tensors: Tensor) -> bool:
-    """Whether xformers keeps what the gradients need; it does not look at the grad mode."""
+    """Return whether xformers stores tensors for the gradients, which it does in every grad mode."""
     return any(x.requires_grad for x in tensors)
 
 
 def _of_one_dtype(*tensors: Tensor) -> Any:
-    """As autocast makes them for torch's attention: xformers' it does not know."""
+    """Cast the tensors to the dtype of autocast, if it is on, since xformers does not know autocast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -186,6 +203,7 @@ def _of_one_dtype(*tensors: Tensor) -> Any:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> None:
+    """Check the shapes of a call. Raises: ShapeError or ValueError."""
     shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if not q.dim() == k.dim() == v.dim() == 4 or k.shape[:3] != v.shape[:3] or q.shape[1] % k.shape[1]:
         raise ShapeError(
@@ -199,7 +217,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -
 
 
 def _trial(device: str) -> None:
-    """If it takes a plain call: the output and its gradients, against the formula."""
+    """Compare outputs and gradients with the formula, if an operator takes a plain call."""
     if not attention_operators(device):
         return
     x = torch.arange(3 * 32 * 2 * 64.0, device=device).sin().view(3, 1, 2, 32, 64)

@@ -1,8 +1,8 @@
-"""Matrices of which only some blocks are there, multiplied by xformers; and tokens laid out so that blocks fit them.
+"""Block-sparse matrices, multiplied by xformers, and a layout of tokens in which no block holds two segments.
 
-A block-sparse (L, L) matrix is n by n blocks of C tokens, L = n C; its values (R, blocks there, C, C) are in the order
-of the rows. `xformers.ops.masked_matmul` computes the blocks that are there and no others, and a `BlockSparseTensor`
-multiplies a dense matrix. Both run in plain torch on every device, without xformers' compiled library.
+A block-sparse (L, L) matrix consists of n by n blocks of C tokens, L = n C; its values (R, stored blocks, C, C) are in
+the order of the rows. `xformers.ops.masked_matmul` computes the stored blocks only, and a `BlockSparseTensor`
+multiplies a dense matrix. Both run in plain torch on every device, without the compiled library of xformers.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-SMALLEST = 16  # tokens of a block: what a BlockSparseTensor takes
+SMALLEST = 16  # tokens: the smallest block of a BlockSparseTensor
 
 
 @functools.cache
 def library() -> SimpleNamespace:
-    """What is used of xformers, imported at first use. Raises whatever xformers raises."""
+    """Import the parts of xformers that are used, at first use. Raises: any exception that xformers raises."""
     import xformers
     from xformers.ops import masked_matmul
     from xformers.sparse import BlockSparseTensor
@@ -30,41 +30,46 @@ def library() -> SimpleNamespace:
 
 
 class Blocks:
-    """Which blocks are there: layout (n, n) bool, blocks of `size` tokens."""
+    """A block-sparse matrix without its values.
+
+    Args:
+        layout: (n, n) bool, True for a stored block.
+        size: tokens of a block.
+    """
 
     def __init__(self, layout: Tensor, size: int):
         self.layout = layout[None]
         row, column = layout.nonzero(as_tuple=True)
-        turned = (column * len(layout) + row).argsort()  # the blocks in the order of the columns
+        turned = (column * len(layout) + row).argsort()  # order of the blocks in the transposed matrix
         self.turned = None if bool((turned.diff() == 1).all()) else turned
         nothing = torch.empty((), device=layout.device).expand(1, len(row), size, size)
         self.mask = library().BlockSparseTensor(nothing, self.layout)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        """The values of a bᵀ; a, b (R, L, D)."""
+        """Return the values of a bᵀ, (R, stored blocks, C, C), for a and b (R, L, D)."""
         return library().masked_matmul(a[:, None], b.contiguous()[:, None].mT, self.mask).values()
 
     def times(self, values: Tensor, x: Tensor) -> Tensor:
-        """The matrix times x (R, L, D)."""
+        """Return the matrix of `values` times x (R, L, D)."""
         return (library().BlockSparseTensor(values, self.layout) @ x[:, None])[:, 0]
 
     def transposed_times(self, values: Tensor, x: Tensor) -> Tensor:
-        """The transposed matrix times x (R, L, D)."""
+        """Return the transposed matrix of `values` times x (R, L, D)."""
         values = (values if self.turned is None else values[:, self.turned]).mT
         return (library().BlockSparseTensor(values, self.layout.mT) @ x[:, None])[:, 0]
 
 
 class Piece(NamedTuple):
-    """Blocks in a row: the tokens that stand in them, and where. places None: they fill all places."""
+    """Consecutive blocks, and the tokens in them."""
 
     segments: list[int]  # of each block
     counts: list[int]  # tokens of each block
-    size: int
-    tokens: slice
-    places: Tensor | None
+    size: int  # places of a block, C
+    tokens: slice  # of the row
+    places: Tensor | None  # the places of the tokens among the L = n C; None: they fill all places
 
     def load(self, x: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
-        """Its tokens of x (B, H', T, D), heads repeated to `heads`: (B heads, L, D), 0 where no token stands."""
+        """Return its tokens of x (B, H', T, D), heads repeated to `heads`: (B heads, L, D), 0 at empty places."""
         part = x[:, :, self.tokens].to(dtype)
         if heads > x.shape[1]:
             part = part.repeat_interleave(heads // x.shape[1], dim=1)
@@ -75,7 +80,7 @@ class Piece(NamedTuple):
         return full.index_copy_(1, self.places, part)
 
     def store(self, x: Tensor, value: Tensor, add: bool = False) -> None:
-        """The reverse: put value (B heads, L, D) into x (B, H', T, D), repeated heads summed."""
+        """Write value (B heads, L, D) to its tokens of x (B, H', T, D), or add it; repeated heads are summed."""
         part = value if self.places is None else value.index_select(1, self.places)
         part = part.unflatten(0, (x.shape[0], x.shape[1], -1)).sum(2) if len(part) > len(x) * x.shape[1] else part
         place = x[:, :, self.tokens]
@@ -87,9 +92,11 @@ class Piece(NamedTuple):
 
 
 class Alignment:
-    """The tokens of one row, each of its segments beginning with a block of its own, so that no block holds two.
+    """The layout of the tokens of one row in blocks, where each segment begins with a new block.
 
-    borders: as in cu_seqlens.
+    Args:
+        borders: the borders of the segments, as in cu_seqlens.
+        size: places of a block.
     """
 
     def __init__(self, borders: Sequence[int], size: int, device: torch.device):
@@ -101,6 +108,7 @@ class Alignment:
         self.offsets = list(accumulate(self.counts, initial=borders[0]))
 
     def piece(self, start: int, end: int) -> Piece:
+        """Return the blocks from start to end."""
         counts = self.counts[start:end]
         places = None
         if any(count < self.size for count in counts):
@@ -110,11 +118,11 @@ class Alignment:
         return Piece(self.segments[start:end], counts, self.size, tokens, places)
 
     def pieces(self, blocks: int) -> Iterator[Piece]:
-        """All tokens, so many blocks at a time."""
+        """Return all tokens, `blocks` blocks at a time."""
         return (self.piece(i, i + blocks) for i in range(0, len(self.counts), blocks))
 
 
 def block_size(size: int, borders: Sequence[int]) -> int:
-    """`size`, or less where all segments are shorter: no more padding than the smallest blocks need."""
+    """Return `size`, or less if all segments are shorter, so that there is little padding."""
     longest = max(end - start for start, end in pairwise(borders))
     return min(size, max(SMALLEST, -(-longest // SMALLEST) * SMALLEST))

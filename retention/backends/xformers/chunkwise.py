@@ -1,13 +1,15 @@
-"""The chunkwise form: what happens inside chunks on a block-diagonal matrix, the rest through the state.
+"""The chunkwise form: a block-diagonal matrix for the pairs inside chunks, a state for all others.
 
-Source: Sun et al. 2023, arXiv:2307.08621, Eq. 7. Differs: several chunks at a time, of all heads, in one block-sparse
-product each. For chunk i of n tokens, with the state B before it and A after it, and q scaled already:
+Source: Sun et al. 2023, arXiv:2307.08621, Eq. 7. Differs: one block-sparse product computes several chunks of all
+    heads.
 
-    out = ((q kᵀ) ∘ D) v + (read ∘ q) B          D_jm = gamma^(j-m)    read_j = gamma^(j+1)
-    A   = gamma^n B + (write ∘ k)ᵀ v             write_j = gamma^(n-1-j)
+For a chunk of n tokens, with q scaled already, the state B before it and the state A after it:
 
-The backward pass is the same recurrence against time: dB = gamma^n dA + (read ∘ q)ᵀ dout. Bidirectional retention adds
-the mirror image for what lies in later chunks.
+    out = ((q kᵀ) * D) v + (read * q) B          D_jm = gamma^(j-m)    read_j = gamma^(j+1)
+    A   = gamma^n B + (write * k)ᵀ v             write_j = gamma^(n-1-j)
+
+The backward pass is the same recurrence in the other direction: dB = gamma^n dA + (read * q)ᵀ dout. Bidirectional
+retention adds the mirror image, for the tokens of later chunks.
 """
 
 from __future__ import annotations
@@ -21,18 +23,22 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import Alignment, Blocks, Piece, block_size
 
-BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads, so that they stay in the processor's cache
+BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads that fit the processor's cache
 BLOCKS_ELSEWHERE = 1024
 
 
 @functools.lru_cache(maxsize=64)
 def _diagonal(blocks: int, size: int, device: torch.device) -> Blocks:
-    with torch.inference_mode(False):  # it outlives the call
+    """Make the block-diagonal matrix with this number of blocks; the last ones made are kept."""
+    with torch.inference_mode(False):  # the cache keeps it for later calls, which may need gradients
         return Blocks(torch.eye(blocks, dtype=torch.bool, device=device), size)
 
 
 class Walk:
-    """What both directions share. Rows of the batch and heads are one dimension R; states are (segments, R, K, V)."""
+    """The decays and pieces that `forward` and `backward` share.
+
+    Rows of the batch and heads are one dimension R; a state is (segments, R, K, V). C is the size of a chunk.
+    """
 
     def __init__(self, q: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, size: int, scale: float, causal: bool):
         self.dtype = state_dtype(q.dtype)
@@ -51,23 +57,27 @@ class Walk:
         self.pieces = list(alignment.pieces(blocks)) if self.rows else []
 
     def states(self, state: Tensor | None) -> Tensor | None:
-        """(B or N, H, K, V) as (segments, R, K, V)."""
+        """Reshape a state (B or N, H, K, V) to (segments, R, K, V)."""
         return state if state is None or self.rows == 1 else state.flatten(0, 1)[None]
 
     def load(self, piece: Piece, x: Tensor) -> Tensor:
+        """Return the tokens of a piece in x (B, H or Hkv, T, D): (R, n C, D) for n chunks."""
         return piece.load(x, self.heads, self.dtype)
 
     def chunks(self, x: Tensor) -> Tensor:
+        """Split x (R, n C, D) into chunks (R, n, C, D)."""
         return x.unflatten(1, (-1, self.size))
 
     def diagonal(self, piece: Piece) -> Blocks:
+        """Return the block-diagonal matrix of the chunks of a piece."""
         return _diagonal(len(piece.counts), self.size, self.index.device)
 
     def order(self, reverse: bool) -> list[Piece]:
+        """Return the pieces in the order of time, or in reverse."""
         return self.pieces[::-1] if reverse else self.pieces
 
     def ages(self, piece: Piece, reverse: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Exponents of gamma in reading and writing (1 or n, C, 1) and carrying (n, 1, 1)."""
+        """Return the exponents of gamma for reading and writing, (1 or n, C, 1), and for carrying, (n, 1, 1)."""
         counts = torch.tensor(piece.counts, dtype=self.dtype).to(self.index.device)[:, None, None]
         index = self.index[:, None]
         if reverse:
@@ -75,18 +85,21 @@ class Walk:
         return index[None] + 1, (counts - 1 - index).clamp(min=0), counts
 
     def factors(self, piece: Piece, reverse: bool) -> tuple[Tensor, ...]:
-        """gamma to the power of these ages, for each row: (R, 1 or n, C or 1, 1)."""
+        """Return gamma to the power of these ages, for each row: (R, 1 or n, C or 1, 1)."""
         return tuple((self.rate[..., None] * age).exp() for age in self.ages(piece, reverse))
 
 
 class Scan:
-    """x <- added + carry x, chunk by chunk, from `start` of each segment to its `end`; both (segments, R, K, V)."""
+    """The recurrence x <- added + carry x, chunk by chunk, from `start` of each segment to its `end`.
+
+    start and end are (segments, R, K, V), or None for 0 and for no output.
+    """
 
     def __init__(self, reverse: bool, start: Tensor | None = None, end: Tensor | None = None):
         self.reverse, self.start, self.end, self.segment, self.x = reverse, start, end, -1, torch.empty(0)
 
     def __call__(self, added: Tensor, carry: Tensor, segments: list[int]) -> Tensor:
-        """The x that each chunk finds; added (R, n, K, V)."""
+        """Return the x before each chunk, (R, n, K, V), for added (R, n, K, V)."""
         found = torch.empty_like(added)
         order = range(len(segments))
         for i in reversed(order) if self.reverse else order:
@@ -99,6 +112,7 @@ class Scan:
         return found
 
     def leave(self) -> None:
+        """Write x to the end of the segment that is left."""
         if self.end is not None and self.segment >= 0:
             self.end[self.segment] = self.x
 
@@ -106,16 +120,21 @@ class Scan:
 def forward(
     walk: Walk, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor | None, final: Tensor | None
 ) -> None:
-    """Fill `out` and `final`."""
+    """Write the outputs to `out` and the states after the segments to `final`.
+
+    Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V); out (B, H, T, V); state, final (B or N, H, K, V) or
+        None.
+    """
     for reverse in walk.directions:
         scan = Scan(reverse, walk.states(state), walk.states(final))
         for piece in walk.order(reverse):
-            q_, k_, v_ = (walk.load(piece, x) for x in (q, k, v))
+            q_, k_, v_ = (walk.load(piece, x) for x in (q, k, v))  # (R, n C, K), (R, n C, K), (R, n C, V)
             q_ = q_ * walk.scale
             read, write, carry = walk.factors(piece, reverse)
+            # A = gamma^n B + (write * k)ᵀ v; found is B of each chunk, (R, n, K, V)
             found = scan((walk.chunks(k_) * write).mT @ walk.chunks(v_), carry, piece.segments)
-            y = ((walk.chunks(q_) * read) @ found).flatten(1, 2)
-            if not reverse:
+            y = ((walk.chunks(q_) * read) @ found).flatten(1, 2)  # (read * q) B, (R, n C, V)
+            if not reverse:  # + ((q kᵀ) * D) v
                 diagonal = walk.diagonal(piece)
                 y += diagonal.times(diagonal.product(q_, k_).mul_(walk.inner), v_)
             piece.store(out, y, add=reverse)
@@ -131,7 +150,13 @@ def backward(
     dstate: Tensor | None,
     decay_grad: bool,
 ) -> Tensor:
-    """Fill the gradients of q, k, v and state; return that of log_decay, (H,). tensors: q, k, v, dout."""
+    """Write the gradients of q, k, v and state; return that of log_decay, (H,).
+
+        dq = (dout Bᵀ) * read    dk = (v dAᵀ) * write    dv = (write * k) dA    each plus the pairs inside chunks
+
+    tensors: q, k, v, dout. grads: the outputs dq, dk, dv. dfinal, dstate: gradients of the states after and before, or
+        None.
+    """
     ddecay = walk.rate.new_zeros(len(walk.rate))
     for reverse in walk.directions:
         befores = _befores(walk, tensors[1], tensors[2], state, reverse)
@@ -141,9 +166,10 @@ def backward(
             q_ = q_ * walk.scale
             q_i, k_i, v_i, dy_i = (walk.chunks(x) for x in (q_, k_, v_, dy))
             read, write, carry = walk.factors(piece, reverse)
+            # B and dA of each chunk, (R, n, K, V); dB = gamma^n dA + (read * q)ᵀ dout
             before, after = befores.pop(), scan((q_i * read).mT @ dy_i, carry, piece.segments)
             dq_i, dk_i, dv_i = (dy_i @ before.mT) * read, (v_i @ after.mT) * write, (k_i * write) @ after
-            if decay_grad:
+            if decay_grad:  # every product times its exponent of gamma
                 read_age, write_age, count = walk.ages(piece, reverse)
                 ddecay += (q_i * dq_i * read_age + k_i * dk_i * write_age).sum((1, 2, 3))
                 ddecay += (before * after * (carry * count)).sum((1, 2, 3))
@@ -159,12 +185,12 @@ def backward(
 def _inner(
     walk: Walk, piece: Piece, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...], decay_grad: bool
 ) -> Tensor:
-    """What the pairs inside chunks add to the gradients of q, k and v, in place, and to that of log_decay, (R,)."""
+    """Add the pairs inside chunks to the gradients of q, k and v, in place; return their part of dlog_decay, (R,)."""
     q, k, v, dy = tensors
     dq, dk, dv = grads
     diagonal = walk.diagonal(piece)
-    scores = diagonal.product(q, k)
-    dscores = diagonal.product(dy, v).mul_(walk.inner)
+    scores = diagonal.product(q, k)  # q kᵀ inside each chunk, (R, n, C, C)
+    dscores = diagonal.product(dy, v).mul_(walk.inner)  # (dout vᵀ) * D
     ddecay = (scores * dscores * walk.distance).sum((1, 2, 3)) if decay_grad else walk.rate.new_zeros(len(q))
     dq += diagonal.times(dscores, k)
     dk += diagonal.transposed_times(dscores, q)
@@ -173,7 +199,7 @@ def _inner(
 
 
 def _befores(walk: Walk, k: Tensor, v: Tensor, state: Tensor | None, reverse: bool) -> list[Tensor]:
-    """The states that the chunks of each piece find."""
+    """Return the states before the chunks of each piece, (R, n, K, V) each."""
     scan, found = Scan(reverse, walk.states(state)), []
     for piece in walk.order(reverse):
         k_, v_ = (walk.load(piece, x) for x in (k, v))

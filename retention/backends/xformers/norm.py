@@ -1,4 +1,4 @@
-"""xformers' RMS norm, a Triton kernel for inference: it has no gradient."""
+"""The RMS norm of xformers, a Triton kernel for inference without a gradient."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...errors import BackendError
 from .probe import expect, require
 
 DEVICES = ("cuda",)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # it computes in float32, whatever comes
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the kernel computes in float32 for each of them
 
 
 def takes(x: Tensor, weight: Tensor | None) -> bool:
-    """Whether the kernel gives what torch gives: not with gradients, under torch.compile or autocast, in float64."""
+    """Return whether the kernel gives torch's result: on CUDA, not with gradients, torch.compile, autocast, float64."""
     return (
         not torch.compiler.is_compiling()
         and not torch.is_grad_enabled()
@@ -26,21 +26,24 @@ def takes(x: Tensor, weight: Tensor | None) -> bool:
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x (..., D) divided by the root of its mean square and eps, times weight (D,); for what `takes` says."""
+    """Return x / sqrt(mean(x^2) + eps) * weight, for inputs that `takes` accepts.
+
+    Shapes: x (..., D); weight (D,) or None. Returns (..., D).
+    """
     from xformers.ops.rmsnorm import rms_norm as compute
 
     return compute(x.contiguous(), weight, eps)
 
 
 def check(device: torch.device) -> None:
-    """Raises: BackendError, from its cause if it has one, if the kernel cannot be used on a device."""
+    """Check that the kernel runs on `device`. Raises: BackendError, from its cause, if it does not."""
     if device.type not in DEVICES:
         raise BackendError(f"xformers' rms_norm runs on {', '.join(DEVICES)}; got a model on {device}; move it there")
     require("xformers' rms_norm", str(device), _trial)
 
 
 def _trial(device: str) -> None:
-    """Rows that are no power of two long, with a weight and without, against torch's."""
+    """Compare rows whose length is no power of two, with and without a weight, with torch's norm."""
     x = torch.arange(3 * 200.0, device=device).sin().view(3, 200)
     with torch.no_grad():
         for weight in (None, x[0].cos()):

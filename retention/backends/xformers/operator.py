@@ -1,4 +1,4 @@
-"""Both forms as one opaque operator, so that torch.compile sees one node and not what is in it."""
+"""Both forms as one opaque operator, so that torch.compile sees one node."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def block_sparse(
     return_state: bool,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Shapes as in `Backend.__call__`; grid () for none. grid and eps are of the parallel form only.
+    """Return out (B, H, T, V) and the last state, (0,) without return_state. Shapes: as in `Backend.__call__`.
 
-    Returns: out (B, H, T, V); the last state, empty unless return_state.
+    grid is () for none; grid and eps are for the parallel form only.
     """
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
@@ -70,7 +70,7 @@ def block_sparse_backward(
     eps: float,
     decay_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns: the gradients of q, k, v, log_decay (0 unless decay_grad) and state (empty if there is none)."""
+    """Return the gradients of q, k, v, log_decay (0 unless decay_grad) and state ((0,) without a state)."""
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     tensors, grads = (q, k, v, dout), (dq, dk, dv)
     ask_for_huge_pages(*grads)
@@ -92,7 +92,7 @@ differentiable(block_sparse, block_sparse_backward)
 
 
 def _begin(end: Tensor, start: Tensor | None) -> None:
-    """What a segment without tokens ends with is what it starts with."""
+    """Write the state before a segment as the state after it, which holds for a segment without tokens."""
     if start is None:
         end.zero_()
     else:

@@ -1,7 +1,7 @@
-"""The parallel form on the blocks that count, of a triangle, a square, packed segments or a grid.
+"""The parallel form on the blocks that matter, of a triangle, a square, packed segments or a grid.
 
-Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5. Differs: blocks that lie in the future, between two segments, or in
-which no decay is above `eps` are not computed.
+Source: Sun et al. 2023, arXiv:2307.08621, Eq. 5. Differs: blocks that are in the future, between two segments, or have
+    no decay above `eps` are not computed.
 """
 
 from __future__ import annotations
@@ -19,34 +19,36 @@ from ..packing import segment_borders
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
 CACHE_BYTES = 64 * 2**20
-SCORES_AT_ONCE = 4 * 2**20  # of several heads, where they are small
+SCORES_AT_ONCE = 4 * 2**20  # several heads are computed together up to this number of scores
 
 
 class Pattern(NamedTuple):
-    """Which blocks G heads compute, and what they multiply them with: that depends on how far apart they are only."""
+    """The blocks that G heads compute, and their decays, which depend on the distance of two blocks only."""
 
     blocks: Blocks
-    apart: Tensor  # (blocks there,) which of the D that follow
+    apart: Tensor  # (stored blocks,) index of their distance among the D distances of blocks
     distance: Tensor  # (D, C, C) exponents of gamma
-    decay: Tensor  # (G, D, C, C) 0 where nothing is seen
+    decay: Tensor  # (G, D, C, C) gamma^distance, 0 for pairs that do not see each other
 
     @property
     def nbytes(self) -> int:
+        """The memory of the pattern."""
         return self.distance.nbytes + self.decay.nbytes + self.blocks.layout.nbytes + 3 * self.apart.nbytes
 
 
 class Cache:
-    """The patterns used last, of a bounded size in all."""
+    """The patterns that were used last, up to `limit` bytes in all; safe for threads."""
 
     def __init__(self, limit: int):
         self.limit, self.kept, self.lock = limit, OrderedDict[Hashable, Pattern](), threading.Lock()
 
     def __call__(self, key: Hashable, make: Callable[[], Pattern]) -> Pattern:
+        """Return the pattern of `key`; if it is not kept, make it."""
         with self.lock:
             if key in self.kept:
                 self.kept.move_to_end(key)
                 return self.kept[key]
-        with torch.inference_mode(False):  # it outlives the call
+        with torch.inference_mode(False):  # the cache keeps it for later calls, which may need gradients
             made = make()
         with self.lock:
             self.kept[key] = made
@@ -55,6 +57,7 @@ class Cache:
         return made
 
     def nbytes(self) -> int:
+        """Return the memory of all patterns."""
         return sum(pattern.nbytes for pattern in self.kept.values())
 
 
@@ -62,9 +65,9 @@ patterns = Cache(CACHE_BYTES)
 
 
 class Walk:
-    """The heads of a call, G at a time; with eps one, for each has blocks of its own. On a grid blocks hold whole rows.
+    """The heads of a call, G at a time; one at a time with eps, since each head then has blocks of its own.
 
-    Rows of the batch and these heads are one dimension R.
+    Rows of the batch and these heads are one dimension R. On a grid a block holds whole rows of the grid.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class Walk:
         self.groups = self._groups(q.shape[0], q.shape[1] // k.shape[1])
 
     def _groups(self, batch: int, sharing: int) -> list[range]:
-        """The query heads to take at a time: all those that share a key, or several such, or a part of one."""
+        """Return the query heads to compute at a time: all that share a key, several such groups, or a part of one."""
         heads, scores = len(self.rates), batch * (len(self.alignment.counts) * self.size) ** 2
         if scores == 0:
             return []
@@ -101,30 +104,32 @@ class Walk:
         return [range(start, min(start + at_once, heads)) for start in range(0, heads, at_once)]
 
     def load(self, x: Tensor, heads: range) -> Tensor:
-        """The tokens of these query heads in x (B, H or Hkv, T, D): (R, L, D)."""
+        """Return the tokens of these query heads in x (B, H or Hkv, T, D): (R, L, D)."""
         return self.piece.load(self.part(x, heads), len(heads), self.dtype)
 
     def part(self, x: Tensor, heads: range) -> Tensor:
-        """x (B, H or Hkv, T, D) for these query heads."""
+        """Return the heads of x (B, H or Hkv, T, D) that belong to these query heads."""
         first, last = (head * x.shape[1] // len(self.rates) for head in (heads[0], heads[-1]))
         return x[:, first : last + 1]
 
     def decays(self, pattern: Pattern, values: Tensor) -> Tensor:
-        """values (R, blocks there, C, C) times the decay of each pair, in place."""
+        """Multiply values (R, stored blocks, C, C) by the decay of each pair, in place."""
         values.unflatten(0, (-1, len(pattern.decay))).mul_(pattern.decay[:, pattern.apart])
         return values
 
     def pattern(self, heads: range) -> Pattern:
+        """Return the pattern of these heads, from the cache or new."""
         rates = tuple(self.rates[heads.start : heads.stop])
         key = (self.borders, self.columns, self.causal, self.eps, self.size, rates, self.dtype, self.device)
         return patterns(key, lambda: self._pattern(rates))
 
     def _pattern(self, rates: tuple[float, ...]) -> Pattern:
+        """Make the pattern of heads with these log-decays: blocks whose largest decay is at most eps are left out."""
         segment = torch.tensor(self.alignment.segments, device=self.device)
         layout = segment[:, None] == segment
         layout = layout.tril() if self.causal else layout
         row, column = layout.nonzero(as_tuple=True)
-        reach = int((row - column).max())  # blocks that the farthest pair is apart
+        reach = int((row - column).max())  # the largest distance, in blocks
         behind = 0 if self.causal else reach
         distance, seen = self._distance(reach, behind)
         rate = torch.tensor(rates, dtype=self.dtype, device=self.device)[:, None, None, None]
@@ -135,7 +140,7 @@ class Walk:
         return Pattern(Blocks(layout, self.size), apart[counts], distance, decay)
 
     def _distance(self, reach: int, behind: int) -> tuple[Tensor, Tensor]:
-        """Between the tokens of blocks -behind to reach apart, (behind + 1 + reach, C, C); and who sees whom."""
+        """Return the distances of tokens in blocks that are -behind to reach apart, and who sees whom, (D, C, C)."""
         index = torch.arange(self.size, device=self.device)
         first = torch.arange(behind + 1 + reach, device=self.device)[:, None, None] * self.size
         n, m = first + index[:, None], behind * self.size + index
@@ -147,7 +152,7 @@ class Walk:
 
 
 def forward(walk: Walk, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
-    """Fill `out`."""
+    """Write out = ((scale q kᵀ) * D) v to `out`, for D on the blocks of the pattern."""
     for heads in walk.groups:
         q_, k_, v_ = (walk.load(x, heads) for x in (q, k, v))
         pattern = walk.pattern(heads)
@@ -161,7 +166,12 @@ def backward(
     grads: tuple[Tensor, Tensor, Tensor],
     decay_grad: bool,
 ) -> Tensor:
-    """Fill the gradients of q, k and v; return that of log_decay, (H,). tensors: q, k, v, dout."""
+    """Write the gradients of q, k and v; return that of log_decay, (H,).
+
+        A = (dout vᵀ) * D,    dq = scale A k,    dk = Aᵀ (scale q),    dv = ((scale q kᵀ) * D)ᵀ dout
+
+    tensors: q, k, v, dout. grads: the outputs dq, dk, dv.
+    """
     ddecay = torch.zeros(len(walk.rates), dtype=walk.dtype, device=walk.device)
     sums = [grad.new_zeros(grad.shape, dtype=walk.dtype) for grad in grads]  # several heads may share a key
     for heads in walk.groups:

@@ -1,4 +1,4 @@
-"""Whether xformers can be used here: a small test of what is used of it, not a look at its version."""
+"""Whether xformers can be used here, by a small test of the functions that are used. Its version decides nothing."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from .operator import block_sparse
 TESTED = "0.0.35"
 INSTALL = f'pip install "xformers=={TESTED}"'
 REINSTALL = f'pip install --force-reinstall --no-deps "xformers=={TESTED}"'
-Trial = Callable[[str], None]  # uses a part of xformers on a device, and raises whatever goes wrong
+Trial = Callable[[str], None]  # tests a part of xformers on a device, and raises an exception if it fails
 _causes: dict[tuple[Trial, str], BaseException] = {}
 
 
 def products(device: str) -> None:
-    """The block-sparse products in both forms, and their gradients, against the formula."""
+    """Compare the block-sparse products of both forms, and their gradients, with the formula."""
     library()
     index = torch.arange(40.0, device=device)
     inputs = [(index[:, None] * (i + 1) + torch.arange(2.0, device=device)).sin()[None, None] for i in range(3)]
@@ -38,22 +38,22 @@ def products(device: str) -> None:
 
 
 def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], within: float = 1e-3) -> None:
-    """Raises: ArithmeticError unless they are that close; any kernel's float32 is."""
+    """Check that results are within a tolerance that float32 of any kernel meets. Raises: ArithmeticError if not."""
     if not all(torch.allclose(a, b, rtol=within, atol=within) for a, b in zip(got, want, strict=True)):
         raise ArithmeticError(otherwise)
 
 
 def trouble(device: str, trial: Trial = products) -> str | None:
-    """What keeps a part of xformers from running on a device, and the command that mends it; None if nothing does."""
+    """Return why a part of xformers cannot run on `device`, with the command that repairs it; None if it can."""
     return _trouble(trial, device)
 
 
-# What `torch.compiler.assume_constant_result` does; that function would import the whole compiler, which takes seconds.
+# `torch.compiler.assume_constant_result` sets this too, but imports the whole compiler, which takes seconds.
 trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require(what: str, device: str, trial: Trial) -> None:
-    """Raises: BackendError, from its cause, if a part of xformers does not run on a device."""
+    """Check that a part of xformers runs on `device`. Raises: BackendError, from its cause, if it does not."""
     reason = trouble(device, trial)
     if reason:
         raise BackendError(f"{what} cannot run on {device}: {reason}") from cause(trial)
@@ -61,12 +61,13 @@ def require(what: str, device: str, trial: Trial) -> None:
 
 @functools.cache
 def _trouble(trial: Trial, device: str) -> str | None:
+    """Run a trial once for each device, in a thread of its own, and return the reason of its failure."""
     log = logging.getLogger("xformers")
-    before, log.disabled = log.disabled, True  # it warns of a compiled library that most parts do not need; see `found`
+    before, log.disabled = log.disabled, True  # xformers warns of a compiled library that most parts do not need
     try:
-        import xformers  # noqa: F401 -- first, so that a library that is not there has that name
+        import xformers  # noqa: F401 -- first, so that a missing library raises ModuleNotFoundError with this name
 
-        with ThreadPoolExecutor(1) as thread:  # which knows of no autocast, no_grad, tracing or transform of the caller
+        with ThreadPoolExecutor(1) as thread:  # another thread has no autocast, no_grad, tracing or transform
             thread.submit(trial, device).result()
     except Exception as error:  # a broken installation may fail in any way
         _causes[trial, device] = error
@@ -79,12 +80,12 @@ def _trouble(trial: Trial, device: str) -> str | None:
 
 
 def cause(trial: Trial = products) -> BaseException | None:
-    """The first exception that `trouble` met in a trial."""
+    """Return the first exception that a trial raised, on any device; None if it raised none."""
     return next((error for (tried, _), error in _causes.items() if tried is trial), None)
 
 
 def found(device: str) -> str | None:
-    """The version, whether the compiled library was loaded, and which attention operators take a call on a device."""
+    """Return a line on the version, the compiled library and the attention operators for `device`; None if unusable."""
     if trouble(device):
         return None
     parts: dict[str, Callable[[], str]] = {
@@ -95,13 +96,13 @@ def found(device: str) -> str | None:
     for name, look in parts.items():
         try:
             lines.append(f"{name}: {look()}")
-        except Exception as error:  # these are its inner names, which may change; nothing here depends on them
+        except Exception as error:  # these are private names of xformers, which may change, and only inform people
             lines.append(f"{name}: unknown ({line(error)})")
     return "; ".join(lines)
 
 
 def attention_operators(device: str, dtype: torch.dtype = torch.float16) -> list[str]:
-    """The names of xformers' forward operators of `memory_efficient_attention` that take a plain call on a device."""
+    """Return the names of xformers' forward operators of attention that take a plain call on `device`."""
     from xformers.ops import fmha
 
     q = torch.empty(1, 64, 2, 64, device=device, dtype=dtype)
@@ -114,6 +115,7 @@ def _compiled() -> str:
 
 
 def _root(error: BaseException) -> BaseException:
+    """Return the exception at the end of the chain of causes."""
     deeper = error.__cause__ or error.__context__
     return error if deeper is None else _root(deeper)
 
@@ -126,5 +128,5 @@ def _version() -> str:
 
 
 def line(error: BaseException) -> str:
-    """An exception as a message can hold it."""
+    """Return an exception as one line of text."""
     return f"{type(error).__name__}: {error}".replace("\n", " ")

@@ -1,4 +1,4 @@
-"""The gated feed-forward fc2(silu(fc1 x) * gate x) as xformers' `swiglu`."""
+"""The gated feed-forward fc2(silu(fc1 x) * gate x) as the function `swiglu` of xformers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from .probe import expect, require
 
 
 def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor:
-    """x (..., dim) -> (..., dim of fc2), in the dtype that the three linear layers would give.
+    """Return fc2(silu(fc1 x) * gate x), in the dtype that the three linear layers would give.
 
-    xformers chooses its operator by the address of the weights, which torch.compile cannot see through; compiled, it is
-    given the operator, the one written in torch operations, and there is one graph.
-    Raises: BackendError if a layer is not a plain nn.Linear: what an adapter or a quantiser has put there is more than
-        a weight and a bias, and xformers takes no more.
+    xformers chooses its operator by the address of the weights, which torch.compile cannot trace. A compiled call is
+    given the operator that consists of torch operations, so there is one graph.
+
+    Shapes: x (..., dim) -> (..., out_features of fc2).
+    Raises: BackendError if a layer is not a plain nn.Linear: xformers takes a weight and a bias, and would ignore what
+        an adapter or a quantiser adds to them.
+    Source: Shazeer 2020, arXiv:2002.05202.
     """
     from xformers.ops import SwiGLUEagerOp
     from xformers.ops import swiglu as compute
@@ -32,12 +35,12 @@ def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor
 
 
 def check() -> None:
-    """Raises: BackendError, from its cause, if xformers' `swiglu` cannot be used."""
+    """Check that xformers' `swiglu` can be used. Raises: BackendError, from its cause, if it cannot."""
     require("xformers' swiglu", "cpu", _trial)
 
 
 def _trial(device: str) -> None:
-    """With gradients, against the formula."""
+    """Compare outputs and gradients with the formula."""
     from xformers.ops import SwiGLUEagerOp
     from xformers.ops import swiglu as compute
 
