@@ -202,7 +202,7 @@ class HeadDecay(nn.Module):
         else:
             log_gap = as_tensor(self.log_gaps, device, dtype) + self.shift.to(dtype)
             # The bound keeps gamma above 0. The gradient ignores the bound, since a gradient of 0 would never leave it.
-            log_gap = log_gap + (log_gap.clamp(max=-1e-4) - log_gap).detach()
+            log_gap = log_gap.detach().clamp(max=-1e-4) + (log_gap - log_gap.detach())  # the bracket is exactly 0
             heads = torch.log1p(-log_gap.exp())
         if self.pairs is None:
             return heads

@@ -79,6 +79,18 @@ def test_geometric_sum_and_its_gradient(log_decay, count, dtype, bound):
     assert x.grad.item() == pytest.approx(math.fsum(i * w for i, w in enumerate(weights)), rel=bound, abs=bound / 10)
 
 
+@pytest.mark.parametrize("shift", [0.7, 20.0, 1e6, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_learnable_decay_far_beyond_its_bound_is_the_bound(shift, dtype):
+    layer = decay.HeadDecay([math.log(0.5)], 1, learnable=True)
+    with torch.no_grad():
+        layer.shift.fill_(shift)
+    found = layer(torch.device("cpu"), dtype)
+    assert found.item() == pytest.approx(math.log1p(-math.exp(-1e-4)), rel=1e-3)
+    found.backward()
+    assert layer.shift.grad.item() == pytest.approx(-1e4, rel=1e-2)
+
+
 def test_a_learnable_decay_comes_back_from_its_bound():
     """Above the bound the decay is that at the bound, and the gradient goes on."""
     layer = decay.HeadDecay([math.log(0.5)], 1, learnable=True)

@@ -100,7 +100,7 @@ class RetNetTest(Common, unittest.TestCase):
         return RetNetConfig(vocab_size=99, dim=32, num_layers=2, num_heads=4, pad_token_id=0, num_labels=3)
 
     def test_config(self):
-        configuration.ConfigTester(self, RetNetConfig, dim=36, num_heads=4).run_common_tests()
+        configuration.ConfigTester(self, RetNetConfig, dim=40, num_heads=4).run_common_tests()
 
 
 class ReplacedLlamaTest(Common, unittest.TestCase):
