@@ -137,6 +137,17 @@ def test_absolute_score_norm_is_the_definition_and_has_the_parallel_form_only():
         retain(q, k, v, LOG_DECAY, score_norm="absolute", form="chunkwise")
 
 
+@pytest.mark.parametrize("score_norm", [True, "absolute"])
+def test_only_the_absolute_score_norm_has_an_upper_bound(score_norm):
+    """torchscale divides by 5e4 at most."""
+    q, k, v = qkv()
+    want = oracle.retain(1e6 * q, k, v, LOG_DECAY, score_norm=score_norm)
+    got = retain(1e6 * q, k, v, LOG_DECAY, score_norm=score_norm)
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    if score_norm == "absolute":  # divided by all of sum |R|, no output would be larger than the largest value
+        assert got.abs().max() > 2 * v.abs().max()
+
+
 # --- properties -------------------------------------------------------------------------------------------------------
 
 

@@ -68,3 +68,12 @@ def test_pytrees_see_the_tensors():
     leaves = torch.utils._pytree.tree_leaves(some_state())
     assert len(leaves) == 3
     assert isinstance(torch.utils._pytree.tree_map(torch.clone, some_state()), RetentionState)
+
+
+def test_copying_overwrites_the_tensors_in_place():
+    state, other = some_state(), some_state()
+    kv = state.kv
+    assert not same(state, other)
+    assert state.copy_(other) is state
+    assert same(state, other)
+    assert state.kv is kv
