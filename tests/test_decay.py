@@ -16,6 +16,7 @@ def test_log_linear_schedule():
     gammas = [math.exp(x) for x in decay.log_decays("log_linear", 3)]
     assert gammas == pytest.approx([1 - 1 / 32, 1 - math.exp((math.log(1 / 32) + math.log(1 / 512)) / 2), 1 - 1 / 512])
     assert decay.log_decays("log_linear", 1) == pytest.approx([math.log(1 - 1 / 32)])
+    assert decay.log_decays("log_linear", 2) == pytest.approx([math.log(1 - 1 / 32), math.log(1 - 1 / 512)])
 
 
 def test_log_linear_with_other_ends():
