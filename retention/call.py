@@ -6,7 +6,7 @@ a backend is chosen and run.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
@@ -49,6 +49,23 @@ class Options(
     form: str = "auto"
     return_state: bool = False
     in_place: bool = False
+
+
+class RetainOptions(TypedDict, total=False):
+    """The types of the arguments of `retain` that have a default, without return_state, which decides its result."""
+
+    state: RetentionState | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float | None
+    causal: bool
+    grid: tuple[int, int] | None
+    decay_norm: bool
+    score_norm: ScoreNorm
+    out_dtype: torch.dtype | None
+    chunk_size: int | None
+    backend: str
+    form: str
 
 
 class Call(NamedTuple):
