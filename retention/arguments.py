@@ -171,7 +171,7 @@ def check_contents(length: int, mask: Tensor | None, cu_seqlens: Tensor | None) 
         _refuse_pairs(mask)
     if cu_seqlens is not None:
         borders = _values(cu_seqlens)
-        sound = (borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)
+        sound = ((borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)).all()
         message = f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}"
         _require(sound, message, cu_seqlens)
 
@@ -329,7 +329,7 @@ def _values(x: Tensor) -> Tensor:
 
 
 def _require(condition: Tensor, message: str, value: Tensor) -> None:
-    """Raise `message` unless the values in `condition`, which is made from `_values`, are all True.
+    """Raise `message` unless `condition` (), which is made from `_values`, is True.
 
     On an accelerator, and in a compiled call on every device, the check runs asynchronously, since waiting for its
     result would stop the queue.
@@ -337,6 +337,6 @@ def _require(condition: Tensor, message: str, value: Tensor) -> None:
     if type(condition) is not Tensor or condition.device.type == "meta":
         return  # the tensors of a tracer have no values
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
-        torch._assert_async(condition.all(), message.format("of other values"))
-    elif not condition.all():
+        torch._assert_async(condition, message.format("of other values"))
+    elif not condition:
         raise ValueError(message.format(_values(value).tolist()))

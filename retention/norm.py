@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import check_input
-from .backends.xformers import norm as xformers_norm
 from .options import check_choice, check_device, check_dtype, check_eps, check_is, check_whole
+from .xformers import norm as xformers_norm
 
 BACKENDS = ("torch", "xformers")
 

@@ -18,7 +18,7 @@ FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT 
 LEVELS = (
     ("version", "errors", "constants", "options"),
     ("decay", "rotary", "state"),
-    ("call",),
+    ("call", "xformers"),
     ("times", "scores"),
     ("normalisers",),
     ("arguments",),
@@ -40,7 +40,7 @@ DOORS = {
     "filelock": "saving",
     "matplotlib": "plot",
     "typer": "cli",
-    "xformers": "xformers",
+    "xformers": "library",
 }
 
 

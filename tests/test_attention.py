@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from retention import ShapeError
-from retention.backends.xformers.attention import attend, choose
+from retention.xformers.attention import attend, choose
 
 
 def qkv(length=16, keys=16, heads=4, kv_heads=2, dim=8, value_dim=8, dtype=torch.float32):
@@ -177,7 +177,7 @@ def test_without_xformers_it_is_torchs(unprobed):
 
 
 def test_xformers_is_imported_at_first_use():
-    code = "import sys; from retention.backends.xformers import attention; assert 'xformers' not in sys.modules"
+    code = "import sys; from retention.xformers import attention; assert 'xformers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
