@@ -26,7 +26,7 @@ from .call import FORMS, Inputs, Options, ScoreNorm
 from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, stepped
-from .norm import HeadNorm
+from .norm import HEAD_NORMS, HeadNorm
 from .options import (
     check_choice,
     check_device,
@@ -53,7 +53,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
 }
-NORMS = ("group", "rms")
 GATED_AT_ONCE = 2**18  # elements, on CPU without gradients: 10 % faster from 2048 tokens on
 
 
@@ -167,7 +166,7 @@ class MultiScaleRetention(HasBackend):
         value_dim = 2 * dim if value_dim is None else value_dim
         _check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
         check_choice("gate", gate, (*ACTIVATIONS, None))
-        check_choice("norm", norm, (*NORMS, None))
+        check_choice("norm", norm, (*HEAD_NORMS, None))
         check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
         check_choice("score_norm", score_norm, (False, True, "absolute"))
         check_choice("form", form, (*FORMS, "auto"))
@@ -208,7 +207,7 @@ class MultiScaleRetention(HasBackend):
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_value_dim, bias, **dd)
         self.g_proj = nn.Linear(dim, value_dim, bias, **dd) if gate else None
         self.out_proj = nn.Linear(value_dim, dim, bias, **dd)
-        self.gate = ACTIVATIONS[gate] if gate else None
+        self.gate_activation = ACTIVATIONS[gate] if gate else None
         self.norm = (
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
@@ -465,18 +464,18 @@ class MultiScaleRetention(HasBackend):
 
     def _gated(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return gate(x W_g) * norm(out), (B, T, num_heads, value_dim / num_heads), in `dtype`."""
-        if self.gate is None or self.g_proj is None:
+        if self.gate_activation is None or self.g_proj is None:
             return self.norm(out).to(dtype)
         gate = self.g_proj(x).view_as(out)
         few = out.numel() <= GATED_AT_ONCE
         if few or torch.is_grad_enabled() or torch.compiler.is_compiling() or out.device.type != "cpu":
-            return (self.gate(gate) * self.norm(out)).to(dtype)
+            return (self.gate_activation(gate) * self.norm(out)).to(dtype)
         # A part of the tokens at a time, written over `out`: the intermediate results stay in the processor's cache.
         gated = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         tokens = max(1, GATED_AT_ONCE * out.shape[1] // out.numel())
         for parts in zip(*(z.split(tokens, dim=1) for z in (out, gate, gated)), strict=True):
             out_i, gate_i, gated_i = parts
-            torch.mul(self.gate(gate_i), self.norm(out_i), out=gated_i)
+            torch.mul(self.gate_activation(gate_i), self.norm(out_i), out=gated_i)
         return gated
 
     def _check_causal(self) -> None:

@@ -13,6 +13,7 @@ from .options import check_choice, check_device, check_dtype, check_eps, check_i
 from .xformers import norm as xformers_norm
 
 BACKENDS = ("torch", "xformers")
+HEAD_NORMS = ("group", "rms")
 
 
 class RMSNorm(nn.RMSNorm):
@@ -73,7 +74,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         check_whole("num_heads", num_heads)
         check_whole("head_dim", head_dim)
-        check_choice("kind", kind, ("group", "rms"))
+        check_choice("kind", kind, HEAD_NORMS)
         check_choice("affine", affine, (False, "shared", "channel"))
         check_eps("eps", eps)
         check_device(device)

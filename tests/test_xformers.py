@@ -234,8 +234,8 @@ def test_eps_leaves_out_blocks_that_have_decayed_and_no_others(small):
     q, k, v = qkv(length=320, dtype=torch.float32)
     retention.register("rough", XFormers(eps=1e-4, block_size=16))
     want, got = (retain(q, k, v, LOG_DECAY, backend=name, form="parallel") for name in (small, "rough"))
-    walk = parallel.Walk(q, k, LOG_DECAY, None, 16, 1.0, True, (), 1e-4)
-    slow, fast = (len(walk.pattern(heads).apart) for heads in walk.groups)
+    plan = parallel.Plan(q, k, LOG_DECAY, None, 16, 1.0, True, (), 1e-4)
+    slow, fast = (len(plan.pattern(heads).apart) for heads in plan.groups)
     assert slow == 20 * 21 // 2, "0.99^320 is above 1e-4"
     assert fast == 20 + 19 + 18, (
         "0.74^n is above 1e-4 up to n = 30: the own block, the one before, the next begins at 17"

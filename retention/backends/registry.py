@@ -37,7 +37,7 @@ _PREFERRED = {
 }
 SMALL_GRID = 24 * 24
 SHORT, FEW_SCORES = 64, 2**19  # limits of a "short" call: tokens; query-key pairs of all heads and rows
-SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality, where the chunkwise form walks twice
+SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality, where the chunkwise form loops twice
 
 
 class Absent:

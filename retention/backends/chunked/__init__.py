@@ -32,7 +32,7 @@ from ...state import state_dtype
 from ..operators import differentiable, gradients, outputs, packed_backward, packed_forward
 from ..packing import ask_for_huge_pages, clear_outside, segment_borders
 from .grid import on_grid, on_grid_anew
-from .walk import Decays, backward, forward
+from .loop import Decays, backward, forward
 
 CHUNK_SIZE = 64  # on CPU as fast as all sizes from 16 to 256, by `python -m benchmarks floor --chunks`
 GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
@@ -64,9 +64,9 @@ class Chunked:
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         if call.grid is not None:
-            walk = on_grid_anew if call.needs_grad else on_grid
+            run = on_grid_anew if call.needs_grad else on_grid
             side = isqrt(call.chunk_size or GRID_CHUNK_SIZE)
-            return walk(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
+            return run(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
         options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
         # For a short call the operator costs as much as the computation, and without gradients it is not needed.
         plain = type(q) is Tensor and not torch.compiler.is_compiling() and call.device != "meta"

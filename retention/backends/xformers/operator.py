@@ -40,13 +40,13 @@ def block_sparse(
     if form == "chunkwise":
         if return_state:
             _begin(final, state)
-        walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
-        chunkwise.forward(walk, q, k, v, out, state, final if return_state else None)
-        clear_outside(walk.borders, out)
+        plan = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
+        chunkwise.forward(plan, q, k, v, out, state, final if return_state else None)
+        clear_outside(plan.borders, out)
     else:
-        heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
-        parallel.forward(heads, q, k, v, out)
-        clear_outside(heads.borders, out)
+        plan = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        parallel.forward(plan, q, k, v, out)
+        clear_outside(plan.borders, out)
     return out, final
 
 
@@ -77,14 +77,14 @@ def block_sparse_backward(
     if form == "chunkwise":
         if state is not None:
             _begin(dstate, dfinal)
-        walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
+        plan = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
         ends = (dfinal, None if state is None else dstate)
-        dlog_decay += chunkwise.backward(walk, tensors, grads, state, *ends, decay_grad)
-        clear_outside(walk.borders, *grads)
+        dlog_decay += chunkwise.backward(plan, tensors, grads, state, *ends, decay_grad)
+        clear_outside(plan.borders, *grads)
     else:
-        heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
-        dlog_decay += parallel.backward(heads, tensors, grads, decay_grad)
-        clear_outside(heads.borders, *grads)
+        plan = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        dlog_decay += parallel.backward(plan, tensors, grads, decay_grad)
+        clear_outside(plan.borders, *grads)
     return dq, dk, dv, dlog_decay, dstate
 
 

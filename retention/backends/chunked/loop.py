@@ -132,7 +132,7 @@ class Target:
             self.parts[i].copy_(value)
 
 
-def _walk(chunks: Chunks, reverse: bool) -> list[int]:
+def _order(chunks: Chunks, reverse: bool) -> list[int]:
     """Return the numbers of the chunks in the order of time, or in reverse."""
     order = list(range(len(chunks)))
     return order[::-1] if reverse else order
@@ -186,7 +186,7 @@ def forward(
     s = None
     for reverse in decays.directions():
         s = None if state is None else state.flatten(0, 1)  # S, (R H, K, V); None is 0
-        order = _walk(q_, reverse)
+        order = _order(q_, reverse)
         for i in order:
             q_i, k_i, v_i = q_[i], k_[i], v_[i]  # (R H, n, K), (R H, n, K), (R H, n, V)
             f = decays.factors(q_i.shape[1], reverse, rows)
@@ -244,7 +244,7 @@ def backward(
     dq_, dk_, dv_ = (Target(x, heads, decays.size) for x in (dq, dk, dv))
     ddecay, ds = decays.rate.new_zeros(rows * heads), None  # one number for each row and head
     for reverse in decays.directions():
-        order = _walk(q_, reverse)
+        order = _order(q_, reverse)
         written = partial(_written, k_, v_, decays, reverse, rows)
         s = None if state is None else state.flatten(0, 1)
         befores = Befores(order, written) if decay_grad else None
