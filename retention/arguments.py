@@ -32,7 +32,7 @@ def describe(inputs: Inputs, options: Options) -> Call:
         raise ValueError(f"scale must be a finite number, or None; got scale {shown(options.scale)}")
     if not (type(causal) is type(options.decay_norm) is type(options.return_state) is bool):
         check_flags(causal=causal, decay_norm=options.decay_norm, return_state=options.return_state)
-    check_score_norm(score_norm)
+    _check_score_norm(score_norm)
     if mask is not None or cu_seqlens is not None or grid is not None:
         check_places(batch, length, q.device, mask=mask, cu_seqlens=cu_seqlens, grid=grid, causal=causal)
         check_contents(length, mask, cu_seqlens)
@@ -90,7 +90,7 @@ def check_form(form: object) -> None:
         raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {shown(form)}")
 
 
-def check_score_norm(score_norm: object) -> None:
+def _check_score_norm(score_norm: object) -> None:
     """Check that score_norm is False, True or "absolute". Raises: ValueError if not."""
     if not (isinstance(score_norm, bool) or (isinstance(score_norm, str) and score_norm == "absolute")):
         raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {shown(score_norm)}")

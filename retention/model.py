@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The option `retention` of a model may hold every option of MultiScaleRetention but these.
 _OF_THE_MODEL = ("dim", "num_heads", "device", "dtype")
-RETENTION_OPTIONS = tuple(
+_RETENTION_OPTIONS = tuple(
     name for name in inspect.signature(MultiScaleRetention).parameters if name not in _OF_THE_MODEL
 )
 
@@ -173,8 +173,8 @@ class RetNetBlock(nn.Module):
         check_whole("dim", dim)
         check_is("ffn", ffn, nn.Module, "an nn.Module")
         check_is("retention", retention, dict, "options of MultiScaleRetention by name")
-        if unknown := [name for name in retention if name not in RETENTION_OPTIONS]:
-            names = ", ".join(RETENTION_OPTIONS)
+        if unknown := [name for name in retention if name not in _RETENTION_OPTIONS]:
+            names = ", ".join(_RETENTION_OPTIONS)
             raise TypeError(f"retention must hold options of MultiScaleRetention, {names}; got {shown(unknown)}")
         check_choice("norm", norm, NORMS)
         check_eps("norm_eps", norm_eps)

@@ -1,6 +1,7 @@
 """The folder layout is the architecture: this file fails when an import or the packaging contradicts it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,40 @@ def test_backends_do_not_import_each_other():
                 if t[:2] == ("retention", "backends") and len(t) > 2
             }
             assert not found & (names - {own})
+
+
+RESULTS = {"BackboneOutput", "Choice", "Chunked"}  # classes of objects that users get, and need not name
+
+
+def public(source):
+    """The names that a file defines for others: without an underscore, at its top."""
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+        yield from (name for name in names if name and not name.startswith("_"))
+
+
+def used_nowhere_else(path, source, others):
+    return {
+        name for name in public(source) if not any(name in words for other, words in others.items() if other != path)
+    }
+
+
+def test_names_that_no_other_file_uses_are_private():
+    tops = ("retention", "integrations", "tests", "benchmarks", "docs")
+    texts = {path: path.read_text() for top in tops for path in (ROOT / top).rglob("*.py")}
+    words = {path: set(re.findall(r"\w+", text)) for path, text in texts.items()}
+    room = ROOT / "retention"
+    unused = {
+        str(path.relative_to(ROOT)): names
+        for path, text in texts.items()
+        if path.is_relative_to(room) and path.name != "cli.py"
+        if (names := used_nowhere_else(path, text, words) - RESULTS)
+    }
+    assert not unused
+    assert used_nowhere_else(Path("a.py"), "NEW = 1\n_OWN: int = 2\ndef seen(): ...", {Path("b.py"): {"seen"}}) == {
+        "NEW"
+    }
 
 
 def test_every_package_is_shipped():

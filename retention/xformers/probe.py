@@ -16,9 +16,9 @@ from . import library
 
 TESTED = "0.0.35"
 INSTALL = f'pip install "xformers=={TESTED}"'
-REINSTALL = f'pip install --force-reinstall --no-deps "xformers=={TESTED}"'
-Trial = Callable[[str], None]  # tests a part of xformers on a device, and raises an exception if it fails
-_causes: dict[tuple[Trial, str], BaseException] = {}
+_REINSTALL = f'pip install --force-reinstall --no-deps "xformers=={TESTED}"'
+_Trial = Callable[[str], None]  # tests a part of xformers on a device, and raises an exception if it fails
+_causes: dict[tuple[_Trial, str], BaseException] = {}
 
 
 def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], within: float = 1e-3) -> None:
@@ -27,7 +27,7 @@ def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], wi
         raise ArithmeticError(otherwise)
 
 
-def trouble(device: str, trial: Trial) -> str | None:
+def trouble(device: str, trial: _Trial) -> str | None:
     """Return why a part of xformers cannot run on `device`, with the command that repairs it; None if it can."""
     return _trouble(trial, device)
 
@@ -36,7 +36,7 @@ def trouble(device: str, trial: Trial) -> str | None:
 trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def require(what: str, device: str, trial: Trial) -> None:
+def require(what: str, device: str, trial: _Trial) -> None:
     """Check that a part of xformers runs on `device`. Raises: BackendError, from its cause, if it does not."""
     reason = trouble(device, trial)
     if reason:
@@ -44,7 +44,7 @@ def require(what: str, device: str, trial: Trial) -> None:
 
 
 @functools.cache
-def _trouble(trial: Trial, device: str) -> str | None:
+def _trouble(trial: _Trial, device: str) -> str | None:
     """Run a trial once for each device, in a thread of its own, and return the reason of its failure."""
     log = logging.getLogger("xformers")
     before, log.disabled = log.disabled, True  # xformers warns of a compiled library that most parts do not need
@@ -56,13 +56,13 @@ def _trouble(trial: Trial, device: str) -> str | None:
         _causes[trial, device] = error
         if isinstance(error, ModuleNotFoundError) and error.name == "xformers":
             return f"needs xformers, which is not installed: {INSTALL}"
-        return f"xformers {_version()} does not work ({line(error)}); {TESTED} was tested: {REINSTALL}"
+        return f"xformers {_version()} does not work ({line(error)}); {TESTED} was tested: {_REINSTALL}"
     finally:
         log.disabled = before
     return None
 
 
-def cause(trial: Trial) -> BaseException | None:
+def cause(trial: _Trial) -> BaseException | None:
     """Return the first exception that a trial raised, on any device; None if it raised none."""
     return next((error for (tried, _), error in _causes.items() if tried is trial), None)
 

@@ -23,8 +23,8 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import Alignment, Blocks, Piece, block_size
 
-BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads that fit the processor's cache
-BLOCKS_ELSEWHERE = 1024
+_BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads that fit the processor's cache
+_BLOCKS_ELSEWHERE = 1024
 
 
 @functools.lru_cache(maxsize=64)
@@ -52,7 +52,7 @@ class Plan:
         inner = (self.rate * self.distance).exp()[:, None]
         self.inner = inner.tril() if causal else inner
         alignment = Alignment(self.borders, self.size, q.device)
-        at_once = BLOCKS_AT_ONCE.get(q.device.type, BLOCKS_ELSEWHERE)
+        at_once = _BLOCKS_AT_ONCE.get(q.device.type, _BLOCKS_ELSEWHERE)
         blocks = max(1, at_once // max(1, len(self.rate)))
         self.pieces = list(alignment.pieces(blocks)) if self.rows else []
 
@@ -89,7 +89,7 @@ class Plan:
         return tuple((self.rate[..., None] * age).exp() for age in self.ages(piece, reverse))
 
 
-class Scan:
+class _Scan:
     """The recurrence x <- added + carry x, chunk by chunk, from `start` of each segment to its `end`.
 
     start and end are (segments, R, K, V), or None for 0 and for no output.
@@ -126,7 +126,7 @@ def forward(
         None.
     """
     for reverse in plan.directions:
-        scan = Scan(reverse, plan.states(state), plan.states(final))
+        scan = _Scan(reverse, plan.states(state), plan.states(final))
         for piece in plan.order(reverse):
             q_, k_, v_ = (plan.load(piece, x) for x in (q, k, v))  # (R, n C, K), (R, n C, K), (R, n C, V)
             q_ = q_ * plan.scale
@@ -160,7 +160,7 @@ def backward(
     ddecay = plan.rate.new_zeros(len(plan.rate))
     for reverse in plan.directions:
         befores = _befores(plan, tensors[1], tensors[2], state, reverse)
-        scan = Scan(not reverse, plan.states(dfinal), plan.states(dstate))
+        scan = _Scan(not reverse, plan.states(dfinal), plan.states(dstate))
         for piece in plan.order(not reverse):
             q_, k_, v_, dy = (plan.load(piece, x) for x in tensors)
             q_ = q_ * plan.scale
@@ -200,7 +200,7 @@ def _inner(
 
 def _befores(plan: Plan, k: Tensor, v: Tensor, state: Tensor | None, reverse: bool) -> list[Tensor]:
     """Return the states before the chunks of each piece, (R, n, K, V) each."""
-    scan, found = Scan(reverse, plan.states(state)), []
+    scan, found = _Scan(reverse, plan.states(state)), []
     for piece in plan.order(reverse):
         k_, v_ = (plan.load(piece, x) for x in (k, v))
         _, write, carry = plan.factors(piece, reverse)

@@ -40,19 +40,19 @@ def block_sparse(
     if form == "chunkwise":
         if return_state:
             _begin(final, state)
-        plan = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
-        chunkwise.forward(plan, q, k, v, out, state, final if return_state else None)
-        clear_outside(plan.borders, out)
+        chunks = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
+        chunkwise.forward(chunks, q, k, v, out, state, final if return_state else None)
+        clear_outside(chunks.borders, out)
     else:
-        plan = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
-        parallel.forward(plan, q, k, v, out)
-        clear_outside(plan.borders, out)
+        heads = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        parallel.forward(heads, q, k, v, out)
+        clear_outside(heads.borders, out)
     return out, final
 
 
 @torch.library.custom_op("retention::block_sparse_backward", mutates_args=())
 @packed_backward
-def block_sparse_backward(
+def _block_sparse_backward(
     dout: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
@@ -77,18 +77,18 @@ def block_sparse_backward(
     if form == "chunkwise":
         if state is not None:
             _begin(dstate, dfinal)
-        plan = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
+        chunks = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
         ends = (dfinal, None if state is None else dstate)
-        dlog_decay += chunkwise.backward(plan, tensors, grads, state, *ends, decay_grad)
-        clear_outside(plan.borders, *grads)
+        dlog_decay += chunkwise.backward(chunks, tensors, grads, state, *ends, decay_grad)
+        clear_outside(chunks.borders, *grads)
     else:
-        plan = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
-        dlog_decay += parallel.backward(plan, tensors, grads, decay_grad)
-        clear_outside(plan.borders, *grads)
+        heads = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        dlog_decay += parallel.backward(heads, tensors, grads, decay_grad)
+        clear_outside(heads.borders, *grads)
     return dq, dk, dv, dlog_decay, dstate
 
 
-differentiable(block_sparse, block_sparse_backward)
+differentiable(block_sparse, _block_sparse_backward)
 
 
 def _begin(end: Tensor, start: Tensor | None) -> None:

@@ -18,7 +18,7 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
-CACHE_BYTES = 64 * 2**20
+_CACHE_BYTES = 64 * 2**20
 SCORES_AT_ONCE = 4 * 2**20  # several heads are computed together up to this number of scores
 
 
@@ -61,7 +61,7 @@ class Cache:
         return sum(pattern.nbytes for pattern in self.kept.values())
 
 
-patterns = Cache(CACHE_BYTES)
+patterns = Cache(_CACHE_BYTES)
 
 
 class Plan:
