@@ -29,9 +29,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-class Options(
-    NamedTuple
-):  # takes less than a microsecond to make, in each decoding step; a frozen dataclass takes longer
+class Options(NamedTuple):  # made in each decoding step; a frozen dataclass takes several times as long
     """The options of a call, as in `retain`.
 
     Attributes:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .arguments import check_input, check_mask, weight_of
 from .layer import ACTIVATIONS
-from .norm import RMSNorm
+from .norm import BACKENDS, NORMS
 from .options import (
     check_choice,
     check_device,
@@ -28,9 +28,6 @@ from .options import (
 )
 from .state import state_dtype
 from .xformers.swiglu import check, swiglu
-
-NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
-BACKENDS = ("torch", "xformers")
 
 
 class FeedForward(nn.Module):

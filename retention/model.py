@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from .arguments import check_token_ids
 from .decoding import stream
 from .errors import ShapeError
-from .ffn import BACKENDS, NORMS, FeedForward, MixtureOfExperts
+from .ffn import FeedForward, MixtureOfExperts
 from .layer import ACTIVATIONS, ForwardOptions, MultiScaleRetention
+from .norm import BACKENDS, NORMS
 from .options import (
     check_choice,
     check_device,

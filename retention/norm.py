@@ -13,7 +13,7 @@ from .options import check_choice, check_device, check_dtype, check_eps, check_i
 from .xformers import norm as xformers_norm
 
 BACKENDS = ("torch", "xformers")
-HEAD_NORMS = ("group", "rms")
+HEAD_NORMS = ("group", "rms")  # kinds of `HeadNorm`
 
 
 class RMSNorm(nn.RMSNorm):
@@ -36,6 +36,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim)."""
         return _rms_norm(x, self.weight, self.eps, self.backend)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}  # norms of a whole width
 
 
 class HeadNorm(nn.Module):

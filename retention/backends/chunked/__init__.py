@@ -64,9 +64,9 @@ class Chunked:
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         if call.grid is not None:
-            run = on_grid_anew if call.needs_grad else on_grid
+            compute = on_grid_anew if call.needs_grad else on_grid
             side = isqrt(call.chunk_size or _GRID_CHUNK_SIZE)
-            return run(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
+            return compute(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
         options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
         # For a short call the operator costs as much as the computation, and without gradients it is not needed.
         plain = type(q) is Tensor and not torch.compiler.is_compiling() and call.device != "meta"
