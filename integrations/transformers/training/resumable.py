@@ -17,6 +17,11 @@ from .saving import ASIDE, remove_older, written_whole
 PATIENCE = 10  # overflowing batches in a row before a float16 run counts as diverged; the scaler skips their steps
 
 
+def log_every(steps: int) -> int:
+    """Return the number of steps between two logged losses: 10; fewer in a run of less than 200 steps, for its plot."""
+    return min(10, max(1, steps // 20))
+
+
 class LossSum(TrainerCallback, ExportableState):
     """The sum of losses since the last log, which Trainer itself does not keep in checkpoints."""
 

@@ -19,7 +19,7 @@ from ..modeling import RetNetForCausalLM
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
 from .progress import PLOT, Batch, Plot, Progress, SaveOnInterrupt
-from .resumable import ResumableTrainer
+from .resumable import ResumableTrainer, log_every
 from .saving import alone_in, check_folder, last_checkpoint, step_of, written_whole
 from .settings import Settings
 
@@ -169,7 +169,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         weight_decay=settings.weight_decay,
         adam_beta2=0.99,
         max_grad_norm=1.0,
-        logging_steps=10,
+        logging_steps=log_every(settings.steps),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
