@@ -30,6 +30,7 @@ from benchmarks.record import show
 from retention.integrations.swap import Swapped, replace_attention
 from retention.integrations.transformers import RetentionCacheLayer
 from retention.integrations.transformers.compat import CACHE
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
 from retention.integrations.transformers.training.distill import TRANSFER, Recovery, recover
@@ -38,7 +39,6 @@ from retention.integrations.transformers.training.resumable import ResumableTrai
 from retention.integrations.transformers.training.saving import last_checkpoint, step_of
 from retention.integrations.transformers.training.swapping import StageProgress
 from retention.integrations.transformers.training.train import device_arguments, quiet
-from retention.integrations.transformers.writing import stream
 
 CONTEXT = 256
 TEACHER_BATCH, BATCH = 16, 4

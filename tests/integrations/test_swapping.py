@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from retention.cli import app
 from retention.integrations.swap import Swapped
 from retention.integrations.transformers import load_swapped
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training import swapping
 from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.swapping import SwapSettings
-from retention.integrations.transformers.writing import stream
 
 SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
 QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
@@ -275,7 +275,7 @@ def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_
     def broken(*args, **kwargs):
         raise TypeError("no such argument")
 
-    monkeypatch.setattr("retention.integrations.transformers.writing.stream", broken)
+    monkeypatch.setattr("retention.integrations.transformers.decoding.stream", broken)
     out = tmp_path / "out"
     result = run(host, text, "--out", out, *QUIET)
     assert result.exit_code == 0

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 from retention.cli import app
 from retention.integrations.transformers import RetNetForCausalLM
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training import progress
 from retention.integrations.transformers.training import settings as settings_module
 from retention.integrations.transformers.training import train as training
@@ -28,7 +29,6 @@ from retention.integrations.transformers.training.plot import draw
 from retention.integrations.transformers.training.progress import Stopped
 from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.settings import Settings, read_config
-from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)

@@ -30,6 +30,8 @@ from .progress import progress_bar
 from .resumable import ResumableTrainer, log_every
 from .saving import last_checkpoint, step_of
 
+__all__ = ["TRANSFER", "TUNING", "AttentionTransfer", "Recovery", "recover", "replace_in_parts", "teacher_of"]
+
 TRANSFER, TUNING = "transfer", "tuning"  # names of the stages and of their folders
 
 

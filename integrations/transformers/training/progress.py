@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from .corpus import Corpus
 
+__all__ = ["PLOT", "Batch", "Plot", "Progress", "SaveOnInterrupt", "Stopped", "progress_bar"]
+
 PLOT = "losses.png"
 
 

@@ -27,7 +27,9 @@ from .saving import alone_in, check_folder, checkpoints, written_whole
 from .settings import Kept, check_device, check_dtype, check_report_to, codec_of
 from .train import device_arguments
 
-RECOVERY = "recovery.json"  # the losses before, between and after the stages
+__all__ = ["Picture", "StageProgress", "Swap", "SwapSettings", "swap"]
+
+_RECOVERY = "recovery.json"  # the losses before, between and after the stages
 
 
 @dataclass
@@ -150,7 +152,7 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
         model.save_pretrained(folder)
         if codec.tokenizer is not None:
             codec.tokenizer.save_pretrained(folder)
-        (folder / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
+        (folder / _RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
     return Swap(model, codec, corpus, plan, recovery)
 
 

@@ -23,7 +23,9 @@ from .resumable import ResumableTrainer, log_every
 from .saving import alone_in, check_folder, last_checkpoint, step_of, written_whole
 from .settings import Settings
 
-A_DAY = 24 * 60 * 60
+__all__ = ["Run", "device_arguments", "quiet", "train"]
+
+_A_DAY = 24 * 60 * 60
 
 
 @dataclass
@@ -179,7 +181,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         seed=settings.seed,
         **device_arguments(settings.device, settings.dtype),
         ddp_find_unused_parameters=False,
-        ddp_timeout=A_DAY,  # seconds; the first process may tokenise for hours while the others wait
+        ddp_timeout=_A_DAY,  # seconds; the first process may tokenise for hours while the others wait
         report_to=settings.report_to,
         disable_tqdm=False,  # else a callback prints each log as well
     )
