@@ -102,7 +102,7 @@ def _finish(axes: Axes, unit: str, title: str, loss: str, *, log: bool = False) 
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    named = {line.get_label(): line for line in axes.lines if not str(line.get_label()).startswith("_")}
+    named = {str(line.get_label()): line for line in axes.lines if not str(line.get_label()).startswith("_")}
     axes.legend(named.values(), named, loc="upper right")  # losses fall; names of parts are below
 
 
