@@ -556,7 +556,7 @@ def _room(model: Any, codec: Codec, prompt: str) -> float:
 
 def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
     """Print the prompt, then the text of each token as the model generates it."""
-    from .integrations.transformers.writing import stream
+    from .integrations.transformers.decoding import stream
 
     start = codec.prompt(prompt)
     chance = torch.Generator(model.device).manual_seed(seed)
