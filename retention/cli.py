@@ -128,7 +128,12 @@ def swap(
     decay: Annotated[str, typer.Option(help="short, log_linear or paper; learnt from there.")] = "short",
     features: Annotated[bool, typer.Option(help="Learn a feature map of q and k.")] = True,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that are still attended to exactly, the newest; retention has the rest.")
+        int | None,
+        typer.Option(min=0, help="Newest tokens that exact attention keeps. Default: 64; with --no-features 0, none."),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(min=0, help="First tokens that exact attention keeps. Default: 4; with --no-features 0, none."),
     ] = None,
     gate: Annotated[str, typer.Option(help="silu, gelu, relu, sigmoid or none.")] = "silu",
     scales: Annotated[
@@ -286,7 +291,9 @@ def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
     model = str(Path(given["model"]).resolve()) if Path(given["model"]).exists() else given["model"]
     files = [str(Path(file).resolve()) for file in given["files"] or []]
     gate = None if given["gate"] == "none" else given["gate"]
-    return {"layers": layers, "model": model, "files": files, "gate": gate}
+    kept = {"window": 64, "sinks": 4} if given["features"] else {"window": 0, "sinks": 0}
+    window, sinks = (kept[name] if given[name] is None else given[name] for name in ("window", "sinks"))
+    return {"layers": layers, "model": model, "files": files, "gate": gate, "window": window or None, "sinks": sinks}
 
 
 def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]) -> K:
