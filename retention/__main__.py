@@ -12,6 +12,8 @@ from . import backends
 from .call import FORMS, Call
 from .version import __version__
 
+__all__ = ["report"]
+
 _LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
 
 

@@ -15,6 +15,19 @@ from .errors import ShapeError
 from .options import DTYPES, check_flags, check_whole, is_whole, number, shown
 from .state import RetentionState, state_dtype
 
+__all__ = [
+    "check_contents",
+    "check_form",
+    "check_input",
+    "check_mask",
+    "check_places",
+    "check_state",
+    "check_token_ids",
+    "describe",
+    "described",
+    "weight_of",
+]
+
 
 def describe(inputs: Inputs, options: Options) -> Call:
     """Check the arguments of `retain` and describe them in a `Call`.

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .state import RetentionState
 
+__all__ = ["FORMS", "Backend", "Call", "Inputs", "Options", "RetainOptions", "ScoreNorm"]
+
 FORMS = ("parallel", "chunkwise", "recurrent")
 ScoreNorm = bool | Literal["absolute"]
 

@@ -13,6 +13,8 @@ from .arguments import check_mask, check_token_ids
 from .errors import ShapeError
 from .options import check_is, check_whole, number, shown
 
+__all__ = ["stream"]
+
 _State = TypeVar("_State")
 
 

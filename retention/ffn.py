@@ -29,6 +29,8 @@ from .options import (
 from .state import state_dtype
 from .xformers.swiglu import check, swiglu
 
+__all__ = ["FeedForward", "MixtureOfExperts"]
+
 
 class FeedForward(nn.Module):
     """A feed-forward of two linear layers, with or without a gate.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from .call import RetainOptions
 
+__all__ = ["explain", "initial_state", "retain", "scores", "step", "stepped"]
+
 
 @overload
 def retain(

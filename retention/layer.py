@@ -47,6 +47,8 @@ from .times import token_times
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["ACTIVATIONS", "GATED_AT_ONCE", "ForwardOptions", "HasBackend", "MultiScaleRetention", "set_backend"]
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,

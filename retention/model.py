@@ -37,6 +37,8 @@ from .state import RetentionState
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+__all__ = ["PRESETS", "BackboneOutput", "BlockOutput", "DropPath", "RetNet", "RetNetBackbone", "RetNetBlock"]
+
 # Sizes for RetNet.from_preset. The small presets are for trials on a CPU; `python -m benchmarks quality` compares their
 # options. Their heads look back about 2 to 128 tokens, those of the paper 32 and more. The large presets have the
 # paper's widths, heads of 256 key and 512 value channels, plain feed-forwards of width 2 dim, decays and norms.

@@ -12,6 +12,8 @@ from .arguments import check_input
 from .options import check_choice, check_device, check_dtype, check_eps, check_is, check_whole
 from .xformers import norm as xformers_norm
 
+__all__ = ["BACKENDS", "HEAD_NORMS", "NORMS", "HeadNorm", "RMSNorm", "set_norm_backend"]
+
 BACKENDS = ("torch", "xformers")
 HEAD_NORMS = ("group", "rms")  # kinds of `HeadNorm`
 

@@ -15,6 +15,8 @@ from .constants import as_tensor, kept
 from .errors import ShapeError
 from .options import check_dtype, check_factor, check_flags, check_is, check_whole, shown
 
+__all__ = ["frequencies", "pair_decays", "rotate", "rotation", "rotation_table", "turned"]
+
 _ROTARIES = ("paper", "rope", "xpos")
 
 

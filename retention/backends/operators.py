@@ -24,6 +24,8 @@ from torch.library import CustomOpDef
 from ..state import state_dtype
 from .packing import borders, empty, pack, unpack
 
+__all__ = ["differentiable", "gradients", "outputs", "packed_backward", "packed_forward"]
+
 _TENSORS = 7  # inputs before the options
 
 

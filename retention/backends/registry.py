@@ -28,6 +28,19 @@ from ..errors import BackendError
 from ..options import shown
 from . import chunked, eager, xformers
 
+__all__ = [
+    "Absent",
+    "check_name",
+    "choose",
+    "explain",
+    "found_by",
+    "load_plugins",
+    "names",
+    "register",
+    "unregister",
+    "why_not",
+]
+
 # The forms that form="auto" tries, in order. `python -m benchmarks op` measures them, for grids `... vision`.
 _PREFERRED = {
     "token": ("recurrent", "chunkwise", "parallel"),

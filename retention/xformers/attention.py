@@ -17,6 +17,8 @@ from ..errors import ShapeError
 from . import library
 from .probe import attention_operators, expect, require, trouble
 
+__all__ = ["SDPA", "Choice", "attend", "check", "choose", "why_not"]
+
 SDPA = "sdpa"
 
 

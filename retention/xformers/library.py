@@ -6,6 +6,8 @@ import functools
 from types import SimpleNamespace
 from typing import Any
 
+__all__ = ["attention", "package", "rms_norm", "sparse", "swiglu"]
+
 
 def package() -> Any:
     """Import xformers itself."""

@@ -10,6 +10,8 @@ from ..errors import BackendError
 from . import library
 from .probe import expect, require
 
+__all__ = ["DEVICES", "DTYPES", "check", "rms_norm", "takes"]
+
 DEVICES = ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the kernel computes in float32 for each of them
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from ..errors import BackendError
 from . import library
 
+__all__ = ["INSTALL", "TESTED", "attention_operators", "cause", "expect", "found", "line", "require", "trouble"]
+
 TESTED = "0.0.35"
 INSTALL = f'pip install "xformers=={TESTED}"'
 _REINSTALL = f'pip install --force-reinstall --no-deps "xformers=={TESTED}"'

@@ -10,6 +10,8 @@ from ..errors import BackendError
 from . import library
 from .probe import expect, require
 
+__all__ = ["check", "swiglu"]
+
 
 def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor:
     """Return fc2(silu(fc1 x) * gate x), in the dtype that the three linear layers would give.

@@ -34,6 +34,8 @@ from ..packing import ask_for_huge_pages, clear_outside, segment_borders
 from .grid import on_grid, on_grid_anew
 from .loop import Decays, backward, forward
 
+__all__ = ["CHUNK_SIZE", "Chunked", "backend", "chunkwise", "chunkwise_backward"]
+
 CHUNK_SIZE = 64  # on CPU as fast as all sizes from 16 to 256, by `python -m benchmarks floor --chunks`
 _GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
 _HEADS_AT_ONCE = 32  # rows times heads; on CPU more do not fit the cache, and fewer leave threads idle

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from ...state import state_dtype
 
+__all__ = ["on_grid", "on_grid_anew"]
+
 _SPREAD = 64  # columns over which a state is spread at a time
 _AT_ONCE = 4096  # cells, of all rows of the batch together, that are differentiated at a time on CPU
 

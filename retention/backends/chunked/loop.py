@@ -17,6 +17,8 @@ from torch import Tensor
 from ...decay import decay_matrix
 from ...state import state_dtype
 
+__all__ = ["Decays", "Factors", "backward", "forward"]
+
 
 class Factors:
     """The powers of gamma that multiply a chunk of n tokens in R rows, for one direction of time, made at first use.

@@ -20,6 +20,8 @@ from .blocks import SMALLEST
 from .operator import block_sparse
 from .trial import products
 
+__all__ = ["XFormers", "backend"]
+
 
 class XFormers:
     """The backend "xformers": the parallel and the chunkwise form; see `Backend`.

@@ -16,6 +16,8 @@ from torch import Tensor
 
 from ...xformers.library import sparse
 
+__all__ = ["SMALLEST", "Alignment", "Blocks", "Piece", "block_size"]
+
 SMALLEST = 16  # tokens: the smallest block of a BlockSparseTensor
 
 

@@ -23,6 +23,8 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import Alignment, Blocks, Piece, block_size
 
+__all__ = ["Plan", "backward", "forward"]
+
 _BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads that fit the processor's cache
 _BLOCKS_ELSEWHERE = 1024
 

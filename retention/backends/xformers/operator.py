@@ -11,6 +11,8 @@ from ..operators import differentiable, gradients, outputs, packed_backward, pac
 from ..packing import ask_for_huge_pages, clear_outside
 from . import chunkwise, parallel
 
+__all__ = ["block_sparse"]
+
 
 @torch.library.custom_op("retention::block_sparse", mutates_args=())
 @packed_forward

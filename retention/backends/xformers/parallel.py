@@ -18,6 +18,8 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
+__all__ = ["SCORES_AT_ONCE", "Cache", "Pattern", "Plan", "backward", "forward", "patterns"]
+
 _CACHE_BYTES = 64 * 2**20
 SCORES_AT_ONCE = 4 * 2**20  # several heads are computed together up to this number of scores
 

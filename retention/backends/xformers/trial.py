@@ -8,6 +8,8 @@ from ...xformers.probe import expect
 from .blocks import SMALLEST
 from .operator import block_sparse
 
+__all__ = ["products"]
+
 
 def products(device: str) -> None:
     """Compare the block-sparse products of both forms, and their gradients, with the formula."""
