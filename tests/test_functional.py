@@ -385,7 +385,8 @@ def test_gradients_of_everything_are_those_of_finite_differences(form, options):
 
     if with_state and not options.get("score_norm"):
         inputs.pop()
-    assert torch.autograd.gradcheck(run, inputs)
+    # One projection of each Jacobian instead of each of its entries, and tighter than the default for that.
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=True, atol=1e-8, rtol=1e-6)
 
 
 def test_the_gradient_of_log_decay_is_finite_at_both_ends():
