@@ -461,7 +461,7 @@ def test_step_refuses_what_it_cannot_do():
     [
         {},
         {"causal": False},
-        {"causal": False, "grid": (5, 2), "form": "chunkwise", "chunk_size": 4},
+        {"causal": False, "grid": (2, 5), "form": "chunkwise", "chunk_size": 8},
         {"mask": torch.arange(10) > torch.tensor([[2], [0]])},
     ],
     ids=str,
