@@ -461,13 +461,13 @@ def test_step_refuses_what_it_cannot_do():
     [
         {},
         {"causal": False},
-        {"causal": False, "grid": (2, 5), "form": "chunkwise", "chunk_size": 8},
+        {"causal": False, "grid": (3, 2), "form": "chunkwise", "chunk_size": 4},
         {"mask": torch.arange(10) > torch.tensor([[2], [0]])},
     ],
     ids=str,
 )
 def test_compiles_to_one_graph_with_gradients(options):
-    q, k, v = (x.requires_grad_() for x in qkv())
+    q, k, v = (x.requires_grad_() for x in qkv(length=math.prod(options.get("grid", (10,)))))
     log_decay = LOG_DECAY.clone().requires_grad_()
 
     def run(q, k, v, log_decay):

@@ -106,11 +106,6 @@ def test_fx_and_compile(name):
     torch.testing.assert_close(compiled(x), want)
 
 
-@pytest.mark.skip(reason="not scriptable: retention chooses its backend in Python; use torch.compile or torch.export")
-def test_torchscript():
-    pass
-
-
 @pytest.mark.parametrize("name", TINY)
 def test_parameters_group_by_depth(name):
     from timm.optim import create_optimizer_v2
