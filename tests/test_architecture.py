@@ -183,6 +183,7 @@ def test_every_package_is_shipped():
     assert set(listed) == {name if name.startswith("retention") else f"retention.{name}" for name in there}
 
 
+@pytest.mark.slow
 def test_the_core_torchscales_names_and_attention_need_torch_and_einops_alone():
     """xformers is imported at first use, and only there."""
     names = "retention, retention.integrations.torchscale, retention.backends.xformers.attention"

@@ -154,6 +154,7 @@ def test_autocast_gives_what_it_gives_to_torch(operator):
     torch.testing.assert_close(out.double(), formula(q, k, v, causal=True), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.slow
 def test_compiled_it_is_torchs_in_one_graph(operator):
     tensors, labels = qkv(), []
 

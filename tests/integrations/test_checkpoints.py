@@ -177,6 +177,7 @@ def test_retnet_pytorch(batch, length, sizes, dtype, tmp_path):
     assert peers.deviation(ours(inputs_embeds=x).last_hidden_state, wanted) <= BOUND[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["syncdoth", "jamie_stirling", "retnet_pytorch"])
 def test_each_comparison_can_fail(name, tmp_path):
     vocab = dict(vocab=50) if name == "syncdoth" else {}

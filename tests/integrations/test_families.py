@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hosts import ENCODERS, GROUPED, MORE, SIZES, build, documented_names, padded
+from hosts import ENCODERS, GROUPED, MORE, SIZES, build, documented_names, each, padded
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -39,7 +39,7 @@ def test_the_page_on_replacement_lists_the_families_that_are_tested():
 
 # --- decoders ---------------------------------------------------------------------------------------------------------
 
-each_family = pytest.mark.parametrize("family", MORE)
+each_family = each(MORE, quick=["GPTJ"])
 
 
 @each_family
@@ -126,6 +126,7 @@ def encoder(family):
     return model, {"input_ids": ids}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ENCODERS)
 def test_encoders_look_both_ways_and_are_restored(family):

@@ -384,6 +384,7 @@ def test_the_state_keeps_its_size_and_its_place(sinks, tmp_path):
     assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True).keys, twice.keys)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "sinks"), [(5, 3), (None, 4)])
 def test_a_step_compiles_once(window, sinks):
@@ -463,6 +464,7 @@ def test_what_a_window_cannot_do_is_an_error():
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
 def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):

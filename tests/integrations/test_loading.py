@@ -35,6 +35,7 @@ def train_a_little(model):
 # --- saved and opened -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "GPTNeoX"])
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_a_folder_of_the_first_version_opens(tmp_path):
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_without_those_of_retention_are_refused_and_so_are_left_over_ones(tmp_path):
     model = build("Llama")
     replace_attention(model)
@@ -252,6 +254,7 @@ def answers(saved):
     return dict(zip(asked, done.stdout.split("END\n"), strict=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replaced", "RetNet"])
 def test_a_process_without_the_library_refuses_and_says_what_to_do(kind, answers, saved):
     assert "refused ValueError" in answers[kind, "plain"]
@@ -289,6 +292,7 @@ def wrapped(model, kind):
     return DistributedDataParallel(model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("kind", ["compile", "sequential", "peft", "ddp"])
 @pytest.mark.parametrize("inside", ["replace", "restore", "neither"])
@@ -381,6 +385,7 @@ def test_a_wrapper_of_several_processes_is_refused():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_runs_what_is_in_it():
     model, ids = build("Llama"), padded()[0][2][None]

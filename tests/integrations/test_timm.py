@@ -276,6 +276,7 @@ def test_gradient_checkpointing_changes_nothing(family):
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "dynamic", "eva"])
 def test_compiles_to_one_graph(family):
     model = build(family)

@@ -30,6 +30,7 @@ def test_all_are_in_the_registry():
     assert set(VITS + PYRAMIDS) <= set(timm.list_models())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VITS + PYRAMIDS)
 def test_default_cfg_names_what_is_there(name):
     with torch.device("meta"):
@@ -52,6 +53,7 @@ def test_forward(name):
     assert out.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_backward_reaches_every_parameter(name, checkpointing):
@@ -96,6 +98,7 @@ def test_intermediates_are_those_on_the_way(name):
     torch.testing.assert_close(again[0], parts[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_fx_and_compile(name):
     model, x = build(name).eval(), torch.randn(1, 3, 64, 64)
@@ -117,6 +120,7 @@ def test_parameters_group_by_depth(name):
 # --- what they are ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PYRAMIDS)
 def test_sizes_are_those_of_rmt(name):
     with torch.device("meta"):

@@ -115,6 +115,7 @@ def works(batch, make):
         yield replace_attention, {"calibrate_on": batch}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS)
 def test_a_failure_at_any_call_leaves_the_model_as_it_was(make, monkeypatch):
     model, batch = make()

@@ -131,6 +131,7 @@ def test_encoders_see_both_ways(operator):
     assert len(operator) == 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_runs_torchs():
     register_xformers_attention()
