@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from retention.integrations.swap import replace_attention
 from retention.integrations.transformers.training import distill
 
+pytestmark = pytest.mark.slow
 SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -52,7 +53,6 @@ def recover(model, out, **options):
     return distill.recover(model, Countdown(2000), Countdown(64), out=out, **quiet, **options)
 
 
-@pytest.mark.slow
 def test_recovery_comes_near_the_teacher(teacher, replaced, tmp_path):
     before = copy.deepcopy(teacher.state_dict())
     found = recover(replaced, tmp_path)
@@ -66,7 +66,6 @@ def test_recovery_comes_near_the_teacher(teacher, replaced, tmp_path):
         assert torch.equal(weight, before[name])
 
 
-@pytest.mark.slow
 def test_the_teacher_shares_what_does_not_learn_and_nothing_else(replaced):
     replaced.lm_head.weight.requires_grad_(False)
     teacher = distill.teacher_of(replaced)
@@ -77,7 +76,6 @@ def test_the_teacher_shares_what_does_not_learn_and_nothing_else(replaced):
     assert theirs["model.norm.weight"].requires_grad
 
 
-@pytest.mark.slow
 def test_the_first_stage_trains_the_replaced_layers_only(teacher, replaced, tmp_path):
     recover(replaced, tmp_path, transfer_steps=3, tuning_steps=0)
     theirs = dict(teacher.named_parameters())
@@ -88,7 +86,6 @@ def test_the_first_stage_trains_the_replaced_layers_only(teacher, replaced, tmp_
             assert name not in theirs or not torch.equal(weight, theirs[name]), name
 
 
-@pytest.mark.slow
 def test_the_transfer_loss_is_the_relative_error_of_each_layer(teacher, replaced):
     names = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
     transfer = distill.AttentionTransfer(teacher, {name: replaced.get_submodule(name) for name in names})
@@ -109,7 +106,6 @@ def test_the_transfer_loss_is_the_relative_error_of_each_layer(teacher, replaced
     assert not any("teacher" in name for name, _ in transfer.named_parameters())
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_from_its_last_checkpoint(replaced, tmp_path):
     steps = []
 
@@ -126,7 +122,6 @@ def test_a_run_goes_on_from_its_last_checkpoint(replaced, tmp_path):
     assert again.tuned == pytest.approx(first.tuned, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, tmp_path):
     model = copy.deepcopy(teacher)
     quiet = dict(use_cpu=True, disable_tqdm=True, logging_steps=1000)
@@ -150,7 +145,6 @@ def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, t
         recover(model, tmp_path / "none", taught=["lm_head"])
 
 
-@pytest.mark.slow
 def test_a_model_with_its_attention_is_refused(teacher, tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no replaced attention; call replace_attention first"):
         recover(teacher, tmp_path)

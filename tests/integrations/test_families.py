@@ -126,9 +126,8 @@ def encoder(family):
     return model, {"input_ids": ids}
 
 
-@pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("family", ENCODERS)
+@each(ENCODERS, quick=["Bert"])
 def test_encoders_look_both_ways_and_are_restored(family):
     model, batch = encoder(family)
     want = model(**batch).last_hidden_state
