@@ -88,6 +88,7 @@ def test_gradients_reach_every_projection(family):
     assert not [name for name, p in model.named_parameters() if p.grad is None and "experts" not in name]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPTJ", "GPTNeo", "Falcon-grouped", "DeepseekV3"])
 def test_the_softmax_is_gone_and_all_else_is_where_it_was(family):
@@ -140,6 +141,7 @@ def test_encoders_look_both_ways_and_are_restored(family):
     assert torch.equal(model(**batch).last_hidden_state, want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Bert", "XLMRoberta"])
 def test_padding_leaves_an_encoder_alone(family):

@@ -187,6 +187,7 @@ def calls(draw, sequences):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @drawn(
     window=st.none() | st.integers(1, 7),
@@ -513,6 +514,7 @@ def test_calibration_keeps_packed_sequences_apart():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_is_calibrated_and_computes_retention_afterwards():
     model, (rows, _) = build("Llama"), padded()

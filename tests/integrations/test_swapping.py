@@ -38,6 +38,7 @@ def run(*words):
     return CliRunner().invoke(app, ["swap", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     out = tmp_path / "out"
     result = run(host, text, "--out", out, *QUIET)

@@ -63,6 +63,7 @@ def test_backward_reaches_every_parameter(name, checkpointing):
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_classifiers_come_and_go(name):
     model, x = build(name).eval(), torch.randn(1, 3, 64, 64)
@@ -86,6 +87,7 @@ def test_features(name):
         assert model.feature_info.reduction() == [4, 8, 16, 32]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_intermediates_are_those_on_the_way(name):
     model, x = build(name).eval(), torch.randn(1, 3, 64, 64)
@@ -109,6 +111,7 @@ def test_fx_and_compile(name):
     torch.testing.assert_close(compiled(x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_parameters_group_by_depth(name):
     from timm.optim import create_optimizer_v2
@@ -175,6 +178,7 @@ def test_a_mixer_is_retention_on_the_grid_and_a_convolution_of_the_values():
     torch.testing.assert_close(y, mixer.proj(local))
 
 
+@pytest.mark.slow
 def test_images_of_any_size_and_shape():
     model = build("pyramid_retention_tiny", num_classes=3).eval()
     for size in ((64, 64), (96, 160), (70, 33)):

@@ -191,6 +191,7 @@ def diverge_after(step, monkeypatch, value=math.nan):
     monkeypatch.setattr(training, "Plot", Broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("step", "told"), [(5, "at step 6: the loss is nan"), (6, "at step 6: "), (8, "at step 8: ")])
 def test_a_training_that_diverges_stops_before_that_is_saved(step, told, value, settings, tmp_path, monkeypatch):
@@ -253,6 +254,7 @@ def test_kept_settings_are_read_as_they_were_written(tmp_path):
     assert Settings.read(tmp_path) == settings
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
     weights = (tmp_path / "run/model.safetensors").read_bytes()
@@ -262,6 +264,7 @@ def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
     training.train(settings, tmp_path / "run")
     text.write_text(text.read_text().upper())
@@ -308,6 +311,7 @@ def test_training_learns(settings, tmp_path):
     assert training.train(settings, tmp_path / "run").loss < 1.5  # nats per byte; 5.5 before training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_trains_resumes_and_generates(text, tmp_path, monkeypatch, dtype):
     monkeypatch.setitem(PRESETS, "test", SMALL)
@@ -439,6 +443,7 @@ def test_the_experiment_tracker_is_the_users(settings, tmp_path, monkeypatch):
     assert training._arguments(settings, tmp_path).report_to == ["tensorboard"]
 
 
+@pytest.mark.slow
 def test_a_model_of_bytes_writes_from_an_empty_prompt(settings, tmp_path):
     settings.steps = 1
     training.train(settings, tmp_path / "run")
@@ -528,6 +533,7 @@ def small(monkeypatch):
     return ["--preset", "test", *QUICK]
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_tokens_and_generates_with_them(text, tokenizer_folder, small, tmp_path):
     out = tmp_path / "run"
     printed = command("train", text, "--out", out, "--tokenizer", tokenizer_folder, *small, "--sample", 5)
@@ -570,6 +576,7 @@ def test_the_command_trains_on_a_saved_dataset(tokenizer_folder, small, tmp_path
     assert "a resumed run keeps its settings; got files" in result.output
 
 
+@pytest.mark.slow
 def test_tokens_without_a_tokenizer_are_trained_on_and_not_read(small, tmp_path):
     datasets.Dataset.from_dict({"input_ids": [[n, 2 * n, 7] * 9 for n in range(99)]}).save_to_disk(tmp_path / "data")
     printed = command("train", tmp_path / "data", "--out", tmp_path / "run", *small)

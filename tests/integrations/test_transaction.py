@@ -166,6 +166,7 @@ def outputs(model, batch):
     return getattr(found, "logits", found)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restoring_leaves_names_order_random_numbers_and_outputs_as_they_were(family):

@@ -41,6 +41,7 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [[], [1]], ids=["attention", "hybrid"])
