@@ -34,7 +34,7 @@ def quiet():
 
 # --- every family -----------------------------------------------------------------------------------------------------
 
-each_family = each(FAMILIES, quick=["GPT2", "Llama"])
+each_family = each(FAMILIES, quick=["Llama"])
 all_or_some = pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
 all_some_or_beside_exact_attention = pytest.mark.parametrize(
     "options", [{}, {"layers": [1]}, {"window": 9, "sinks": 4}], ids=["all", "hybrid", "window and sinks"]
@@ -327,9 +327,9 @@ def test_lora_trains_a_replaced_model():
 def test_a_replaced_model_compiles(exact):
     model, (rows, _) = build("Llama"), padded()
     replace_attention(model, **exact)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    want = model(rows[0][None], use_cache=False).logits
-    torch.testing.assert_close(compiled(rows[0][None], use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+    compiled, prompt = torch.compile(model, fullgraph=True, backend="aot_eager"), rows[0][None, :20]
+    want = model(prompt, use_cache=False).logits
+    torch.testing.assert_close(compiled(prompt, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_under_two_names_is_replaced_once():

@@ -66,6 +66,7 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert "tokens must be at most 60, for which the model has positions left; got 61" in too_long.output
 
 
+@pytest.mark.slow
 def test_the_plot_names_the_model_and_shows_all_parts(host, text, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(swapping, "draw_recovery", lambda *args: drawn.append(args))

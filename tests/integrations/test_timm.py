@@ -89,6 +89,7 @@ def test_prefix_tokens_take_part_without_decay(prefix, kv_heads, grid):
     torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replaced_model_is_the_model_with_the_formula_instead_of_the_softmax(family, monkeypatch):
     model, prefix = build(family), FAMILIES[family][2]
