@@ -218,11 +218,15 @@ def test_every_package_is_shipped():
     assert set(listed) == {name if name.startswith("retention") else f"retention.{name}" for name in there}
 
 
-def test_import_retention_needs_torch_and_einops_alone():
-    code = "import sys, retention; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+@pytest.mark.slow
+def test_the_core_torchscales_names_and_attention_need_torch_and_einops_alone():
+    """xformers is imported at first use, and only there."""
+    names = "retention, retention.integrations.torchscale, retention.backends.xformers.attention"
+    code = f"import sys, {names}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    others = {"transformers", "accelerate", "safetensors", "typer", "datasets", "matplotlib", "timm", "torchscale"}
     assert {"torch", "einops"} <= loaded
-    assert not loaded & {"transformers", "accelerate", "typer", "xformers", "timm", "triton", "datasets", "matplotlib"}
+    assert not loaded & {*others, "xformers", "triton"}
 
 
 def test_the_mapped_folder_has_one_name():

@@ -60,6 +60,7 @@ def test_each_token_goes_through_its_experts(top_k):
         torch.testing.assert_close(got, sum(chances[i] / total * moe.experts[i](token) for i in best))
 
 
+@pytest.mark.slow
 def test_compiled_experts_give_the_same():
     moe, x = drawn(MixtureOfExperts(6, 10, num_experts=4, top_k=2)), torch.randn(2, 5, 6).double()
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
@@ -127,6 +128,7 @@ def test_xformers_swiglu_has_the_parameters_of_the_other_and_is_asked_for(monkey
     assert plain(x).unique().numel() > 1
 
 
+@pytest.mark.slow
 def test_xformers_swiglu_under_autocast_and_in_one_compiled_graph():
     ffn, x = drawn(FeedForward(6, 10, **SILU)).float(), torch.randn(2, 3, 6)
     plain = FeedForward(6, 10, activation="silu")

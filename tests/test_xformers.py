@@ -40,6 +40,7 @@ def small(registry):
 # --- the same numbers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases.calls(), st.integers(1, 4))
 def test_several_blocks_agree_with_the_definition(small, case, times):
@@ -172,6 +173,7 @@ def test_gradients_of_everything_are_those_of_finite_differences(form, options, 
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at it itself
 def test_the_operator_keeps_torchs_contract():
     q, k, v = (x.requires_grad_() for x in qkv(kv_heads=1, length=35))
@@ -191,6 +193,7 @@ def test_the_operator_keeps_torchs_contract():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_kept_stays_bounded_over_many_lengths(monkeypatch):
     monkeypatch.setattr(parallel.patterns, "limit", 4 * 2**20)
     seen = []
@@ -300,10 +303,12 @@ torch.testing.assert_close(grad, x.grad, rtol=0.02, atol=0.02)
 """
 
 
+@pytest.mark.slow
 def test_the_first_use_may_be_inside_a_compiled_graph():
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", FRESH], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"mask": torch.arange(40) > torch.tensor([[2], [0]])}, {"form": "parallel"}], ids=str
 )
@@ -356,6 +361,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_unusable_xformers_is_an_error_with_cause_and_cure(case, unprobed):
     make, cause, message = BROKEN[case]

@@ -41,6 +41,7 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [[], [1]], ids=["attention", "hybrid"])
@@ -131,6 +132,7 @@ def test_encoders_see_both_ways(operator):
     assert len(operator) == 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_runs_torchs():
     register_xformers_attention()
