@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from retention import ShapeError
-from retention.backends.xformers.attention import attend, choose
+from retention.xformers.attention import attend, choose
 
 
 def qkv(length=16, keys=16, heads=4, kv_heads=2, dim=8, value_dim=8, dtype=torch.float32):

@@ -24,7 +24,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-from retention.backends.chunked import walk
+from retention.backends.chunked import loop
 from retention.decay import HeadDecay
 from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM, modeling
 from retention.integrations.transformers.compat import CACHE
@@ -453,8 +453,8 @@ def test_a_cache_of_keys_and_values_is_refused(model):
 
 @pytest.mark.slow
 def test_a_wrong_decay_of_the_state_across_chunks_is_caught(model, monkeypatch):
-    right = walk.Factors.carry.func
-    monkeypatch.setattr(walk.Factors, "carry", property(lambda self: 0.9 * right(self)))
+    right = loop.Factors.carry.func
+    monkeypatch.setattr(loop.Factors, "carry", property(lambda self: 0.9 * right(self)))
     with pytest.raises(AssertionError):
         check_greedy(model)
 

@@ -154,7 +154,7 @@ def test_what_it_cannot_do_is_an_error(unprobed):
     for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
         unprobed.delitem(sys.modules, name)
     unprobed.setitem(sys.modules, "xformers", None)
-    from retention.backends.xformers import probe
+    from retention.xformers import probe
 
     probe._trouble.cache_clear()
     with pytest.raises(BackendError, match="xformers' attention cannot run on cpu: needs xformers, which is not") as e:
