@@ -14,6 +14,7 @@ from benchmarks.record import Result, show, show_results, spread
 from retention import MultiScaleRetention, backends, retain
 from retention.arguments import describe
 from retention.backends.chunked import CHUNK_SIZE
+from retention.call import Inputs, Options
 
 
 def floor(
@@ -108,7 +109,7 @@ def _overhead(length: int) -> Result:
     """Return the time of `retain` minus that of the backend that it calls, in microseconds."""
     case = op.Case("forward", length)
     tensors, log_decay = case.tensors(), case.log_decay()
-    backend, call = backends.choose(describe(*tensors, log_decay))
+    backend, call = backends.choose(describe(Inputs(*tensors, log_decay), Options()))
     sides = {
         "retain": lambda: retain(*tensors, log_decay),
         "backend": lambda: backend(call, *tensors, log_decay, None, None, None),

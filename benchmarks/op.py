@@ -19,6 +19,7 @@ from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration,
 from retention import backends, retain
 from retention.arguments import describe
 from retention.backends.chunked import CHUNK_SIZE
+from retention.call import Inputs, Options
 from retention.decay import HeadDecay
 
 PASSES = ("forward", "forward+backward")
@@ -121,7 +122,7 @@ def baseline(case: Case) -> str:
 
 def obstacles(case: Case, name: str, form: str) -> tuple[float, str]:
     """Return the bytes that the form needs beyond a fixed number per token, and the reasons why it cannot run."""
-    call = describe(*case.tensors(), case.log_decay(), form=form)
+    call = describe(Inputs(*case.tensors(), case.log_decay()), Options(form=form))
     copies = {"parallel": (5, 8), "chunkwise": (0, 0), "recurrent": (0, 2)}[form][case.way != "forward"]
     cells = case.length if form == "parallel" else case.key_dim * case.value_dim
     return 4.0 * copies * case.batch * case.heads * case.length * cells, "; ".join(backends.why_not(call, name))

@@ -33,6 +33,7 @@ HOSTED = dict(
     learnable_decay=doors.FLAG,
     features=doors.FLAG,
     window=doors.MAYBE_WHOLE,
+    sinks=doors.COUNT,
     gate=doors.NAME,
     causal=["no", 1, 0, False, [True]],
     grid=doors.FLAG,
