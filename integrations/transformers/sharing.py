@@ -70,9 +70,7 @@ class SaysHowToLoad:
         if not (folder / _CARD_FILE).exists():
             (folder / _CARD_FILE).write_text(self._card(folder.resolve().name))
 
-    def _upload_modified_files(
-        self, working_dir: Any, repo_id: str, files_timestamps: Any, commit_message: str | None = None, **options: Any
-    ) -> Any:
+    def _upload_modified_files(self, working_dir: Any, repo_id: Any, *args: Any, **options: Any) -> Any:
         """Upload a saved folder to the hub; `push_to_hub` of transformers calls it for configs and models.
 
         The model card that transformers generates for a new repository is replaced by one that tells how to load the
@@ -82,10 +80,11 @@ class SaysHowToLoad:
         card = ModelCard(file.read_text(encoding="utf-8") if file.exists() else _GENERATED)
         if _GENERATED in card.content:
             ours = ModelCard(self._card(repo_id))
-            ours.data.tags = list(dict.fromkeys([*ours.data.tags, *(card.data.tags or [])]))
+            data: Any = ours.data
+            data.tags = list(dict.fromkeys([*data.tags, *(card.data.to_dict().get("tags") or [])]))
             ours.save(file)
-        upload = super()._upload_modified_files  # type: ignore[misc]
-        return upload(working_dir, repo_id, files_timestamps, commit_message or "Upload model", **options)
+        options["commit_message"] = options.get("commit_message") or "Upload model"
+        return super()._upload_modified_files(working_dir, repo_id, *args, **options)  # type: ignore[misc]
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:
