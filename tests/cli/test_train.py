@@ -188,7 +188,7 @@ def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
     text.write_text(text.read_text().upper())
     result = CliRunner().invoke(app, ["train", "--resume", "--out", str(tmp_path / "run")])
     assert result.exit_code == 2
-    assert "the corpus is not what it was when the run began" in result.output
+    assert "the corpus has changed since the run began" in result.output
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_path):
@@ -300,7 +300,7 @@ def test_a_changed_tokenizer_or_config_cannot_be_resumed(text, tokenizer_folder,
     tokenizer.save_pretrained(tokenizer_folder)
     result = CliRunner().invoke(app, ["train", "--resume", "--out", str(out)])
     assert result.exit_code == 2
-    assert "the tokenizer is not what it was when the run began" in result.output
+    assert "the tokenizer has changed since the run began" in result.output
 
 
 def torchrun(*words, interrupt_after=None):
