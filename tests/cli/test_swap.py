@@ -201,7 +201,7 @@ def test_a_host_whose_weights_changed_cannot_be_resumed(host, text, tmp_path):
     model.save_pretrained(host)
     result = run("--resume", "--out", out)
     assert result.exit_code == 2
-    told = "the weights of the model are not what they were when the run began; put them back, or begin a new run"
+    told = "the weights of the model have changed since the run began; restore them, or begin a new run"
     assert told in result.output
 
 
@@ -246,7 +246,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
     assert "holds a run already; continue it with --resume" in run(host, text, "--out", out).output
     assert "a resumed run keeps its settings; got gate 'relu'" in run("--resume", "--out", out, "--gate", "relu").output
     text.write_text("other " * 9999)
-    assert "the corpus is not what it was" in run("--resume", "--out", out).output
+    assert "the corpus has changed" in run("--resume", "--out", out).output
     assert dataclasses.asdict(SwapSettings.read(out))["transfer_steps"] == 8
 
 
