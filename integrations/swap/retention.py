@@ -229,6 +229,7 @@ class HostedRetention(HasBackend):
         if self.rest is not None:
             _check_exact(causal, state)
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
+        after: RetentionState | None
         if self.rest is not None:
             y, after = self._beside_exact(self.rest(x), q, k, v, call)
         else:

@@ -518,7 +518,7 @@ def test_a_compiled_model_is_calibrated_and_computes_retention_afterwards():
     other = copy.deepcopy(model)
     replace_attention(other, calibrate_on={"input_ids": ids})
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     attended = compiled(ids, use_cache=False).logits
     replace_attention(compiled, calibrate_on={"input_ids": ids})
     for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
