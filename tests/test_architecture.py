@@ -156,7 +156,7 @@ def undeclared(source):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if path.relative_to(ROOT).parts[0] == "integrations" and path.parent.name != "swap"],
+    [path for path in FILES if path.relative_to(ROOT).parts[0] == "integrations"],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_a_name_is_public_by_all_or_private_by_an_underscore(path):

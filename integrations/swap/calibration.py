@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from .retention import HostedRetention
 
+__all__ = ["Probe", "calibrate", "measured"]
+
 
 @torch.no_grad()
 def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, Any]) -> None:

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+__all__ = ["FeatureMap"]
+
 _SHARPNESS = 2.5  # factor of the initial identity; with 1 and with 5 the features approach the softmax more slowly
 
 

@@ -32,6 +32,8 @@ from .adapter import Heads
 from .features import FeatureMap
 from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
 
+__all__ = ["HostedRetention"]
+
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
 

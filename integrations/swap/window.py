@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from retention.constants import traced
 from retention.state import RetentionState, state_dtype
 
+__all__ = ["Rows", "Tiles", "WindowState", "in_order", "join", "real_last", "rows", "tiles"]
+
 _TILE = 64  # tokens of a tile of packed sequences without a window
 
 
