@@ -11,7 +11,7 @@ from torch import nn
 
 from retention.options import check_is, check_whole, shown
 
-__all__ = ["Adapter", "Heads", "_Recogniser", "find_adapter", "full_name", "register_adapter", "register_recogniser"]
+__all__ = ["Adapter", "Heads", "find_adapter", "full_name", "register_adapter", "register_recogniser"]
 
 # The integration that registers the adapters for a library's models; imported when the first such model is given.
 _INTEGRATIONS = {"timm": "timm", "torch": "torch_nn", "transformers": "transformers"}

@@ -39,7 +39,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, A
 def measured(layers: Mapping[str, Any]) -> Iterator[dict[str, Probe]]:
     """Let replaced layers return the output of their attention, and measure it and that of retention.
 
-    Compiled models run without compilation: one batch does not repay it, and a graph has no place for the hooks.
+    Compiled models run without compilation, which one batch does not repay.
 
     Args:
         layers: the replaced layers by name.

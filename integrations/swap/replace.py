@@ -19,9 +19,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retention.options import check_choice, check_flags, check_is, shown
 
+from ..renamed import former_options
 from .adapter import Adapter
 from .calibration import calibrate
-from .retention import HostedRetention
+from .retention import FORMER, HostedRetention
 from .swapped import Swapped, adapter_of, replaced_by, swapped_class
 from .transaction import all_or_nothing, kept_random_state
 from .whole import whole_models
@@ -73,6 +74,7 @@ class SwapReport:
         return "\n".join([*lines, f"parameters: {self.parameters_before:,} before, {self.parameters_after:,} after"])
 
 
+@former_options(FORMER)
 def replace_attention(
     model: nn.Module,
     *,
@@ -138,6 +140,7 @@ def replace_attention(
     return report
 
 
+@former_options(FORMER)
 def plan_replacement(
     model: nn.Module,
     *,

@@ -54,7 +54,7 @@ from retention.integrations.transformers.training.distill import recover, replac
 # Wrong for any number of heads.
 NO_DECAY = ["fast", "", 5, None, True, b"ab", [0.1, -0.1], [math.nan] * 2, ["a", "b"], [False, False], {0: -0.1}]
 HOSTED = dict(
-    scales=MAYBE_WHOLE,
+    num_decays=MAYBE_WHOLE,
     decay=NO_DECAY,
     learnable_decay=FLAG,
     features=FLAG,
@@ -62,7 +62,7 @@ HOSTED = dict(
     sinks=COUNT,
     gate=NAME,
     causal=["no", 1, 0, False, [True]],
-    grid=FLAG,
+    grid_decay=FLAG,
     backend=[*NAME, None],
     form=[*NAME, None],
     chunk_size=MAYBE_WHOLE,
@@ -126,7 +126,7 @@ def integration_doors():
         ),
         "HostedRetention": Door(
             HostedRetention,
-            lambda: dict(heads=heads, scales=1),
+            lambda: dict(heads=heads, num_decays=1),
             dict(HOSTED, heads=[None, 3, (DIM, 2)], device=DEVICE, dtype=DTYPE),
         ),
         "HostedRetention.forward": Door(
@@ -146,12 +146,12 @@ def integration_doors():
         ),
         "replace_attention": Door(
             replace_attention,
-            lambda: dict(model=llama(), scales=1),
+            lambda: dict(model=llama(), num_decays=1),
             dict(replacing, init=[*NAME, None], calibrate_on=[3, [IDS], IDS]),
             hides=tuple(HOSTED),
         ),
         "plan_replacement": Door(
-            plan_replacement, lambda: dict(model=llama(), scales=1), replacing, hides=tuple(HOSTED)
+            plan_replacement, lambda: dict(model=llama(), num_decays=1), replacing, hides=tuple(HOSTED)
         ),
         "restore_attention": Door(
             restore_attention, lambda: dict(model=copy.deepcopy(swapped)), dict(model=[None, "model", 3])
