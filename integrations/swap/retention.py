@@ -233,7 +233,7 @@ class HostedRetention(HasBackend):
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
         if self.rest is not None:
-            _check_exact(causal, state)
+            self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
         after: RetentionState | None
         if self.rest is not None:
@@ -271,6 +271,30 @@ class HostedRetention(HasBackend):
             raise ShapeError(
                 f"x must be ({batch}, {length}, {heads.dim}), or an image of as many cells; got x {tuple(x.shape)}"
             )
+
+    def _check_exact(self, causal: bool, state: RetentionState | None, count: int) -> None:
+        """Check what a window and sinks need of a call; count: the number of its sequences."""
+        if not causal:
+            raise ValueError(
+                "window and sinks need causal retention; got causal False; leave them out, or pass causal=True"
+            )
+        if state is None:
+            return
+        if not isinstance(state, WindowState):
+            raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
+        heads, kept = self.heads, self.sinks + (self.window or 0)
+        shapes = (
+            ("time", state.time, (count,)),
+            ("keys", state.keys, (count, heads.num_kv_heads, kept, heads.key_dim)),
+            ("values", state.values, (count, heads.num_kv_heads, kept, heads.value_dim)),
+        )
+        for name, x, shape in shapes:
+            if not isinstance(x, Tensor) or x.shape != shape:
+                got = tuple(x.shape) if isinstance(x, Tensor) else shown(x)
+                raise ShapeError(
+                    f"state.{name} must be {shape}, for {count} sequences, window {self.window} and sinks "
+                    f"{self.sinks}; got state.{name} {got}; pass what this layer returned"
+                )
 
     def _retained(
         self, q: Tensor, k: Tensor, v: Tensor, call: _Call, taken: Tensor | None = None
@@ -346,16 +370,6 @@ class HostedRetention(HasBackend):
             q, k = (z[:, :, None].expand(-1, -1, self.num_decays, -1, -1) for z in (q, k))
         q = rearrange(q, "b (n g) s t k -> b (n s g) t k", n=k.shape[1])
         return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.num_decays)
-
-
-def _check_exact(causal: bool, state: RetentionState | None) -> None:
-    """Check a call with a window or sinks. Raises: ValueError or TypeError."""
-    if not causal:
-        raise ValueError(
-            "window and sinks need causal retention; got causal False; leave them out, or pass causal=True"
-        )
-    if state is not None and not isinstance(state, WindowState):
-        raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
 
 
 def _zero_at_padding(x: Tensor, mask: Tensor) -> Tensor:

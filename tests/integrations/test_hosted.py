@@ -461,6 +461,29 @@ def test_what_a_window_cannot_do_is_an_error():
         retention(*given, scale=SCALE, state=state)
 
 
+def test_a_state_of_another_layer_or_batch_is_an_error():
+    retention, given = windowed(4, sinks=2), inputs(9)
+    _, state = retention(*given, scale=SCALE, return_state=True)
+    _, other = windowed(5, sinks=2)(*given, scale=SCALE, return_state=True)
+    two = torch.tensor([0, 4, 9], dtype=torch.int32)
+    cases = (
+        (
+            given,
+            {"state": other},
+            r"state.keys must be \(2, 2, 6, 8\), for 2 sequences, window 4 and sinks 2; got .* 7, ",
+        ),
+        (given, {"state": state[:1]}, r"state.time must be \(2,\), .*; got state.time \(1,\); pass what this layer"),
+        (
+            [z[:1] for z in given],
+            {"state": state[[0, 1, 1]], "cu_seqlens": two},
+            r"state.time must be \(2,\), for 2 sequences",
+        ),
+    )
+    for call, options, message in cases:
+        with pytest.raises(ShapeError, match=message):
+            retention(*call, scale=SCALE, **options)
+
+
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
