@@ -177,12 +177,13 @@ def calls(draw, sequences):
     """What each of some calls takes: how many tokens of each sequence, packed or as rows, and where the padding is."""
     found = []
     for _ in range(draw(st.integers(1, 4))):
-        counts = draw(st.lists(st.integers(0, 9), min_size=sequences, max_size=sequences).filter(any))
+        counts = draw(st.lists(st.integers(0, 9), min_size=sequences, max_size=sequences))
         order = None
         if not draw(st.booleans()):
             length = max(counts) + draw(st.integers(0, 2))
             places = [draw(st.permutations(range(length))) for _ in counts]
-            order = torch.tensor([[place < n for place in row] for n, row in zip(counts, places, strict=True)])
+            real = [[place < n for place in row] for n, row in zip(counts, places, strict=True)]
+            order = torch.tensor(real, dtype=torch.bool).view(sequences, length)
         found.append((counts, order))
     return found
 
