@@ -191,7 +191,7 @@ def undeclared(source):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if path.parent.name != "swap" and path.name != "cli.py"],
+    [path for path in FILES if path.name != "cli.py"],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_a_name_is_public_by_all_or_private_by_an_underscore(path):

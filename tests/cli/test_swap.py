@@ -105,6 +105,13 @@ def test_the_window_and_the_sinks_are_kept_unless_said_otherwise(host, words, wi
     assert (found[0]["window"], found[0]["sinks"]) == (window, sinks)
 
 
+def test_a_run_that_began_with_former_names_of_settings_goes_on(tmp_path):
+    settings = dataclasses.asdict(SwapSettings(model="m", num_decays=3))
+    settings["scales"] = settings.pop("num_decays")
+    (tmp_path / "swap.json").write_text(json.dumps(settings))
+    assert SwapSettings.read(tmp_path) == SwapSettings(model="m", num_decays=3)
+
+
 def load_part(checkpoint):
     from safetensors.torch import load_file
 

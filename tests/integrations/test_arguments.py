@@ -28,7 +28,7 @@ from retention.integrations.transformers.training.distill import recover, replac
 # Wrong for any number of heads.
 NO_DECAY = ["fast", "", 5, None, True, b"ab", [0.1, -0.1], [math.nan] * 2, ["a", "b"], [False, False], {0: -0.1}]
 HOSTED = dict(
-    scales=doors.MAYBE_WHOLE,
+    num_decays=doors.MAYBE_WHOLE,
     decay=NO_DECAY,
     learnable_decay=doors.FLAG,
     features=doors.FLAG,
@@ -36,7 +36,7 @@ HOSTED = dict(
     sinks=doors.COUNT,
     gate=doors.NAME,
     causal=["no", 1, 0, False, [True]],
-    grid=doors.FLAG,
+    grid_decay=doors.FLAG,
     backend=[*doors.NAME, None],
     form=[*doors.NAME, None],
     chunk_size=doors.MAYBE_WHOLE,
@@ -111,7 +111,7 @@ def integration_doors():
         ),
         "HostedRetention": Door(
             HostedRetention,
-            lambda: dict(heads=heads, scales=1),
+            lambda: dict(heads=heads, num_decays=1),
             dict(HOSTED, heads=[None, 3, (DIM, 2)], device=doors.DEVICE, dtype=doors.DTYPE),
         ),
         "HostedRetention.forward": Door(
@@ -131,12 +131,12 @@ def integration_doors():
         ),
         "replace_attention": Door(
             replace_attention,
-            lambda: dict(model=llama(), scales=1),
+            lambda: dict(model=llama(), num_decays=1),
             dict(replacing, init=[*doors.NAME, None], calibrate_on=[3, [IDS], IDS]),
             hides=tuple(HOSTED),
         ),
         "plan_replacement": Door(
-            plan_replacement, lambda: dict(model=llama(), scales=1), replacing, hides=tuple(HOSTED)
+            plan_replacement, lambda: dict(model=llama(), num_decays=1), replacing, hides=tuple(HOSTED)
         ),
         "restore_attention": Door(
             restore_attention, lambda: dict(model=copy.deepcopy(swapped)), dict(model=[None, "model", 3])

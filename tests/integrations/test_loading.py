@@ -49,7 +49,7 @@ def train_a_little(model):
         {"decay": "paper"},
         {"window": 9, "sinks": 4},
         {"sinks": 4},
-        {"scales": 3, "features": False},
+        {"num_decays": 3, "features": False},
     ],
     ids=str,
 )

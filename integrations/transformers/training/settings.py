@@ -52,6 +52,7 @@ class Kept:
     """Base of settings that are stored beside the checkpoints of a run, so that `--resume` finds them."""
 
     FILE: ClassVar[str]
+    FORMER: ClassVar[dict[str, str]] = {}  # former names of settings, and the new ones
 
     @classmethod
     def read(cls, out: Path) -> Self:
@@ -66,6 +67,7 @@ class Kept:
             options = read_json(file, "the settings of a run")
         except ValueError as error:
             raise ValueError(f"{error}; begin a new run in another folder") from error
+        options = {cls.FORMER.get(name, name): value for name, value in options.items()}
         hints = get_type_hints(cls)
         unknown = sorted(options.keys() - {f.name for f in fields(cls)})
         if unknown:
