@@ -50,7 +50,7 @@ _LAYER = {
     if name not in ("dim", "num_heads", "device", "dtype", *_FREE)
 }
 _THEIRS: dict[str, Any] = {
-    **dict(norm="rms", use_glu=True, ffn_bias=False, activate_output=False, final_norm=True, lm_head_bias=False),
+    **dict(norm="rms", gated=True, ffn_bias=False, activate_output=False, final_norm=True, lm_head_bias=False),
     **{name: TORCHSCALE.defaults.get(name, default) for name, default in _LAYER.items()},
 }
 
@@ -136,13 +136,15 @@ def torchscale_options(model: Model) -> dict[str, Any]:
     """Return the options of torchscale's RetNetConfig for this model that differ from its defaults."""
     said = {name: value for name, value in flat(model.config.to_dict()).items() if value is not None}
     ours = described(_tensors(model)) | said
-    told = {name: ours.get(targets[0]) for name, targets in TORCHSCALE.options.items() if targets}
+    told = {
+        name: TORCHSCALE.value_to_theirs(name, ours.get(targets[0]))
+        for name, targets in TORCHSCALE.options.items()
+        if targets
+    }
     told |= {field.name: ours[field.name] for field in fields(torchscale.RetNetConfig) if field.name in ours}
     told |= {"subln": bool(ours["subln"]), "share_decoder_input_output_embed": ours["tie_word_embeddings"]}
     if told["moe_freq"]:
         told |= _NONE_DROPPED
-    if told["activation_fn"] == "silu":
-        told["activation_fn"] = "swish"
     usual = {field.name: field.default for field in fields(torchscale.RetNetConfig)}
     return {name: value for name, value in told.items() if value is not None and value != usual[name]}
 
@@ -154,10 +156,12 @@ def _tensors(model: Model) -> Tensors:
 def _check_torchscale_can(config: RetNetConfig) -> None:
     ours = _LAYER | flat(config.to_dict())
     wanted = _THEIRS | {"retention.norm_eps": config.norm_eps}
-    wanted["subln"] = config.subln if config.moe_freq and config.subln in (True, "layer") else False
+    wanted["subln"] = config.subln if config.moe_every and config.subln in (True, "layer") else False
     wrong = [f"{name} must be {value!r}, is {ours[name]!r}" for name, value in wanted.items() if ours[name] != value]
-    if config.activation_fn not in torchscale.ACTIVATIONS.values():
-        wrong.append(f"activation_fn must be gelu, relu or silu, is {config.activation_fn!r}")
+    if config.activation not in torchscale.ACTIVATIONS.values():
+        wrong.append(f"activation must be gelu, relu or silu, is {config.activation!r}")
+    if config.moe_every and config.moe_top_k not in (1, 2):
+        wrong.append(f"moe_top_k must be 1 or 2, is {config.moe_top_k}")
     if wrong:
         raise ValueError(f"torchscale's RetNet cannot compute what this model does: {'; '.join(wrong)}")
 
@@ -192,7 +196,7 @@ def _check_own(config: RetNetConfig, ours: Tensors, *, has_head: bool) -> None:
     facts = described(ours)
     if has_head and "lm_head.weight" not in ours:
         raise ValueError("these weights are not a whole retention checkpoint: missing tensors: lm_head.weight")
-    names = ["num_layers", *(["moe_expert_count"] if config.moe_freq else [])]
+    names = ["num_layers", *(["moe_num_experts"] if config.moe_every else [])]
     if "lm_head.weight" in ours and config.tie_word_embeddings:
         names.append("tie_word_embeddings")
     for name in names:
@@ -203,12 +207,12 @@ def _check_own(config: RetNetConfig, ours: Tensors, *, has_head: bool) -> None:
 
 
 def _warn_of_dropped_tokens(config: RetNetConfig, found: Format, told: dict[str, Any]) -> None:
-    if not config.moe_freq or not _NONE_DROPPED.keys() <= found.options.keys():
+    if not config.moe_every or not _NONE_DROPPED.keys() <= found.options.keys():
         return
     usual = torchscale.RetNetConfig()
     theirs = {name: told.get(name, getattr(usual, name)) for name in _NONE_DROPPED}
     fraction, policy = theirs.values()
-    if number(fraction) >= 1 and (policy == "all" or config.moe_top1_expert):
+    if number(fraction) >= 1 and (policy == "all" or config.moe_top_k == 1):
         return
     warnings.warn(
         f"these experts had {_spelt(theirs)}{'' if told.keys() & theirs.keys() else ', by default'}, with which "

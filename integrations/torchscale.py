@@ -25,7 +25,8 @@ __all__ = ["ACTIVATIONS", "RetNetConfig", "RetNetDecoder"]
 
 _ABSENT = ("multiway", "use_xmoe", "xpos_rel_pos", "rel_pos_buckets", "max_rel_pos", "fsdp")
 _RATES = ("dropout", "activation_dropout", "drop_path_rate")
-_SAME_NAME = (*_RATES, "no_scale_embedding", "layernorm_embedding", "moe_freq", "moe_expert_count", "moe_top1_expert")
+_EMBEDDING = ("no_scale_embedding", "layernorm_embedding")
+_EXPERTS = ("moe_freq", "moe_expert_count", "moe_top1_expert")
 _NEEDED = (  # the attributes that a config must have
     *("decoder_embed_dim", "decoder_value_embed_dim", "decoder_retention_heads", "decoder_ffn_embed_dim"),
     *(
@@ -38,9 +39,9 @@ _NEEDED = (  # the attributes that a config must have
         "vocab_size",
     ),
     *("share_decoder_input_output_embed", "no_output_layer", "chunkwise_recurrent", "recurrent_chunk_size"),
-    *("checkpoint_activations", *_SAME_NAME),
+    *("checkpoint_activations", *_RATES, *_EMBEDDING, *_EXPERTS),
 )
-ACTIVATIONS = {"swish": "silu", "gelu": "gelu", "relu": "relu"}
+ACTIVATIONS = TORCHSCALE.values["activation_fn"]  # by torchscale's names
 
 
 @dataclass(kw_only=True)
@@ -252,6 +253,9 @@ def _check(args: Any) -> None:
     if missing:
         raise TypeError(f"args must be a RetNetConfig, or have its attributes; got args without {', '.join(missing)}")
     check_rates(**{name: getattr(args, name) for name in _RATES})
+    usual = {option.name: option.default for option in fields(RetNetConfig)}
+    for name in (*_EMBEDDING, *_EXPERTS):
+        _check_kind(name, getattr(args, name), usual[name])
     active = [f"{name} {getattr(args, name)!r}" for name in _ABSENT if getattr(args, name, None)]
     if active:
         raise ValueError(f"these options of torchscale are not there; leave them off; got {', '.join(active)}")
@@ -271,18 +275,21 @@ def _backbone(args: Any) -> RetNetBackbone:
     layer |= {"value_dim": args.decoder_value_embed_dim, "norm_eps": args.layernorm_eps}
     if args.chunkwise_recurrent:
         layer |= {"form": "chunkwise", "chunk_size": args.recurrent_chunk_size}
+    others = [
+        TORCHSCALE.option_to_ours(name, getattr(args, name))
+        for name in ("activation_fn", *_RATES, *_EMBEDDING, *_EXPERTS)
+    ]
     return RetNetBackbone(
         args.decoder_embed_dim,
         args.decoder_layers,
         args.decoder_retention_heads,
         ffn_dim=args.decoder_ffn_embed_dim,
-        activation_fn=ACTIVATIONS[args.activation_fn],
         norm_eps=args.layernorm_eps,
         norm_before=args.decoder_normalize_before,
         deepnorm=args.deepnorm,
         subln=bool(args.subln and args.moe_freq),  # in experts only
         retention=layer,
-        **{name: getattr(args, name) for name in _SAME_NAME},
+        **{name: value for options in others for name, value in options.items()},
     )
 
 

@@ -18,6 +18,7 @@ from .arguments import check_token_ids
 from .decoding import stream
 from .errors import ShapeError
 from .ffn import FeedForward, MixtureOfExperts
+from .former import Flags, former_options
 from .layer import ACTIVATIONS, ForwardOptions, MultiScaleRetention
 from .norm import BACKENDS, NORMS
 from .options import (
@@ -37,7 +38,17 @@ from .state import RetentionState
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-__all__ = ["PRESETS", "BackboneOutput", "BlockOutput", "DropPath", "RetNet", "RetNetBackbone", "RetNetBlock"]
+__all__ = [
+    "FORMER",
+    "FORMER_FLAGS",
+    "PRESETS",
+    "BackboneOutput",
+    "BlockOutput",
+    "DropPath",
+    "RetNet",
+    "RetNetBackbone",
+    "RetNetBlock",
+]
 
 # Sizes for RetNet.from_preset. The small presets are for trials on a CPU; `python -m benchmarks quality` compares their
 # options. Their heads look back about 2 to 128 tokens, those of the paper 32 and more. The large presets have the
@@ -46,7 +57,7 @@ _SMALL: dict[str, Any] = dict(
     num_heads=8,
     retention={"decay": "short", "learnable_decay": True, "rotary": "rope", "init_gain": 1.0},
 )
-_PAPER: dict[str, Any] = dict(vocab_size=50304, use_glu=False, norm="layer", retention={"decay": "log_linear"})
+_PAPER: dict[str, Any] = dict(vocab_size=50304, gated=False, norm="layer", retention={"decay": "log_linear"})
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(dim=128, num_layers=4, **_SMALL),
     "small": dict(dim=256, num_layers=6, **_SMALL),
@@ -57,6 +68,18 @@ PRESETS: dict[str, dict[str, Any]] = {
     "6.7b": dict(dim=4096, num_layers=32, num_heads=16, **_PAPER),
 }
 
+
+# Former names of options of RetNetBackbone, and the new ones; the new values of those that were flags.
+FORMER = {
+    "use_glu": "gated",
+    "activation_fn": "activation",
+    "layernorm_embedding": "norm_embedding",
+    "no_scale_embedding": "scale_embedding",
+    "moe_freq": "moe_every",
+    "moe_expert_count": "moe_num_experts",
+    "moe_top1_expert": "moe_top_k",
+}
+FORMER_FLAGS: Flags = {"no_scale_embedding": {True: False, False: True}, "moe_top1_expert": {True: 1, False: 2}}
 
 # The option `retention` of a model may hold every option of MultiScaleRetention but these.
 _OF_THE_MODEL = ("dim", "num_heads", "device", "dtype")
@@ -252,7 +275,7 @@ class RetNetBackbone(nn.Module):
         dim, num_layers, num_heads: width, number of blocks, heads of each block.
         ffn_dim: width inside the feed-forward; default 4/3 dim with a gate (rounded up to a multiple of 16), 2 dim
             without.
-        use_glu, ffn_bias, activation_fn, activate_output, ffn_backend: gated, bias, activation, activate_output and
+        gated, ffn_bias, activation, activate_output, ffn_backend: gated, bias, activation, activate_output and
             backend of `FeedForward`; experts run on "torch" only.
         norm, norm_eps: "rms" or "layer", and its eps, of each sublayer and the final norm.
         norm_before: False puts the norms after the residual sums, without a final norm.
@@ -261,14 +284,13 @@ class RetNetBackbone(nn.Module):
             (arXiv:2203.00555).
         subln: "rms", "layer" or True (which means "layer") for a norm before fc2 in feed-forwards without a gate
             (arXiv:2210.06423); default False.
-        layernorm_embedding: normalise the embeddings.
-        no_scale_embedding: False multiplies the embeddings by sqrt(dim).
+        norm_embedding: normalise the embeddings.
+        scale_embedding: multiply the embeddings by sqrt(dim), before that norm.
         dropout: rate after the embedding and each sublayer, in training.
         activation_dropout: rate inside the feed-forward, in training.
         drop_path_rate: rate of `DropPath`, which grows from 0 in the first block to this value in the last.
-        moe_freq: the feed-forward of every moe_freq-th block is a mixture of experts; 0: no mixtures.
-        moe_expert_count: experts of a mixture.
-        moe_top1_expert: choose one expert per token instead of two.
+        moe_every: the feed-forward of every moe_every-th block is a mixture of experts; 0: no mixtures.
+        moe_num_experts, moe_top_k: num_experts and top_k of `MixtureOfExperts`.
         retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
         device, dtype: of the parameters.
     Raises: ValueError, ShapeError or TypeError that names the option; BackendError if ffn_backend cannot run.
@@ -282,6 +304,7 @@ class RetNetBackbone(nn.Module):
 
     block_class: type[RetNetBlock] = RetNetBlock
 
+    @former_options(FORMER, FORMER_FLAGS)
     def __init__(
         self,
         dim: int,
@@ -289,9 +312,9 @@ class RetNetBackbone(nn.Module):
         num_heads: int,
         *,
         ffn_dim: int | None = None,
-        use_glu: bool = True,
+        gated: bool = True,
         ffn_bias: bool = False,
-        activation_fn: str = "gelu",
+        activation: str = "gelu",
         activate_output: bool = False,
         ffn_backend: str = "torch",
         norm: str = "rms",
@@ -300,55 +323,54 @@ class RetNetBackbone(nn.Module):
         final_norm: bool = True,
         deepnorm: bool = False,
         subln: bool | str = False,
-        layernorm_embedding: bool = False,
-        no_scale_embedding: bool = True,
+        norm_embedding: bool = False,
+        scale_embedding: bool = False,
         dropout: float = 0.0,
         activation_dropout: float = 0.0,
         drop_path_rate: float = 0.0,
-        moe_freq: int = 0,
-        moe_expert_count: int = 0,
-        moe_top1_expert: bool = False,
+        moe_every: int = 0,
+        moe_num_experts: int = 0,
+        moe_top_k: int = 2,
         retention: dict[str, Any] | None = None,
         device: Any = None,
         dtype: Any = None,
     ):
         super().__init__()
-        top_k = 1 if moe_top1_expert else 2
         for name, size in (("dim", dim), ("num_layers", num_layers), ("num_heads", num_heads)):
             check_whole(name, size)
         check_whole("ffn_dim", ffn_dim, optional=True)
-        check_flags(use_glu=use_glu, ffn_bias=ffn_bias, activate_output=activate_output, norm_before=norm_before)
-        check_flags(final_norm=final_norm, deepnorm=deepnorm, layernorm_embedding=layernorm_embedding)
-        check_flags(no_scale_embedding=no_scale_embedding, moe_top1_expert=moe_top1_expert)
-        check_choice("activation_fn", activation_fn, ACTIVATIONS)
+        check_flags(gated=gated, ffn_bias=ffn_bias, activate_output=activate_output, norm_before=norm_before)
+        check_flags(final_norm=final_norm, deepnorm=deepnorm)
+        check_flags(norm_embedding=norm_embedding, scale_embedding=scale_embedding)
+        check_choice("activation", activation, ACTIVATIONS)
         check_choice("ffn_backend", ffn_backend, BACKENDS)
         check_eps("norm_eps", norm_eps)
         check_rates(dropout=dropout, activation_dropout=activation_dropout, drop_path_rate=drop_path_rate)
         check_is("retention", retention, dict | None, "options of MultiScaleRetention by name, or None")
         check_device(device)
         check_dtype(dtype)
-        _check_blocks(use_glu, norm, deepnorm, subln, moe_freq, moe_expert_count, top_k)
-        if ffn_backend == "xformers" and (not use_glu or activation_fn != "silu" or activation_dropout or moe_freq):
+        _check_blocks(gated, norm, deepnorm, subln, moe_every, moe_num_experts, moe_top_k)
+        if ffn_backend == "xformers" and (not gated or activation != "silu" or activation_dropout or moe_every):
             raise ValueError(
-                "ffn_backend 'xformers' computes a feed-forward with use_glu=True and activation_fn='silu' alone; got "
-                f"use_glu {use_glu}, activation_fn {activation_fn!r}, activation_dropout {activation_dropout}, "
-                f"moe_freq {moe_freq}; change them, or use ffn_backend 'torch'"
+                "ffn_backend 'xformers' computes a feed-forward with gated=True and activation='silu' alone; got "
+                f"gated {gated}, activation {activation!r}, activation_dropout {activation_dropout}, "
+                f"moe_every {moe_every}; change them, or use ffn_backend 'torch'"
             )
         if ffn_dim is None:  # the gate does not change the number of parameters: 3 (4/3) dim^2 = 2 (2 dim^2)
-            ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if use_glu else 2 * dim
+            ffn_dim = math.ceil(dim * 4 / 3 / 16) * 16 if gated else 2 * dim
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         norm_before = norm_before and not deepnorm
         hidden_norm = "layer" if subln is True else subln or None
         init_scale = (8 * num_layers) ** -0.25 if deepnorm else math.log(2 * num_layers) ** 0.5 if subln else 1.0
-        inside = {"activation": activation_fn, "dropout": dropout, "activation_dropout": activation_dropout}
+        inside = {"activation": activation, "dropout": dropout, "activation_dropout": activation_dropout}
         inside |= {"norm_eps": norm_eps, "init_scale": init_scale, "backend": ffn_backend, **dd}
-        experts = dict(num_experts=moe_expert_count, top_k=top_k, bias=True, hidden_norm=hidden_norm)
-        dense: dict[str, Any] = dict(gated=use_glu, bias=ffn_bias, activate_output=activate_output)
-        dense["hidden_norm"] = None if use_glu else hidden_norm
+        experts = dict(num_experts=moe_num_experts, top_k=moe_top_k, bias=True, hidden_norm=hidden_norm)
+        dense: dict[str, Any] = dict(gated=gated, bias=ffn_bias, activate_output=activate_output)
+        dense["hidden_norm"] = None if gated else hidden_norm
 
         def block(depth: int) -> RetNetBlock:
-            mixed = moe_freq and (depth + 1) % moe_freq == 0
+            mixed = moe_every and (depth + 1) % moe_every == 0
             ffn: Any = MixtureOfExperts if mixed else FeedForward
             return self.block_class(
                 dim,
@@ -365,8 +387,8 @@ class RetNetBackbone(nn.Module):
             )
 
         self.blocks = nn.ModuleList(block(depth) for depth in range(num_layers))
-        self.embedding_scale = 1.0 if no_scale_embedding else dim**0.5
-        self.embedding_norm = NORMS[norm](dim, eps=norm_eps, **dd) if layernorm_embedding else nn.Identity()
+        self.embedding_scale = dim**0.5 if scale_embedding else 1.0
+        self.embedding_norm = NORMS[norm](dim, eps=norm_eps, **dd) if norm_embedding else nn.Identity()
         self.dropout = nn.Dropout(dropout)
         self.norm = NORMS[norm](dim, eps=norm_eps, **dd) if final_norm and norm_before else nn.Identity()
         # Gradient checkpointing: the backward pass computes each block again instead of storing its activations.
@@ -506,6 +528,7 @@ class RetNet(nn.Module):
         torch.Size([1, 3, 256])
     """
 
+    @former_options(FORMER, FORMER_FLAGS)
     def __init__(
         self,
         vocab_size: int = 256,
@@ -534,6 +557,7 @@ class RetNet(nn.Module):
             nn.init.normal_(weight, std=dim**-0.5)
 
     @classmethod
+    @former_options(FORMER, FORMER_FLAGS)
     def from_preset(cls, preset: str, **changes: Any) -> RetNet:
         """Make a model with the sizes of a preset.
 
@@ -638,18 +662,19 @@ class RetNet(nn.Module):
 
 
 def _check_blocks(
-    use_glu: bool, norm: str, deepnorm: bool, subln: bool | str, moe_freq: int, moe_expert_count: int, top_k: int
+    gated: bool, norm: str, deepnorm: bool, subln: bool | str, moe_every: int, moe_num_experts: int, moe_top_k: int
 ) -> None:
     check_choice("norm", norm, NORMS)
     check_choice("subln", subln, (*NORMS, True, False))
-    check_whole("moe_freq", moe_freq, 0)
-    check_whole("moe_expert_count", moe_expert_count, 0)
+    check_whole("moe_every", moe_every, 0)
+    check_whole("moe_num_experts", moe_num_experts, 0)
+    check_whole("moe_top_k", moe_top_k)
     if deepnorm and subln:
         raise ValueError(f"deepnorm and subln exclude each other; got deepnorm True, subln {subln!r}")
-    if subln and use_glu and not moe_freq:
-        raise ValueError("subln is a norm in feed-forwards without a gate; pass use_glu=False, or leave it out")
-    if moe_freq and moe_expert_count < top_k:
+    if subln and gated and not moe_every:
+        raise ValueError("subln is a norm in feed-forwards without a gate; pass gated=False, or leave it out")
+    if moe_every and moe_num_experts < moe_top_k:
         raise ValueError(
-            f"with moe_freq, moe_expert_count must be at least {top_k}; "
-            f"got moe_freq {moe_freq}, moe_expert_count {moe_expert_count}"
+            f"with moe_every, moe_num_experts must be at least moe_top_k; got moe_every {moe_every}, "
+            f"moe_num_experts {moe_num_experts}, moe_top_k {moe_top_k}"
         )

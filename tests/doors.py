@@ -107,14 +107,14 @@ def unchanged(state):
     return look
 
 
-FLAGS = ("use_glu", "ffn_bias", "activate_output", "norm_before", "final_norm", "deepnorm", "layernorm_embedding")
-FLAGS += ("no_scale_embedding", "moe_top1_expert")
+FLAGS = ("gated", "ffn_bias", "activate_output", "norm_before", "final_norm", "deepnorm", "norm_embedding")
+FLAGS += ("scale_embedding",)
 BACKBONE = dict(
     dim=WHOLE,
     num_layers=WHOLE,
     num_heads=[*WHOLE, 3],
     ffn_dim=MAYBE_WHOLE,
-    activation_fn=[*NAME, None],
+    activation=[*NAME, None],
     ffn_backend=[*NAME, None],
     norm=[*NAME, None],
     norm_eps=EPS,
@@ -122,8 +122,9 @@ BACKBONE = dict(
     dropout=RATE,
     activation_dropout=RATE,
     drop_path_rate=RATE,
-    moe_freq=COUNT,
-    moe_expert_count=COUNT,
+    moe_every=COUNT,
+    moe_num_experts=COUNT,
+    moe_top_k=WHOLE,
     retention=[[], "decay", 3, True, {"num_head": 2}, {"scale": "a"}, {"gate": 3}, {0: 1}],
     device=DEVICE,
     dtype=DTYPE,

@@ -25,7 +25,7 @@ LEVELS = (
     ("arguments",),
     ("backends",),
     ("functional", "norm"),
-    ("layer", "decoding"),
+    ("layer", "decoding", "former"),
     ("ffn",),
     ("model",),
     ("integrations",),

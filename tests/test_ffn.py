@@ -168,10 +168,10 @@ def test_an_unknown_backend_is_named():
 
 
 def test_the_backend_reaches_every_block_and_experts_refuse_it():
-    model = RetNetBackbone(16, 2, 2, activation_fn="silu", ffn_backend="xformers")
+    model = RetNetBackbone(16, 2, 2, activation="silu", ffn_backend="xformers")
     assert [block.ffn.backend for block in model.blocks] == ["xformers"] * 2
-    with pytest.raises(ValueError, match="ffn_backend 'xformers' computes .*; got .*, moe_freq 2"):
-        RetNetBackbone(16, 2, 2, activation_fn="silu", ffn_backend="xformers", moe_freq=2, moe_expert_count=2)
+    with pytest.raises(ValueError, match="ffn_backend 'xformers' computes .*; got .*, moe_every 2"):
+        RetNetBackbone(16, 2, 2, activation="silu", ffn_backend="xformers", moe_every=2, moe_num_experts=2)
 
 
 def wrong_swiglu(real):

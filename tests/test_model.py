@@ -1,10 +1,12 @@
 """RetNet: the same logits in every form, at every cut, and the sizes of the paper."""
 
+from functools import partial
+
 import pytest
 import torch
 
 from retention import RetNet, ShapeError
-from retention.model import PRESETS, RetNetBackbone
+from retention.model import FORMER, PRESETS, RetNetBackbone
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 
@@ -13,7 +15,7 @@ def make(**options):
     return RetNet(50, 32, 2, 4, dtype=torch.float64, **options).eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"use_glu": False, "norm": "layer", "tie_embeddings": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"gated": False, "norm": "layer", "tie_embeddings": False}], ids=str)
 @torch.no_grad()
 def test_all_forms_and_all_cuts_give_the_same_logits(options):
     model, tokens = make(**options), torch.randint(50, (2, 13))
@@ -52,7 +54,7 @@ def test_presets_have_the_parameters_their_formula_says(name):
     dim, layers, vocab = size["dim"], size["num_layers"], size.get("vocab_size", 256)
     retention = 2 * dim * dim + 2 * dim * 2 * dim + 2 * dim * dim  # q k, v g, out
     gated_width = {128: 176, 256: 352, 512: 688}  # 4/3 dim, rounded up to 16
-    ffn = 3 * dim * gated_width[dim] if size.get("use_glu", True) else 2 * dim * 2 * dim
+    ffn = 3 * dim * gated_width[dim] if size.get("gated", True) else 2 * dim * 2 * dim
     norms = (2 * layers + 1) * dim * (2 if size.get("norm") == "layer" else 1)
     decays = layers * size["num_heads"] * size["retention"].get("learnable_decay", False)
     assert sum(p.numel() for p in model.parameters()) == vocab * dim + layers * (retention + ffn) + norms + decays
@@ -132,9 +134,7 @@ def test_deepnorm_is_its_formula():
 @torch.no_grad()
 def test_embeddings_are_scaled_and_normalised():
     x = torch.randn(2, 7, 32).double()
-    model = RetNetBackbone(
-        32, 1, 4, no_scale_embedding=False, layernorm_embedding=True, norm="layer", dtype=torch.float64
-    )
+    model = RetNetBackbone(32, 1, 4, scale_embedding=True, norm_embedding=True, norm="layer", dtype=torch.float64)
     want = torch.nn.functional.layer_norm(x * 32**0.5, (32,), eps=1e-6)
     torch.testing.assert_close(model(x, return_layers=True).layers[0], want)
 
@@ -152,7 +152,7 @@ def test_drop_path_leaves_branches_out_for_whole_sequences_and_more_so_in_later_
 
 @torch.no_grad()
 def test_every_nth_block_has_experts():
-    model = RetNetBackbone(16, 4, 2, moe_freq=2, moe_expert_count=3)
+    model = RetNetBackbone(16, 4, 2, moe_every=2, moe_num_experts=3)
     assert [type(block.ffn).__name__ for block in model.blocks] == ["FeedForward", "MixtureOfExperts"] * 2
     x, losses = torch.randn(2, 9, 16), []
     for block in model.blocks[1::2]:
@@ -160,12 +160,66 @@ def test_every_nth_block_has_experts():
     torch.testing.assert_close(model(x).aux_loss, torch.stack(losses).mean())
 
 
+# Options under former names, and the same under today's.
+IN_FORMER_WORDS = [
+    ({"use_glu": False}, {"gated": False}),
+    ({"activation_fn": "relu"}, {"activation": "relu"}),
+    ({"layernorm_embedding": True}, {"norm_embedding": True}),
+    ({"no_scale_embedding": False}, {"scale_embedding": True}),
+    ({"no_scale_embedding": True}, {"scale_embedding": False}),
+    ({"moe_freq": 1, "moe_expert_count": 2}, {"moe_every": 1, "moe_num_experts": 2}),
+    (
+        {"moe_freq": 1, "moe_expert_count": 2, "moe_top1_expert": True},
+        {"moe_every": 1, "moe_num_experts": 2, "moe_top_k": 1},
+    ),
+    (
+        {"moe_freq": 1, "moe_expert_count": 2, "moe_top1_expert": False},
+        {"moe_every": 1, "moe_num_experts": 2, "moe_top_k": 2},
+    ),
+]
+
+
+@pytest.mark.parametrize("make", [RetNetBackbone, RetNet, partial(RetNet.from_preset, "tiny")])
+@pytest.mark.parametrize(("former", "new"), IN_FORMER_WORDS, ids=str)
+def test_former_names_of_options_work_with_a_warning_that_points_to_the_caller(make, former, new):
+    sizes = dict(dim=16, num_layers=1, num_heads=2)
+    with pytest.warns(DeprecationWarning, match="will be removed in 0.2") as warned:
+        made = make(**sizes, **former)
+    wanted = make(**sizes, **new)
+    assert {str(w.message) for w in warned} == {
+        f"the option {name} is deprecated and will be removed in 0.2; use {FORMER[name]}" for name in former
+    }
+    assert {w.filename for w in warned} == {__file__}
+    wanted.load_state_dict(made.state_dict())
+    x = torch.randn(2, 5, 16) if isinstance(made, RetNetBackbone) else torch.randint(256, (2, 5))
+    got, expected = made.eval()(x), wanted.eval()(x)
+    hidden = (got.hidden, expected.hidden) if isinstance(made, RetNetBackbone) else (got, expected)
+    assert torch.equal(*hidden)
+
+
+@pytest.mark.parametrize("make", [partial(RetNetBackbone, 16, 1, 2), RetNet, partial(RetNet.from_preset, "300m")])
+def test_an_option_under_both_its_names_is_an_error(make):
+    with pytest.raises(TypeError, match="use_glu is a former name of gated; got both; leave use_glu out"):
+        make(use_glu=True, gated=True)
+    with pytest.raises(ValueError, match="no_scale_embedding must be True or False; got no_scale_embedding 'no'"):
+        make(no_scale_embedding="no")
+
+
+def test_a_preset_is_changed_by_former_names_too():
+    with pytest.warns(DeprecationWarning, match="use gated"):
+        model = RetNet.from_preset("300m", use_glu=True, dim=16, num_layers=1, device="meta")
+    assert model.backbone.blocks[0].ffn.gate is not None
+
+
 def test_bad_options_of_the_blocks_are_named():
     for options, message in (
-        ({"deepnorm": True, "subln": "rms", "use_glu": False}, "deepnorm and subln exclude each other"),
-        ({"subln": "rms"}, "subln is a norm in feed-forwards without a gate; pass use_glu=False"),
+        ({"deepnorm": True, "subln": "rms", "gated": False}, "deepnorm and subln exclude each other"),
+        ({"subln": "rms"}, "subln is a norm in feed-forwards without a gate; pass gated=False"),
         ({"subln": 1}, "subln must be one of 'rms', 'layer', True, False; got subln 1"),
-        ({"moe_freq": 2}, "moe_expert_count must be at least 2; got moe_freq 2, moe_expert_count 0"),
+        (
+            {"moe_every": 2},
+            "moe_num_experts must be at least moe_top_k; got moe_every 2, moe_num_experts 0",
+        ),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be a number, at least 0 and below 1; got drop_path_rate 1.0"),
         ({"num_layers": 0}, "num_layers must be an integer of at least 1; got num_layers 0"),
     ):

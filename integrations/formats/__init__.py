@@ -105,8 +105,8 @@ TORCHSCALE = Format(
     ),
     defaults={
         "norm_eps": 1e-6,
-        "activation_fn": "gelu",
-        "no_scale_embedding": True,
+        "activation": "gelu",
+        "scale_embedding": False,
         "retention.decay": "paper",
         "retention.norm": "rms",
         "retention.norm_eps": 1e-6,
@@ -122,11 +122,22 @@ TORCHSCALE = Format(
         "decoder_normalize_before": ("norm_before",),
         "layernorm_eps": ("norm_eps", "retention.norm_eps"),
         "recurrent_chunk_size": ("retention.chunk_size",),
+        "activation_fn": ("activation",),
+        "no_scale_embedding": ("scale_embedding",),
+        "layernorm_embedding": ("norm_embedding",),
+        "moe_freq": ("moe_every",),
+        "moe_expert_count": ("moe_num_experts",),
+        "moe_top1_expert": ("moe_top_k",),
         **dict.fromkeys(("vocab_size", "share_decoder_input_output_embed", "no_output_layer", "subln"), ()),
         **dict.fromkeys(("chunkwise_recurrent", "checkpoint_activations", "fsdp", "ddp_rank", "multiway"), ()),
         **dict.fromkeys(("max_target_positions", "rel_pos_buckets", "max_rel_pos", "use_xmoe"), ()),
         **dict.fromkeys(("xpos_rel_pos", "xpos_scale_base", "moe_gating_use_fp32", "moe_second_expert_policy"), ()),
         **dict.fromkeys(("moe_eval_capacity_token_fraction", "moe_normalize_gate_prob_before_dropping"), ()),
+    },
+    values={
+        "activation_fn": {"swish": "silu", "gelu": "gelu", "relu": "relu"},
+        "no_scale_embedding": {True: False, False: True},
+        "moe_top1_expert": {True: 1, False: 2},
     },
     prepare=_gated,
 )
@@ -141,8 +152,9 @@ _SYNCDOTH = Format(
     ),
     defaults=TORCHSCALE.defaults,
     options=TORCHSCALE.options
-    | {"use_lm_decay": ("retention.decay",)}
+    | {"use_lm_decay": ("retention.decay",), "use_glu": ("gated",)}
     | dict.fromkeys(("tie_word_embeddings", "use_ffn_rms_norm", "disable_fused_ops", "forward_impl"), ()),
+    values=TORCHSCALE.values | {"use_lm_decay": {True: "log_linear", False: "paper"}},
     prepare=lambda tensors: tied(_todays(tensors)),
 )
 
@@ -162,7 +174,7 @@ _YET_ANOTHER_RETNET = Format(
     defaults={
         "norm_eps": 1e-6,
         "final_norm": False,
-        "activation_fn": "silu",
+        "activation": "silu",
         "retention.decay": "log_linear",
         "retention.gate": "silu",
         "retention.norm": "group",
@@ -173,7 +185,7 @@ _YET_ANOTHER_RETNET = Format(
         "d_model": ("dim",),
         "nhead": ("num_heads",),
         "dim_feedforward": ("ffn_dim",),
-        "activation": ("activation_fn", "retention.gate"),
+        "activation": ("activation", "retention.gate"),
         "layer_norm_eps": ("norm_eps",),
         "norm_first": ("norm_before",),
     },
@@ -197,7 +209,7 @@ _JAMIE_STIRLING = Format(
     defaults={
         "norm_eps": 1e-5,
         "final_norm": False,
-        "activation_fn": "gelu",
+        "activation": "gelu",
         "retention.decay": "log_linear",
         "retention.rotary": "xpos",
         "retention.scale": 1.0,
@@ -225,7 +237,7 @@ _RETNET_PYTORCH = Format(
     defaults={
         "norm_eps": 1e-5,
         "final_norm": False,
-        "activation_fn": "gelu",
+        "activation": "gelu",
         "activate_output": True,
         "retention.decay": "paper",
         "retention.gate": "gelu",
@@ -236,7 +248,7 @@ _RETNET_PYTORCH = Format(
         "num_layer": ("num_layers",),
         "dim_model": ("dim",),
         "msr_gate_fn": ("retention.gate",),
-        "mlp_gate_fn": ("activation_fn",),
+        "mlp_gate_fn": ("activation",),
         "mlp_bias": ("ffn_bias",),
         **dict.fromkeys(("value_factor", "mlp_mult"), ()),
     },

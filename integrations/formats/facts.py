@@ -39,7 +39,7 @@ def described(tensors: Tensors) -> dict[str, Any]:
         "norm": "layer" if _shapes(tensors, r"retention_norm\.bias") else "rms",
         "norm_before": True,
         "final_norm": "backbone.norm.weight" in tensors,
-        "layernorm_embedding": "backbone.embedding_norm.weight" in tensors,
+        "norm_embedding": "backbone.embedding_norm.weight" in tensors,
         "retention.value_dim": v_proj[0][0],
         "retention.bias": bool(_shapes(tensors, r"retention\.q_proj\.bias")),
         "retention.norm_affine": "channel" if per_channel else "shared" if affine else False,
@@ -55,11 +55,11 @@ def _feed_forward(tensors: Tensors) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "ffn_dim": _shapes(tensors, r"ffn\..*fc1\.weight")[0][0],
         "subln": False if not norm[0] else "layer" if norm[1] else "rms",
-        "moe_freq": min(routers, default=-1) + 1,
-        "moe_expert_count": next(iter(routers.values()), 0),
+        "moe_every": min(routers, default=-1) + 1,
+        "moe_num_experts": next(iter(routers.values()), 0),
     }
     if len(routers) < len(_blocks(tensors)):  # some blocks have no experts
-        facts["use_glu"] = bool(_shapes(tensors, r"ffn\.gate\.weight"))
+        facts["gated"] = bool(_shapes(tensors, r"ffn\.gate\.weight"))
         facts["ffn_bias"] = bool(_shapes(tensors, r"ffn\.fc1\.bias"))
     return facts
 

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from retention.former import current_options, warn_of_former
 from retention.layer import MultiScaleRetention
-from retention.model import RetNetBackbone
+from retention.model import FORMER, FORMER_FLAGS, RetNetBackbone
 
 from ..files import one_line
 from .facts import Tensors, described, positions
@@ -38,6 +39,7 @@ class Format:
         defaults: options that the weights do not determine: fixed choices and defaults of the implementation.
         options: their names of options and the corresponding names here; () if an option has no effect or follows from
             the weights.
+        values: the values here of those options that have other values there, by their name and their value.
         prepare: brings their tensors into the layout that the rules expect; raises ValueError for a checkpoint that is
             not supported.
     """
@@ -47,6 +49,7 @@ class Format:
     rules: _Rules
     defaults: dict[str, Any] = field(default_factory=dict)
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    values: dict[str, dict[Any, Any]] = field(default_factory=dict)
     prepare: Callable[[Tensors], Tensors] = dict
 
     def detects(self, keys: Iterable[str]) -> bool:
@@ -61,9 +64,24 @@ class Format:
         """Return their name of this library's tensor; None if no rule matches."""
         return _renamed(key, tuple((ours, theirs) for theirs, ours in self.rules))
 
+    def option_to_ours(self, name: str, value: Any) -> dict[str, Any]:
+        """Return the options of this library, by name, that an option has set, under its name there or here.
+
+        Raises: ValueError for an unknown option.
+        """
+        value = next((ours for theirs, ours in self.values.get(name, {}).items() if _equal(theirs, value)), value)
+        return dict.fromkeys(self._meaning(name), "silu" if value == "swish" else value)
+
+    def value_to_theirs(self, name: str, value: Any) -> Any:
+        """Return their value of the option that they call `name`; None if they have none for this value."""
+        if name not in self.values:
+            return value
+        return next((theirs for theirs, ours in self.values[name].items() if _equal(ours, value)), None)
+
     def known(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the options that `config` accepts; a config.json holds many more."""
-        return {name: value for name, value in options.items() if name in self.options or name in OPTIONS}
+        current = current_options(options, self._former, FORMER_FLAGS)  # a file of an earlier version
+        return {name: value for name, value in current.items() if name in self.options or name in OPTIONS}
 
     def config(self, tensors: Tensors, given: dict[str, Any]) -> dict[str, Any]:
         """Return the options of the model in a checkpoint, for `RetNetConfig`.
@@ -80,9 +98,10 @@ class Format:
         else:
             facts["deepnorm"] = False
         told: dict[str, Any] = {}
-        for name, value in flat(given).items():
-            for ours in self._meaning(name):
-                told[ours] = _in_our_words(ours, value)
+        warn_of_former(given, self._former, stacklevel=4)
+        for name, value in current_options(flat(given), self._former, FORMER_FLAGS).items():
+            for ours, told_value in self.option_to_ours(name, value).items():
+                told[ours] = told_value
                 if ours in facts and ours != "retention.decay" and facts[ours] != told[ours]:
                     got = one_line(repr(value))
                     raise ValueError(f"{name} {got} contradicts the weights, which have {ours} {facts[ours]!r}")
@@ -90,6 +109,11 @@ class Format:
         self._check_complete(merged)
         layer = {name[10:]: value for name, value in merged.items() if name.startswith("retention.")}
         return {name: merged[name] for name in merged if not name.startswith("retention.")} | {"retention": layer}
+
+    @property
+    def _former(self) -> dict[str, str]:
+        """The former names of this library's options that are no options of the implementation."""
+        return {former: new for former, new in FORMER.items() if former not in self.options}
 
     def _meaning(self, name: str) -> tuple[str, ...]:
         if name in self.options:
@@ -121,10 +145,8 @@ def flat(options: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in options.items() if k != "retention"} | {f"retention.{k}": v for k, v in layer.items()}
 
 
-def _in_our_words(name: str, value: Any) -> Any:
-    if name == "retention.decay" and isinstance(value, bool):  # use_lm_decay
-        return "log_linear" if value else "paper"
-    return "silu" if value == "swish" else value
+def _equal(x: Any, y: Any) -> bool:
+    return type(x) is type(y) and x == y
 
 
 @lru_cache

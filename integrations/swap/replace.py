@@ -17,9 +17,9 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from retention.former import former_options
 from retention.options import check_choice, check_flags, check_is, shown
 
-from ..renamed import former_options
 from .adapter import Adapter
 from .calibration import calibrate
 from .retention import FORMER, HostedRetention

@@ -13,6 +13,7 @@ from retention.arguments import check_contents, check_places
 from retention.backends import FORMS, check_name
 from retention.decay import HeadDecay, log_decays
 from retention.errors import ShapeError
+from retention.former import former_options
 from retention.functional import retain, step
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
 from retention.options import (
@@ -28,7 +29,6 @@ from retention.options import (
 )
 from retention.state import RetentionState, state_dtype
 
-from ..renamed import former_options
 from .adapter import Heads
 from .features import FeatureMap
 from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles

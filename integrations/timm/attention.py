@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 
 from retention.decay import check_decay
 from retention.errors import ShapeError
+from retention.former import former_options
 from retention.state import RetentionState
 
-from ..renamed import former_options
 from ..swap import Adapter, Heads, HostedRetention, Swapped, register_adapter, replaced_by
 from ..swap.retention import FORMER
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
@@ -12,8 +12,9 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from retention.backends import FORMS
 from retention.ffn import BACKENDS as FFN_BACKENDS
+from retention.former import current_options, former_options, warn_of_former
 from retention.layer import MultiScaleRetention
-from retention.model import RetNetBackbone
+from retention.model import FORMER, FORMER_FLAGS, RetNetBackbone
 from retention.options import check_choice, check_eps, check_factor, check_flags, check_is, check_whole
 
 from ..files import listed, one_line, refused
@@ -29,15 +30,43 @@ _LAYER_OPTIONS = inspect.signature(MultiScaleRetention).parameters.keys() - {"di
 # Limits of sizes in a file: a file of a few bytes could ask for a model that takes hours to build.
 _MOST_MODULES, _WIDEST = 10_000, 2**24
 _SIZES = {
-    **dict.fromkeys(("num_layers", "num_heads"), (1, _MOST_MODULES)),
-    **dict.fromkeys(("moe_freq", "moe_expert_count"), (0, _MOST_MODULES)),
+    **dict.fromkeys(("num_layers", "num_heads", "moe_top_k"), (1, _MOST_MODULES)),
+    **dict.fromkeys(("moe_every", "moe_num_experts"), (0, _MOST_MODULES)),
     "vocab_size": (0, _WIDEST),
     "num_labels": (0, 2**20),
     **dict.fromkeys(("dim", "ffn_dim", "decoder_value_embed_dim", "recurrent_chunk_size"), (1, _WIDEST)),
 }
 _LAYER_SIZES = dict.fromkeys(("key_dim", "value_dim", "chunk_size"), (1, _WIDEST))
 
+_Config = TypeVar("_Config", bound=type)
 
+
+def _with_former_options(config: _Config) -> _Config:
+    """Let a class of configs take its options by their former names too, as keywords and as attributes."""
+    cls: Any = config
+    cls.__init__ = former_options(FORMER, FORMER_FLAGS)(cls.__init__)
+    for former in FORMER:
+        setattr(cls, former, _former_attribute(former))
+    return config
+
+
+def _former_attribute(former: str) -> property:
+    """Return a property that reads and sets an option by its former name."""
+    new, values = FORMER[former], FORMER_FLAGS.get(former)
+
+    def read(config: RetNetConfig) -> Any:
+        warn_of_former({former: None}, FORMER)
+        value = getattr(config, new)
+        return value if values is None else value == values[True]
+
+    def write(config: RetNetConfig, value: Any) -> None:
+        warn_of_former({former: value}, FORMER)
+        setattr(config, new, current_options({former: value}, FORMER, FORMER_FLAGS)[new])
+
+    return property(read, write)
+
+
+@_with_former_options
 @strict
 class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     """The options of a RetNet model: those of `RetNetBackbone` under the same names, and those of the heads.
@@ -48,7 +77,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     Args:
         vocab_size: number of tokens; 0 builds a model without an embedding, which takes inputs_embeds.
         dim, num_layers, num_heads: width, number of blocks, heads per block.
-        ffn_dim to moe_top1_expert: as in `RetNetBackbone`.
+        ffn_dim to moe_top_k: as in `RetNetBackbone`.
         retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
         forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
         output_retentions: return the retention scores; in the parallel form only.
@@ -86,9 +115,9 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     num_layers: int = 6
     num_heads: int = 4
     ffn_dim: int | None = None
-    use_glu: bool = True
+    gated: bool = True
     ffn_bias: bool = False
-    activation_fn: str = "gelu"
+    activation: str = "gelu"
     activate_output: bool = False
     ffn_backend: str = "torch"
     norm: str = "rms"
@@ -97,14 +126,14 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     final_norm: bool = True
     deepnorm: bool = False
     subln: bool | str = False
-    layernorm_embedding: bool = False
-    no_scale_embedding: bool = True
+    norm_embedding: bool = False
+    scale_embedding: bool = False
     dropout: float = 0.0
     activation_dropout: float = 0.0
     drop_path_rate: float = 0.0
-    moe_freq: int = 0
-    moe_expert_count: int = 0
-    moe_top1_expert: bool = False
+    moe_every: int = 0
+    moe_num_experts: int = 0
+    moe_top_k: int = 2
     retention: dict[str, Any] | None = None
     forward_mode: str = "auto"
     output_retentions: bool = False
@@ -136,7 +165,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
                 check_whole(name, kwargs[name])
         super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
         check_whole("vocab_size", self.vocab_size, 0)
-        check_whole("moe_freq", self.moe_freq, 0)
+        check_whole("moe_every", self.moe_every, 0)
         check_is("retention", self.retention, dict | None, "options of MultiScaleRetention by name, or None")
         check_flags(use_cache=self.use_cache, output_retentions=self.output_retentions)
         check_flags(tie_word_embeddings=self.tie_word_embeddings, lm_head_bias=self.lm_head_bias)
@@ -166,7 +195,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         # The backend may be registered later.
         given = {name: x for name, x in (self.retention or {}).items() if name != "backend"}
         check_choice("ffn_backend", self.ffn_backend, FFN_BACKENDS)
-        options |= {"num_layers": 1, "moe_freq": min(self.moe_freq, 2), "ffn_backend": "torch", "retention": given}
+        options |= {"num_layers": 1, "moe_every": min(self.moe_every, 2), "ffn_backend": "torch", "retention": given}
         RetNetBackbone(**options, device="meta")  # one block without experts, on a device without memory
 
     @classmethod
@@ -175,6 +204,10 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
 
         Raises: ValueError for an option of a wrong type, an unknown option of `retention`, or an impossible size.
         """
+        warn_of_former(kwargs, FORMER)
+        kwargs = current_options(kwargs, FORMER, FORMER_FLAGS)
+        with refused("the config makes no RetNet"):
+            config_dict = current_options(config_dict, FORMER, FORMER_FLAGS)  # a file of an earlier version
         layer = config_dict.get("retention") or {}
         if not isinstance(layer, dict):
             raise ValueError(

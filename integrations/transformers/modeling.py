@@ -237,7 +237,7 @@ class RetNetModel(RetNetPreTrainedModel):
             raise ValueError("retention has no attention weights; pass output_retentions=True for its scores")
         if is_causal is False:
             raise ValueError("RetNet is causal, and its state knows one direction; got is_causal=False")
-        if output_router_logits and self.config.moe_freq:
+        if output_router_logits and self.config.moe_every:
             raise ValueError("the experts' logits are not kept, only aux_loss is; got output_router_logits=True")
 
     def _embedded(self, input_ids: Tensor | None) -> Tensor:

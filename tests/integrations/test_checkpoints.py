@@ -191,7 +191,7 @@ def test_each_comparison_can_fail(name, tmp_path):
     x = torch.randint(50, (2, 40)) if vocab else torch.randn(2, 40, 32, dtype=torch.float64)
     wrong = [
         {"norm_eps": 1e-2},
-        {"activation_fn": "relu"},
+        {"activation": "relu"},
         {"retention": {"norm_eps": 1e-2}},
         {"retention": {"scale": 3.0}},
     ]
@@ -241,7 +241,7 @@ def test_torchscale_there_and_back_is_bit_equal(tmp_path):
 
 def test_a_model_of_ours_runs_in_torchscale(tmp_path):
     retention = dict(value_dim=64, norm="rms", decay_norm=True, score_norm=True, decay="short")
-    sizes = dict(vocab_size=50, dim=32, num_layers=2, num_heads=2, activation_fn="silu", retention=retention)
+    sizes = dict(vocab_size=50, dim=32, num_layers=2, num_heads=2, activation="silu", retention=retention)
     ours = RetNetForCausalLM(RetNetConfig(**sizes)).eval()
     ours.save_pretrained(tmp_path / "ours")
     convert(tmp_path / "ours", tmp_path / "torchscale.pt")
@@ -259,6 +259,20 @@ def test_torchscale_is_not_given_what_it_cannot_compute(tmp_path):
         convert(tmp_path / "ours", tmp_path / "out.pt")
     assert "retention.decay_norm must be True, is False" in str(error.value)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "ours"]
+    experts = RetNetForCausalLM(RetNetConfig(dim=32, num_layers=1, num_heads=2, **EXPERTS | {"moe_top_k": 3}))
+    with pytest.raises(ValueError, match="moe_top_k must be 1 or 2, is 3"):
+        torchscale_tensors(experts)
+
+
+def test_former_names_of_options_of_ours_are_understood_beside_those_of_other_formats(tmp_path):
+    weights, _ = theirs("jamie_stirling", **SMALL)
+    file = saved(weights, tmp_path / "model.safetensors")
+    with pytest.warns(DeprecationWarning, match="is deprecated and will be removed in 0.2; use ") as warned:
+        ours = load(file, config={"activation_fn": "relu", "no_scale_embedding": False})
+    assert {w.filename for w in warned} == {__file__}
+    assert (ours.config.activation, ours.config.scale_embedding) == ("relu", True)
+    (tmp_path / "config.json").write_text(json.dumps({"activation_fn": "relu"}))
+    assert load(tmp_path).config.activation == "relu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -293,7 +307,7 @@ def test_what_trainers_wrap_around_is_taken_off(wrap, tmp_path):
 # Folders of ours.
 
 OURS = dict(vocab_size=50, dim=32, num_layers=2, num_heads=2)
-EXPERTS = dict(moe_freq=2, moe_expert_count=3)
+EXPERTS = dict(moe_every=2, moe_num_experts=3)
 
 
 def own_folder(folder, model_class=RetNetForCausalLM, **options):
@@ -331,8 +345,8 @@ def test_a_folder_of_ours_without_a_head_loads(tmp_path):
         ({}, {"model_type": "llama"}, "model_type must be 'retention'; .* is of a 'llama'"),
         ({}, {"num_layers": 3}, "num_layers 3, of which the weights have 2"),
         ({}, {"vocab_size": 51}, r"embed_tokens.weight must be \(51, 32\), is \(50, 32\)"),
-        (EXPERTS, {"moe_expert_count": 4}, "moe_expert_count 4, of which the weights have 3"),
-        (EXPERTS, {"moe_freq": 0}, "unknown tensors: backbone.blocks.1.ffn.experts"),
+        (EXPERTS, {"moe_num_experts": 4}, "moe_num_experts 4, of which the weights have 3"),
+        (EXPERTS, {"moe_every": 0}, "unknown tensors: backbone.blocks.1.ffn.experts"),
         ({}, {"retention": {"scale": "x"}}, "the config makes no RetNet: scale must be"),
     ],
     ids=str,

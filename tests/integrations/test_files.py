@@ -321,7 +321,7 @@ CONFIGS = [
     ({"dim": 10**12}, "dim must be an integer from 1 to 16,777,216"),
     ({"dim": -4}, "dim must be an integer from 1"),
     ({"vocab_size": -5}, "vocab_size must be an integer from 0"),
-    ({"moe_freq": 1, "moe_expert_count": 10**9}, "moe_expert_count must be an integer from 0 to 10,000"),
+    ({"moe_every": 1, "moe_num_experts": 10**9}, "moe_num_experts must be an integer from 0 to 10,000"),
     ({"num_labels": 10**9}, "num_labels must be an integer from 0"),
     ({"decoder_value_embed_dim": 10**12}, "decoder_value_embed_dim must be an integer from 1"),
     ({"retention": {"value_dim": 10**13}}, "value_dim must be an integer from 1 to 16,777,216"),

@@ -122,8 +122,8 @@ def test_greedy_with_other_caches(model, options):
 @pytest.mark.parametrize(
     "options",
     [
-        {"deepnorm": True, "no_scale_embedding": False, "layernorm_embedding": True},
-        {"use_glu": False, "subln": "layer", "norm": "layer", "moe_freq": 2, "moe_expert_count": 3},
+        {"deepnorm": True, "scale_embedding": True, "norm_embedding": True},
+        {"gated": False, "subln": "layer", "norm": "layer", "moe_every": 2, "moe_num_experts": 3},
         {"retention": {"rotary": "xpos", "bias": True}},
         {"retention": {"decay_norm": True, "score_norm": True, "num_kv_heads": 2, "learnable_decay": True}},
     ],

@@ -4,6 +4,7 @@ import pytest
 
 from retention.integrations.transformers.training import settings as settings_module
 from retention.integrations.transformers.training import train as training
+from retention.integrations.transformers.training.codec import ByteCodec
 from retention.integrations.transformers.training.settings import Settings, read_config
 
 
@@ -24,6 +25,9 @@ def test_the_experiment_tracker_is_the_users(settings, tmp_path, monkeypatch):
 def test_configs_of_other_retnets_are_understood(tmp_path):
     (tmp_path / "config.json").write_text('{"decoder_embed_dim": 64, "use_lm_decay": true, "hidden_size": 64}')
     assert read_config(tmp_path)["use_lm_decay"]
+    (tmp_path / "config.json").write_text('{"dim": 32, "no_scale_embedding": false, "moe_top1_expert": true}')
+    config = Settings(config=read_config(tmp_path)).model_config(ByteCodec(), 256)  # of an earlier version
+    assert (config.scale_embedding, config.moe_top_k) == (True, 1)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json must be JSON; "):
         read_config(tmp_path)

@@ -308,7 +308,7 @@ def test_experts_that_leave_tokens_out_are_named_and_so_is_what_is_compared(told
 
 def test_what_is_printed_is_the_torchscale_that_gives_the_same(tmp_path, monkeypatch):
     options = checkpoints.RetNetConfig(
-        vocab_size=50, dim=32, num_layers=2, num_heads=2, moe_freq=2, moe_expert_count=4, subln=True,
+        vocab_size=50, dim=32, num_layers=2, num_heads=2, moe_every=2, moe_num_experts=4, subln=True,
         retention=dict(value_dim=48, norm="rms", decay_norm=True, score_norm=True),
     )  # fmt: skip
     ours = peers.stirred(checkpoints.RetNetForCausalLM(options)).eval()

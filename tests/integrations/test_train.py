@@ -230,7 +230,7 @@ def test_the_learning_rate_and_its_warmup_and_decay(settings, tmp_path):
 
 @pytest.mark.slow
 def test_the_validation_loss_is_the_cross_entropy_alone(settings, tmp_path):
-    settings.config = {**SMALL, "use_glu": False, "moe_freq": 1, "moe_expert_count": 2, "z_loss_coeff": 0.1}
+    settings.config = {**SMALL, "gated": False, "moe_every": 1, "moe_num_experts": 2, "z_loss_coeff": 0.1}
     run = training.train(settings, tmp_path / "run")
     total = 0.0
     with torch.no_grad():

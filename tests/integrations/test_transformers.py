@@ -1,6 +1,7 @@
 """RetNet in transformers' interface."""
 
 import inspect
+import json
 import math
 
 import peft
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hosts import build
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -73,7 +75,7 @@ def test_save_and_load_round_trip(tmp_path, dtype):
 
 
 def test_how_the_feed_forward_runs_is_an_option_of_the_config_and_not_of_the_weights(tmp_path):
-    model, tokens = make(activation_fn="silu"), torch.randint(256, (2, 7))
+    model, tokens = make(activation="silu"), torch.randint(256, (2, 7))
     model.save_pretrained(tmp_path)
     loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, ffn_backend="xformers", output_loading_info=True)
     assert not any(info.values())
@@ -173,6 +175,47 @@ def test_config_understands_the_options_of_other_retnets():
     assert RetNetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
+FORMER_WORDS = dict(use_glu=False, activation_fn="relu", layernorm_embedding=True, no_scale_embedding=False)
+FORMER_WORDS |= dict(moe_freq=2, moe_expert_count=3, moe_top1_expert=True)
+NEW_WORDS = dict(gated=False, activation="relu", norm_embedding=True, scale_embedding=True)
+NEW_WORDS |= dict(moe_every=2, moe_num_experts=3, moe_top_k=1)
+
+
+def test_a_saved_config_of_an_earlier_version_opens(tmp_path):
+    config = RetNetConfig(**NEW_WORDS)
+    config.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    saved = {name: value for name, value in json.loads(file.read_text()).items() if name not in NEW_WORDS}
+    file.write_text(json.dumps(saved | FORMER_WORDS))
+    assert RetNetConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()  # a warning would be an error
+    assert AutoConfig.from_pretrained(tmp_path).backbone_options() == config.backbone_options()
+    assert RetNetConfig.strictly_from(json.loads(file.read_text()), file).to_dict() == config.to_dict()
+    file.write_text(json.dumps(saved | FORMER_WORDS | {"gated": True}))
+    with pytest.raises(ValueError, match="use_glu is a former name of gated; got both"):
+        RetNetConfig.from_pretrained(tmp_path)
+
+
+def test_former_names_of_options_of_a_config_work_with_a_warning(tmp_path):
+    with pytest.warns(DeprecationWarning, match="is deprecated and will be removed in 0.2; use "):
+        config = RetNetConfig(**FORMER_WORDS)
+    assert config.to_dict() == RetNetConfig(**NEW_WORDS).to_dict()
+    RetNetConfig().save_pretrained(tmp_path)
+    with pytest.warns(DeprecationWarning, match="is deprecated and will be removed in 0.2; use "):
+        assert RetNetConfig.from_pretrained(tmp_path, **FORMER_WORDS).to_dict() == config.to_dict()
+    with pytest.raises(TypeError, match="use_glu is a former name of gated; got both"):
+        RetNetConfig(use_glu=True, gated=True)
+
+
+def test_former_names_of_attributes_of_a_config_work_with_a_warning():
+    config, wanted = RetNetConfig(), RetNetConfig(**NEW_WORDS)
+    for name, value in FORMER_WORDS.items():
+        with pytest.warns(DeprecationWarning, match=f"{name} is deprecated"):
+            setattr(config, name, value)
+        with pytest.warns(DeprecationWarning, match=f"{name} is deprecated"):
+            assert getattr(config, name) == value
+    assert config.to_dict() == wanted.to_dict()
+
+
 def test_the_width_has_the_name_that_other_libraries_look_for(tmp_path):
     config = RetNetConfig(dim=64)
     assert config.to_dict()["hidden_size"] == 64
@@ -190,10 +233,10 @@ def test_the_default_config_runs():
 
 OPTIONS = [
     {"deepnorm": True, "dropout": 0.1, "activation_dropout": 0.1, "drop_path_rate": 0.2},
-    {"use_glu": False, "subln": True, "ffn_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
-    {"layernorm_embedding": True, "no_scale_embedding": False, "z_loss_coeff": 1e-2, "activation_fn": "silu"},
-    {"moe_freq": 2, "moe_expert_count": 4},
-    {"moe_freq": 1, "moe_expert_count": 2, "moe_top1_expert": True},
+    {"gated": False, "subln": True, "ffn_bias": True, "lm_head_bias": True, "tie_word_embeddings": False},
+    {"norm_embedding": True, "scale_embedding": True, "z_loss_coeff": 1e-2, "activation": "silu"},
+    {"moe_every": 2, "moe_num_experts": 4},
+    {"moe_every": 1, "moe_num_experts": 2, "moe_top_k": 1},
 ]
 
 
@@ -231,7 +274,7 @@ def test_labels_that_are_shifted_already_take_the_place_of_labels(given):
 
 
 def test_the_experts_loss_is_added():
-    model, tokens = make(moe_freq=2, moe_expert_count=4), torch.randint(256, (2, 9))
+    model, tokens = make(moe_every=2, moe_num_experts=4), torch.randint(256, (2, 9))
     out = model(tokens, labels=tokens)
     assert out.aux_loss.item() > 0.9
     model.config.router_aux_loss_coef = 0.0
@@ -408,7 +451,7 @@ def test_what_retention_cannot_do_is_refused():
     with pytest.raises(ValueError, match="got is_causal=False"):
         make()(tokens, is_causal=False)
     with pytest.raises(ValueError, match="only aux_loss is; got output_router_logits=True"):
-        make(moe_freq=1, moe_expert_count=2)(tokens, output_router_logits=True)
+        make(moe_every=1, moe_num_experts=2)(tokens, output_router_logits=True)
 
 
 def test_the_language_model_takes_the_arguments_of_the_base_model_and_no_others():
@@ -466,7 +509,7 @@ def test_the_old_name_of_the_cache_is_taken_with_a_warning():
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
-    model, tokens = make(moe_freq=2, moe_expert_count=2), torch.randint(256, (2, 70))
+    model, tokens = make(moe_every=2, moe_num_experts=2), torch.randint(256, (2, 70))
     grads = []
     for enabled in (False, True):
         if enabled:

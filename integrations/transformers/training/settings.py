@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_
 import torch
 from transformers import AutoConfig
 
-from retention.model import PRESETS
+from retention.former import current_options
+from retention.model import FORMER, FORMER_FLAGS, PRESETS
 
 from ...files import read_json
 from ..compat import get_available_reporting_integrations
@@ -163,7 +164,7 @@ class Settings(Kept):
         """
         size = {"vocab_size": codec.size}
         options = size | self.config if self.config else PRESETS[self.preset] | size
-        config = RetNetConfig(**options | codec.specials)
+        config = RetNetConfig(**current_options(options | codec.specials, FORMER, FORMER_FLAGS))
         if config.vocab_size < least:
             raise ValueError(
                 f"vocab_size must be at least {least}, the number of tokens; got {config.vocab_size}; "
