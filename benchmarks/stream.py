@@ -27,7 +27,7 @@ def stream(tokens: Annotated[int, typer.Option(help="Number of tokens to decode.
     growth = process_growth(_decode, text[:, : tokens // 100]), process_growth(_decode, text)
     decoded, size = _logits(text, places)
     with torch.inference_mode():
-        whole = _model()(text, forward_mode="chunkwise", logits_to_keep=places).logits[0]
+        whole = _model()(text, form="chunkwise", logits_to_keep=places).logits[0]
     error = ((decoded - whole).abs().max() / whole.abs().max()).item()
     rows = [
         ["extra memory of the process, 1 % of the stream", f"{growth[0] / 1e6:.1f} MB"],

@@ -14,7 +14,8 @@ from retention.backends import FORMS
 from retention.ffn import BACKENDS as FFN_BACKENDS
 from retention.former import current_options, former_options, warn_of_former
 from retention.layer import MultiScaleRetention
-from retention.model import FORMER, FORMER_FLAGS, RetNetBackbone
+from retention.model import FORMER as FORMER_OF_BACKBONE
+from retention.model import FORMER_FLAGS, RetNetBackbone
 from retention.options import check_choice, check_eps, check_factor, check_flags, check_is, check_whole
 
 from ..files import listed, one_line, refused
@@ -22,7 +23,11 @@ from .cache import LAYER_TYPE
 from .compat import CACHE
 from .sharing import SaysHowToLoad
 
-__all__ = ["RetNetConfig"]
+__all__ = ["FORMER", "FORMER_FORM", "RetNetConfig"]
+
+# Former names of options, and the new ones: of a call of the model, and of its config.
+FORMER_FORM = {"forward_mode": "form"}
+FORMER = FORMER_OF_BACKBONE | FORMER_FORM
 
 _BACKBONE_OPTIONS = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
 _LAYER_OPTIONS = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
@@ -79,7 +84,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         dim, num_layers, num_heads: width, number of blocks, heads per block.
         ffn_dim to moe_top_k: as in `RetNetBackbone`.
         retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
-        forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
+        form: "parallel", "chunkwise" or "recurrent", with the same result; "auto" leaves it to each layer.
         output_retentions: return the retention scores; in the parallel form only.
         use_cache: return the cache, except in training.
         tie_word_embeddings: the language-model head uses the embedding's weight.
@@ -107,7 +112,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         "decoder_ffn_embed_dim": "ffn_dim",
         "decoder_normalize_before": "norm_before",
         "layernorm_eps": "norm_eps",
-        "forward_impl": "forward_mode",
+        "forward_impl": "form",
     }
 
     vocab_size: int = 256
@@ -135,7 +140,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     moe_num_experts: int = 0
     moe_top_k: int = 2
     retention: dict[str, Any] | None = None
-    forward_mode: str = "auto"
+    form: str = "auto"
     output_retentions: bool = False
     use_cache: bool = True
     tie_word_embeddings: bool = True
@@ -173,7 +178,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
             check_whole(name, getattr(self, name), -1, optional=True)
         for eos in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
             check_whole("eos_token_id", eos, -1, optional=True)
-        check_choice("forward_mode", self.forward_mode, (*FORMS, "auto"))
+        check_choice("form", self.form, (*FORMS, "auto"))
         for name in ("z_loss_coeff", "router_aux_loss_coef"):
             check_eps(name, getattr(self, name))
         if self.initializer_range is None:

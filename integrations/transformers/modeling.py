@@ -23,6 +23,7 @@ from transformers import (
 from retention.arguments import check_input, check_token_ids
 from retention.backends import FORMS
 from retention.ffn import FeedForward, MixtureOfExperts
+from retention.former import former_options
 from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
 from retention.options import check_choice, check_is, check_whole, shown
@@ -41,7 +42,7 @@ from .compat import (
     can_return_tuple,
     check_keywords,
 )
-from .configuration import RetNetConfig
+from .configuration import FORMER_FORM, RetNetConfig
 
 __all__ = [
     "CheckpointedBackbone",
@@ -151,6 +152,7 @@ class RetNetModel(RetNetPreTrainedModel):
         self.post_init()
 
     @cache_by_any_name
+    @former_options(FORMER_FORM)
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -163,7 +165,7 @@ class RetNetModel(RetNetPreTrainedModel):
         output_hidden_states: bool | list[int] | None = None,
         output_retentions: bool | None = None,
         output_attentions: bool | None = None,
-        forward_mode: str | None = None,
+        form: str | None = None,
         cu_seq_lens_q: Tensor | None = None,
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
@@ -187,7 +189,7 @@ class RetNetModel(RetNetPreTrainedModel):
                 then.
             output_retentions: return the retention scores, which only the parallel form has.
             output_attentions: must be false, as there are no attention weights.
-            forward_mode: overrides config.forward_mode in this call.
+            form: overrides config.form in this call.
             kwargs: keywords that transformers passes to any model, such as token_type_ids; ignored.
         Returns: a `RetNetModelOutput`.
         Raises: ShapeError or ValueError for arguments that do not fit; TypeError for an unknown keyword.
@@ -201,7 +203,7 @@ class RetNetModel(RetNetPreTrainedModel):
             check_token_ids(input_ids, self.config.vocab_size, name="input_ids")
         for name, flag in (("use_cache", use_cache), ("output_retentions", output_retentions)):
             check_choice(name, flag, (True, False, None))
-        check_choice("forward_mode", forward_mode, (*FORMS, "auto", None))
+        check_choice("form", form, (*FORMS, "auto", None))
         check_is("cache", cache, Cache | None, "a transformers.Cache, or None")
         self._refuse_what_retention_has_not(output_attentions, **kwargs)
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
@@ -221,7 +223,7 @@ class RetNetModel(RetNetPreTrainedModel):
             mask,
             borders,
             cache,
-            forward_mode or self.config.forward_mode,
+            form or self.config.form,
             self.config.output_hidden_states if output_hidden_states is None else output_hidden_states,
             self.config.output_retentions if output_retentions is None else output_retentions,
         )
@@ -334,6 +336,8 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         self.model = RetNetModel(config)
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+    generate = former_options(FORMER_FORM)(GenerationMixin.generate)
 
     @cache_by_any_name
     @can_return_tuple  # type: ignore[untyped-decorator]

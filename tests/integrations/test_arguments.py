@@ -86,7 +86,7 @@ def integration_doors():
     config |= dict(
         vocab_size=doors.COUNT,
         num_heads=doors.WHOLE,
-        forward_mode=[*doors.NAME, None],
+        form=[*doors.NAME, None],
         use_cache=doors.FLAG,
         lm_head_bias=doors.FLAG,
     )
@@ -170,7 +170,7 @@ def integration_doors():
                 use_cache=["no", 1],
                 logits_to_keep=[True, -1, 1.5, "a"],
                 output_retentions=["no", 1],
-                forward_mode=doors.NAME,
+                form=doors.NAME,
             ),
             hides=("name",),
         ),

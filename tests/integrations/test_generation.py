@@ -69,7 +69,7 @@ def argmax_of_whole_passes(model, prompt, new=NEW):
     """One parallel pass over everything for each token, without padding, cache or state."""
     tokens = prompt[None]
     for _ in range(new):
-        logits = model(tokens, forward_mode="parallel", use_cache=False).logits
+        logits = model(tokens, form="parallel", use_cache=False).logits
         tokens = torch.cat([tokens, logits[:, -1:].argmax(-1)], dim=1)
     return tokens[0, len(prompt) :]
 
@@ -107,7 +107,7 @@ def check_round_trip(model, folder):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_is_the_argmax_of_whole_parallel_passes(model, mode):
-    check_greedy(model, forward_mode=mode)
+    check_greedy(model, form=mode)
 
 
 @pytest.mark.slow
@@ -367,12 +367,12 @@ def test_any_cut_of_a_padded_batch_gives_the_logits_of_each_row_alone(model, mod
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     cache, logits, start = None, [], 0
     for end in (3, 4, 70, 199, 200):
-        out = model(ids[:, start:end], attention_mask=mask[:, :end], **{CACHE: cache}, forward_mode=mode)
+        out = model(ids[:, start:end], attention_mask=mask[:, :end], **{CACHE: cache}, form=mode)
         cache, start = out[CACHE], end
         logits.append(out.logits)
     logits = torch.cat(logits, dim=1)
     for row, prompt in enumerate(prompts()):
-        want = model(prompt[None], forward_mode="parallel").logits
+        want = model(prompt[None], form="parallel").logits
         torch.testing.assert_close(logits[row, -len(prompt) :], want[0], rtol=1e-4, atol=1e-4)
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from functools import partial
 
 import peft
 import pytest
@@ -169,16 +170,16 @@ def test_config_understands_the_options_of_other_retnets():
     )
     assert (config.dim, config.num_layers, config.num_heads, config.ffn_dim) == (64, 3, 2, 80)
     assert config.retention == {"decay": "log_linear", "value_dim": 96, "chunk_size": 32}
-    assert config.forward_mode == "chunkwise"
+    assert config.form == "chunkwise"
     block = RetNetForCausalLM(config).model.backbone.blocks[0]
     assert (block.ffn.fc1.out_features, block.retention.value_dim, block.retention.chunk_size) == (80, 96, 32)
     assert RetNetConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
 
 
 FORMER_WORDS = dict(use_glu=False, activation_fn="relu", layernorm_embedding=True, no_scale_embedding=False)
-FORMER_WORDS |= dict(moe_freq=2, moe_expert_count=3, moe_top1_expert=True)
+FORMER_WORDS |= dict(moe_freq=2, moe_expert_count=3, moe_top1_expert=True, forward_mode="chunkwise")
 NEW_WORDS = dict(gated=False, activation="relu", norm_embedding=True, scale_embedding=True)
-NEW_WORDS |= dict(moe_every=2, moe_num_experts=3, moe_top_k=1)
+NEW_WORDS |= dict(moe_every=2, moe_num_experts=3, moe_top_k=1, form="chunkwise")
 
 
 def test_a_saved_config_of_an_earlier_version_opens(tmp_path):
@@ -204,6 +205,20 @@ def test_former_names_of_options_of_a_config_work_with_a_warning(tmp_path):
         assert RetNetConfig.from_pretrained(tmp_path, **FORMER_WORDS).to_dict() == config.to_dict()
     with pytest.raises(TypeError, match="use_glu is a former name of gated; got both"):
         RetNetConfig(use_glu=True, gated=True)
+
+
+def test_the_former_name_of_the_form_of_a_call_works_with_a_warning():
+    model, tokens = make(retention={"form": "chunkwise"}), torch.randint(256, (1, 5))
+    for call in (model, model.model, partial(model.generate, max_new_tokens=2, do_sample=False)):
+        with pytest.warns(DeprecationWarning, match="the option forward_mode is deprecated .*; use form"):
+            call(tokens, forward_mode="parallel")
+        with pytest.raises(TypeError, match="forward_mode is a former name of form; got both"):
+            call(tokens, forward_mode="parallel", form="parallel")
+    with (
+        pytest.warns(DeprecationWarning, match="use form"),
+        pytest.raises(ValueError, match="form must be one of .*; got form 'serial'"),
+    ):
+        model(tokens, forward_mode="serial")
 
 
 def test_former_names_of_attributes_of_a_config_work_with_a_warning():
@@ -437,7 +452,7 @@ def test_outputs_that_are_asked_for():
     torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, out.logits[:, -2:])
     torch.testing.assert_close(model(tokens, logits_to_keep=torch.tensor([1, 5])).logits, out.logits[:, [1, 5]])
     assert len(model(tokens, return_dict=False)) == 2  # logits and cache
-    for options in ({"forward_mode": "chunkwise"}, {CACHE: out[CACHE]}):
+    for options in ({"form": "chunkwise"}, {CACHE: out[CACHE]}):
         with pytest.raises(ValueError, match="scores exist only in the parallel form"):
             model(tokens, output_retentions=True, **options)
 
@@ -459,8 +474,8 @@ def test_the_language_model_takes_the_arguments_of_the_base_model_and_no_others(
     assert set(lm) == {*base, "labels", "logits_to_keep", "num_items_in_batch"}
     model, tokens = make(), torch.randint(256, (2, 9))
     embedded = model.model.embed_tokens(tokens)
-    torch.testing.assert_close(model(inputs_embeds=embedded, forward_mode="recurrent").logits, model(tokens).logits)
-    assert model.generate(tokens, max_new_tokens=1, do_sample=False, forward_mode="chunkwise").shape == (2, 10)
+    torch.testing.assert_close(model(inputs_embeds=embedded, form="recurrent").logits, model(tokens).logits)
+    assert model.generate(tokens, max_new_tokens=1, do_sample=False, form="chunkwise").shape == (2, 10)
     with pytest.raises(ValueError, match="not used by the model: .'forward_mod'"):
         model.generate(tokens, max_new_tokens=1, forward_mod="chunkwise")
     with pytest.raises(TypeError, match="unexpected keyword arguments: forward_mod"):

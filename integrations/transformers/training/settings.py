@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from retention.former import current_options
-from retention.model import FORMER, FORMER_FLAGS, PRESETS
+from retention.model import FORMER_FLAGS, PRESETS
 
 from ...files import read_json
 from ..compat import get_available_reporting_integrations
-from ..configuration import RetNetConfig
+from ..configuration import FORMER, RetNetConfig
 from .codec import ByteCodec, Codec, load_codec
 from .saving import write_text
 
