@@ -211,7 +211,7 @@ def swap(
     command: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="Language model of transformers: a folder, or a name on the Hugging Face Hub."),
+        typer.Argument(help="Language model of transformers: a folder, a GGUF file or a name on the Hugging Face Hub."),
     ] = "",
     files: Files = None,
     out: Annotated[

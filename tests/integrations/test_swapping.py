@@ -198,7 +198,7 @@ def test_a_missing_model_is_called_a_model(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert f"no model in {tmp_path}/empty: it has no config.json" in run("empty").output
     result = run("nowhere")
-    assert "error: model must be a folder or a name on the hub; 'nowhere' cannot be loaded" in result.output
+    assert "model must be a folder, a GGUF file or a name on the hub; 'nowhere' cannot be loaded" in result.output
     assert "tokenizer" not in result.output
     assert result.exit_code == 2
 

@@ -5,26 +5,26 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from ...swap import SwapReport, plan_replacement
-from ..compat import TRAINER_STATE_NAME, TrainerState, logging
+from ..compat import TRAINER_STATE_NAME, TrainerState
 from ..replaced_config import marked_layers
-from .codec import Codec, load_codec
+from .codec import Codec
 from .corpus import Corpus, read_corpus
 from .distill import TRANSFER, TUNING, Recovery, replace_in_parts
+from .opening import bars_of_transformers, open_model
 from .plot import draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
 from .saving import alone_in, check_folder, checkpoints, written_whole
-from .settings import Kept, check_device, check_dtype, check_report_to, codec_of
+from .settings import Kept, check_device, check_dtype, check_report_to
 from .train import device_arguments
 
 RECOVERY = "recovery.json"  # the losses before, between and after the stages
@@ -36,7 +36,7 @@ class SwapSettings(Kept):
 
     FILE: ClassVar[str] = "swap.json"
 
-    model: str = ""  # a folder, or a name on the Hugging Face Hub
+    model: str = ""  # a folder, a GGUF file, or a name on the Hugging Face Hub
     files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
     text_column: str = "text"
     layers: list[int] | None = None  # None: all
@@ -126,8 +126,9 @@ def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
 
 
 def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool) -> Swap:
-    model = _host(settings)
-    codec = codec_of(Path(settings.model)) if Path(settings.model).is_dir() else load_codec(settings.model)
+    model, codec = open_model(settings.model)
+    if marked_layers(model.config):
+        raise ValueError(f"{settings.model} has retention already; name the model as it was before")
     plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
     layers = len(plan.replaced)
     if settings.parts > layers:
@@ -146,40 +147,12 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
 
     set_seed(settings.seed)
     recovery = _recovered(model, settings, plan, corpus, out, stop)
-    with written_whole(out, "the model") as folder, _bars_of_transformers():
+    with written_whole(out, "the model") as folder, bars_of_transformers():
         model.save_pretrained(folder)
         if codec.tokenizer is not None:
             codec.tokenizer.save_pretrained(folder)
         (folder / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
     return Swap(model, codec, corpus, plan, recovery)
-
-
-def _host(settings: SwapSettings) -> Any:
-    folder = Path(settings.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"no model in {folder}: it has no config.json")
-    try:
-        config: Any = AutoConfig.from_pretrained(settings.model)
-    except OSError as error:
-        raise ValueError(
-            f"model must be a folder or a name on the hub; {settings.model!r} cannot be loaded: {error}"
-        ) from error
-    if marked_layers(config):
-        raise ValueError(f"{settings.model} has retention already; name the model as it was before")
-    with _bars_of_transformers():
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-
-
-@contextmanager
-def _bars_of_transformers() -> Iterator[None]:
-    """Show transformers' progress bars for download, loading and saving, which `quiet` hides."""
-    shown = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
-    try:
-        yield
-    finally:
-        if not shown:
-            logging.disable_progress_bar()
 
 
 def _digest(model: Any) -> str:
