@@ -30,7 +30,7 @@ from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
 from .features import FeatureMap
-from .window import WindowState, attend, in_order, join, real_last, span
+from .window import WindowState, in_order, join, real_last, rows, tiles
 
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
@@ -51,11 +51,13 @@ class HostedRetention(HasBackend):
             those of the first scale for all heads, then those of the next. Default "short".
         learnable_decay: train the decays.
         features: True maps q and k by a `FeatureMap` each; False uses them as they are.
-        window: number of tokens W, the token itself included, that each token attends to exactly, with the layer's own
-            exp(scale q . k); retention covers the tokens before. One sum of scores divides both parts. The scores of
-            retention are multiplied by the learnt weight exp(W x + b); at the start, it makes uninformative q and k
-            count equally in both parts. The output for a sequence of at most W tokens is that of the original
-            attention, up to gain and gate. Needs features and causal calls. Default None: retention covers all tokens.
+        window: number of the newest tokens, the token itself included, that each token attends to exactly, with the
+            layer's own exp(scale q . k). Default None: no window.
+        sinks: number of the first tokens of each sequence that all later tokens attend to exactly. Default 0.
+            Retention covers the tokens that are neither in the window nor sinks. One sum of scores divides all parts.
+            The scores of retention are multiplied by the learnt weight exp(W x + b); at the start, it makes
+            uninformative q and k count equally in all parts. The output for a sequence of at most window + sinks tokens
+            is that of the original attention, up to gain and gate. Window and sinks need features and causal calls.
         gate: "silu", "gelu", "relu" or "sigmoid" multiplies the output by gate(W x + b), 1 at the start; None: no gate.
         causal: True: each token sees only the tokens before it, in an image along its rows; a call may have no prefix
             tokens then. None: each call decides.
@@ -66,7 +68,7 @@ class HostedRetention(HasBackend):
     Raises: TypeError or ValueError that names the option.
     Example:
         heads = Heads(dim=64, num_heads=4, num_kv_heads=2, key_dim=16, value_dim=16)
-        retention = HostedRetention(heads, window=32)
+        retention = HostedRetention(heads, window=32, sinks=4)
         y, state = retention(x, q, k, v, scale=16**-0.5, return_state=True)  # y (B, T, 4, 16)
     """
 
@@ -79,6 +81,7 @@ class HostedRetention(HasBackend):
         learnable_decay: bool = True,
         features: bool = True,
         window: int | None = None,
+        sinks: int = 0,
         gate: str | None = "silu",
         causal: bool | None = None,
         grid: bool = True,
@@ -97,15 +100,17 @@ class HostedRetention(HasBackend):
         check_whole("scales", scales)
         check_whole("window", window, optional=True)
         check_whole("chunk_size", chunk_size, optional=True)
-        if window is not None and not features:
-            raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
+        check_whole("sinks", sinks, 0)
+        if (window is not None or sinks) and not features:
+            given = f"window {window}" if window is not None else f"sinks {sinks}"
+            raise ValueError(f"window and sinks need features=True, whose scores have a sum; got {given}")
         check_choice("form", form, (*FORMS, "auto"))
         check_choice("causal", causal, (True, None))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.heads, self.scales, self.features = heads, scales, features
-        self.window, self.causal, self.grid = window, causal, grid
+        self.window, self.sinks, self.causal, self.grid = window, sinks, causal, grid
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         values = log_decays(decay, scales * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
@@ -115,6 +120,7 @@ class HostedRetention(HasBackend):
             learnable_decay=learnable_decay,
             features=features,
             window=window,
+            sinks=sinks,
             gate=gate,
             causal=causal,
             grid=grid,
@@ -125,12 +131,26 @@ class HostedRetention(HasBackend):
         if features:
             self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
             self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
-        self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window else None
+        self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window or sinks else None
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
         self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
         self.activation = gate
         self.reset_parameters()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the memory in bytes of the state of one sequence, for each of its parts.
+
+        Keys and values are counted in the dtype of the parameters.
+        """
+        heads, dtype = self.heads, self.gain.dtype
+        exact = heads.num_kv_heads * (heads.key_dim + heads.value_dim) * dtype.itemsize
+        kv = (2 * heads.key_dim, heads.value_dim + 1) if self.features else (heads.key_dim, heads.value_dim)
+        return {
+            "window": (self.window or 0) * exact,
+            "sinks": self.sinks * exact,
+            "retention": heads.num_heads * self.scales * math.prod(kv) * state_dtype(dtype).itemsize,
+        }
 
     def reset_parameters(self) -> None:
         """Set all parameters to their initial values."""
@@ -229,14 +249,14 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
-        if self.window is not None:
-            _check_window(causal, cu_seqlens is not None and (return_state or state is not None), state)
+        if self.rest is not None:
+            _check_exact(causal, state)
         options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        if self.window is None or self.rest is None:
+        if self.rest is None:
             y, after = self._gather(q, k, v, scale, causal=causal, grid=grid, prefix=prefix, **options)
             y = _divided(y) if self.features else y
         else:
-            y, after = self._with_window(self.window, self.rest(x), q, k, v, scale, **options)
+            y, after = self._beside_exact(self.rest(x), q, k, v, scale, **options)
         return self.norm(y.transpose(1, 2)).to(v.dtype), after
 
     def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -317,9 +337,8 @@ class HostedRetention(HasBackend):
             out = _with_prefix(q, k, v, prefix, out) if prefix else out
         return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.scales), after
 
-    def _with_window(
+    def _beside_exact(
         self,
-        window: int,
         weight: Tensor,
         q: Tensor,
         k: Tensor,
@@ -331,7 +350,7 @@ class HostedRetention(HasBackend):
         state: WindowState | None,
         return_state: bool,
     ) -> tuple[Tensor, WindowState | None]:
-        """Attention within the window and retention of the tokens before it, (B, H, T, V).
+        """Attention to the window and the sinks, and retention of the other tokens, (B, H, T, V).
 
         weight (B, T, H): logarithm of the factor of retention's scores.
         """
@@ -340,14 +359,15 @@ class HostedRetention(HasBackend):
         if mask is not None and order is not None:  # padding first: a window's tokens are adjacent
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
-        seen = span(k, v, window, mask, cu_seqlens, state)
-        k, v, there = seen.leaving()
+        sizes = (self.window or 0, self.sinks)
+        exact = rows(k, v, *sizes, mask, state) if cu_seqlens is None else tiles(k, v, *sizes, cu_seqlens, state)
+        k, v, there = exact.leaving()
         options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
         rest, after = self._gather(q, k, v, scale, there=there, **options)
-        y = join(*attend(q, seen, scale), _divided(rest), rest[..., -1:], weight).to(v.dtype)
+        y = join(*exact.attend(q, scale), _divided(rest), rest[..., -1:], weight).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
-        return y, None if after is None else seen.state(after)
+        return y, None if after is None else exact.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rearrange attention's heads into retention's: each scale of each key head, with its query heads."""
@@ -360,11 +380,12 @@ class HostedRetention(HasBackend):
         return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.scales)
 
 
-def _check_window(causal: bool, packed_states: bool, state: RetentionState | None) -> None:
+def _check_exact(causal: bool, state: RetentionState | None) -> None:
+    """Check a call with a window or sinks. Raises: ValueError or TypeError."""
     if not causal:
-        raise ValueError("a window needs causal retention; got causal False; leave window out, or pass causal=True")
-    if packed_states:
-        raise ValueError("with a window, packed sequences have no states; got cu_seqlens; pass the sequences as rows")
+        raise ValueError(
+            "window and sinks need causal retention; got causal False; leave them out, or pass causal=True"
+        )
     if state is not None and not isinstance(state, WindowState):
         raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
 

@@ -64,16 +64,28 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
 
 
 def test_layers_are_replaced_in_parts(host, text, tmp_path):
-    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--window", "9")
+    options = ["--layers", "1,0", "--parts", "2", "--window", "9", "--sinks", "0"]
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, *options)
     assert result.exit_code == 0, result.output
     assert "part-2/tuning: " in result.stderr + result.output
     first, second = (load_part(tmp_path / "out" / f"part-{n}" / "tuning" / "checkpoint-2") for n in (1, 2))
     assert {name.split(".")[2] for name in first if ".retention." in name} == {"1"}
     assert {name.split(".")[2] for name in second if ".retention." in name} == {"0", "1"}
     model = load_swapped(tmp_path / "out")
-    assert [block.attn.retention.window for block in model.transformer.h] == [9, 9]
+    assert [(block.attn.retention.window, block.attn.retention.sinks) for block in model.transformer.h] == [(9, 0)] * 2
     for name, weight in model.state_dict().items():
         assert name == "lm_head.weight" or torch.equal(weight, second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "window", "sinks"),
+    [([], 64, 4), (["--window", "0"], None, 4), (["--sinks", "0"], 64, 0), (["--no-features"], None, 0)],
+)
+def test_the_window_and_the_sinks_are_kept_unless_said_otherwise(host, words, window, sinks, monkeypatch):
+    found = []
+    monkeypatch.setattr(swapping, "swap", lambda settings, *_, **__: found.append(settings.replacement) or 1 / 0)
+    run(host, *words)
+    assert (found[0]["window"], found[0]["sinks"]) == (window, sinks)
 
 
 def load_part(checkpoint):
@@ -219,7 +231,8 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
         ([], "name a model: retention swap MODEL"),
         (["HOST", "--layers", "a"], "layers must be numbers with commas, such as 0,2,-1; got 'a'"),
         (["HOST", "--layers", "7"], "layers must be from -2 to 1; got 7"),
-        (["HOST", "--window", "0"], "window must be an integer of at least 1, or None; got window 0"),
+        (["HOST", "--window", "-1"], "Input should be greater than or equal to 0"),
+        (["HOST", "--no-features", "--sinks", "2"], "window and sinks need features=True, whose scores have a sum"),
         (["HOST", "--gate", "tanh"], "gate must be one of 'silu'"),
         (["HOST", "--context", "65"], "context must be at most 64, the positions of "),
         (

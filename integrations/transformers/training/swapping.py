@@ -43,7 +43,8 @@ class SwapSettings(Kept):
     allow_lost: bool = False
     decay: str = "short"
     features: bool = True
-    window: int | None = None  # in tokens; None: no exact attention
+    window: int | None = None  # in tokens; None: no window of exact attention
+    sinks: int = 0
     gate: str | None = "silu"
     scales: int | None = None  # None: 2 with features, else 1
     parts: int = 1
@@ -70,7 +71,7 @@ class SwapSettings(Kept):
     @property
     def replacement(self) -> dict[str, Any]:
         """The options of `replace_attention`, except the layers."""
-        names = ("allow_lost", "scales", "decay", "features", "window", "gate")
+        names = ("allow_lost", "scales", "decay", "features", "window", "sinks", "gate")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
