@@ -302,19 +302,32 @@ def swap(
         ),
     ] = None,
     transfer_lr: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Highest learning rate of the first stage, for the parameters of retention; the projections take a "
-            "tenth of it."
+            "tenth of it. Default: each layer gets the best of four rates, by a search of 8 steps at each."
         ),
-    ] = 4e-2,
+    ] = None,
     tuning_lr: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Highest learning rate of the second stage, for all weights. Lower it with a window: less is left to "
-            "learn."
+            help="Highest learning rate of the second stage. Default: the best of four rates, by a search of 8 steps "
+            "at each."
         ),
-    ] = 3e-4,
+    ] = None,
+    tune: Annotated[
+        str,
+        typer.Option(
+            help="Weights that the second stage trains: all, or those of the replaced layers. With layers, the "
+            "original shares all other weights with the model, which saves memory and time."
+        ),
+    ] = "all",
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of evaluations without a lower loss after which a stage ends early. Default: never."
+        ),
+    ] = None,
     label_weight: Annotated[
         float,
         typer.Option(

@@ -20,7 +20,8 @@ from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.swapping import SwapSettings
 from retention.integrations.transformers.writing import stream
 
-SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
+RATES = ["--transfer-lr", "0.04", "--tuning-lr", "3e-4"]
+SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4", *RATES]
 QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
 
 

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from transformers import TrainerCallback, set_seed
 
+from retention.options import check_choice, check_factor, check_whole
+
 from ...swap import SwapReport, plan_replacement
 from ..compat import TRAINER_STATE_NAME, TrainerState
 from ..replaced_config import marked_layers
 from .codec import Codec
 from .corpus import Corpus, read_corpus
-from .distill import TRANSFER, TUNING, Recovery, replace_in_parts
+from .distill import TRANSFER, TUNE, TUNING, Recovery, replace_in_parts
 from .opening import bars_of_transformers, open_model
 from .plot import draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
@@ -52,8 +54,10 @@ class SwapSettings(Kept):
     tuning_steps: int = 1400
     batch: int = 4
     context: int | None = None  # in tokens; None: 256, or fewer if the model has fewer positions
-    transfer_lr: float = 4e-2
-    tuning_lr: float = 3e-4
+    transfer_lr: float | None = None  # None: found by a short search, as is tuning_lr
+    tuning_lr: float | None = None
+    tune: str = "all"
+    patience: int | None = None  # in evaluations; None: no early stop
     label_weight: float = 0.0
     seed: int = 0
     eval_every: int = 100
@@ -84,6 +88,11 @@ class SwapSettings(Kept):
                 )
         if self.context is not None and self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
+        check_choice("tune", self.tune, TUNE)
+        check_whole("patience", self.patience, optional=True)
+        for name in ("transfer_lr", "tuning_lr"):
+            if getattr(self, name) is not None:
+                check_factor(name, getattr(self, name))
         check_dtype(self.dtype)
         check_device(self.device)
         check_report_to(self.report_to)
@@ -195,6 +204,8 @@ def _recovered(
         batch=settings.batch,
         transfer_lr=settings.transfer_lr,
         tuning_lr=settings.tuning_lr,
+        tune=settings.tune,
+        patience=settings.patience,
         label_weight=settings.label_weight,
         callbacks=[StageProgress(batch, corpus), Picture(batch, out), stop],
         logging_nan_inf_filter=False,
