@@ -271,3 +271,16 @@ def test_the_first_stage_does_not_run_the_teachers_head(teacher, replaced):
     hook.remove()
     transfer.release()
     assert not ran
+
+
+def test_a_layer_whose_attention_gives_zeros_has_a_finite_error(teacher):
+    silent = copy.deepcopy(teacher)
+    silent.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    model = copy.deepcopy(silent)
+    replace_attention(model)
+    transfer = distill.AttentionTransfer(silent, {"model.layers.0.self_attn": model.model.layers[0].self_attn})
+    found = transfer(Countdown(2).tokens)
+    found["loss"].backward()
+    transfer.release()
+    assert found["errors"].tolist() == [0.0]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in transfer.parameters())

@@ -311,7 +311,8 @@ class AttentionTransfer(nn.Module):
         losses = []
         for layer, (args, kwargs, want) in zip(self.layers, self.seen, strict=True):
             got = layer(*args, **kwargs)[0]
-            losses.append((got - want).square().mean() / want.square().mean())
+            size = want.square().mean()
+            losses.append((got - want).square().mean() / size.clamp(min=torch.finfo(size.dtype).tiny))
         errors = torch.stack(losses)
         return {"loss": errors.mean(), "errors": errors.detach()}
 
@@ -408,7 +409,7 @@ class _Stage(ResumableTrainer):
 
         def step(i: int) -> Tensor:
             with self.compute_loss_context_manager():
-                return cast(Tensor, self.compute_loss(self.model, dict(batches[i])))
+                return cast(Tensor, self.compute_loss(cast(nn.Module, self.model), dict(batches[i])))
 
         @torch.no_grad()
         def measure() -> dict[str, float]:
