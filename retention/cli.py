@@ -225,6 +225,14 @@ def swap(
             "Fewer layers lose less quality and save less memory."
         ),
     ] = "",
+    choose: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of layers to replace, instead of --layers: those that cost the least when each is replaced "
+            "alone. The costs are printed, and plotted in layers.png.",
+        ),
+    ] = None,
     allow_lost: Annotated[
         bool,
         typer.Option(

@@ -283,3 +283,22 @@ def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_
     assert result.output.index(f"the model is in {out}") < result.output.index("no sample")
     assert "Traceback" not in result.output
     assert isinstance(load_swapped(out).transformer.h[0].attn, Swapped)
+
+
+def test_the_cheapest_layers_are_chosen_once_and_replaced(host, text, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    result = run(host, text, "--out", out, *QUIET, "--choose", "1")
+    assert result.exit_code == 0, result.output
+    costs = json.loads((out / "layers.json").read_text())
+    cheapest = min(range(2), key=costs["fitted"].__getitem__)
+    assert costs["chosen"] == [cheapest]
+    assert f"retention in 1 layers: transformer.h.{cheapest}.attn" in result.output
+    assert "untrained" in result.output
+    assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert [isinstance(block.attn, Swapped) for block in load_swapped(out).transformer.h].index(True) == cheapest
+    monkeypatch.delattr(swapping, "choose_layers")  # a resumed run keeps what was chosen
+    assert run("--resume", "--out", out).exit_code == 0
+    refused = run(host, text, "--out", tmp_path / "2", *QUIET, "--choose", "1", "--layers", "0")
+    assert "choose and layers must not both be given; got choose 1, layers [0]" in refused.output
+    refused = run(host, text, "--out", tmp_path / "2", *QUIET, "--choose", "3")
+    assert "choose must be at most 2, the layers of the model; got choose 3" in refused.output

@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .choosing import LayerCosts
 
 try:
     from matplotlib.figure import Figure
@@ -67,6 +70,21 @@ def draw_recovery(
         axes.set(xlabel=f"{unit} seen", title=titles[stage], yscale="log")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
+    _save(figure, file)
+
+
+def draw_layers(costs: LayerCosts, file: Path) -> None:
+    """Plot what each layer costs when it is replaced alone, as a PNG."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = range(len(costs.names))
+    for label, losses, colour in (("untrained", costs.untrained, "C7"), ("fitted", costs.fitted, "C0")):
+        axes.plot(numbers, [loss - costs.original for loss in losses], "o-", color=colour, label=label, markersize=4)
+    chosen = [costs.fitted[i] - costs.original for i in costs.chosen]
+    axes.plot(costs.chosen, chosen, "o", color="C1", markersize=8, fillstyle="none", label="chosen")
+    axes.set(xlabel="layer replaced alone", ylabel="nats per token above the original")
+    axes.grid(alpha=0.3)
+    axes.legend()
     _save(figure, file)
 
 

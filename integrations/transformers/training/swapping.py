@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
 
 from retention.options import check_choice, check_factor, check_whole
@@ -19,16 +20,18 @@ from retention.options import check_choice, check_factor, check_whole
 from ...swap import SwapReport, plan_replacement
 from ..compat import TRAINER_STATE_NAME, TrainerState
 from ..replaced_config import marked_layers
+from .choosing import LayerCosts, choose_layers
 from .codec import Codec
 from .corpus import Corpus, read_corpus
 from .distill import TRANSFER, TUNE, TUNING, Recovery, replace_in_parts
 from .opening import bars_of_transformers, open_model
-from .plot import draw_recovery
+from .plot import draw_layers, draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
 from .saving import alone_in, check_folder, checkpoints, written_whole
 from .settings import Kept, check_device, check_dtype, check_report_to
 from .train import device_arguments
 
+LAYER_COSTS, LAYER_PLOT = "layers.json", "layers.png"
 RECOVERY = "recovery.json"  # the losses before, between and after the stages
 
 
@@ -42,6 +45,7 @@ class SwapSettings(Kept):
     files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
     text_column: str = "text"
     layers: list[int] | None = None  # None: all
+    choose: int | None = None  # number of layers, the cheapest to replace; None: those of `layers`
     allow_lost: bool = False
     decay: str = "short"
     features: bool = True
@@ -80,6 +84,11 @@ class SwapSettings(Kept):
 
     def check(self) -> None:
         """Raises: ValueError that names the option."""
+        if self.choose is not None and self.layers is not None:
+            raise ValueError(
+                f"choose and layers must not both be given; got choose {self.choose}, layers {self.layers}"
+            )
+        check_whole("choose", self.choose, optional=True)
         self.check_counts("parts", "batch", "eval_every", "save_every")
         for name in ("transfer_steps", "tuning_steps"):
             if getattr(self, name) < 0 or getattr(self, name) % self.parts:
@@ -140,7 +149,9 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
     if marked_layers(model.config):
         raise ValueError(f"{settings.model} has retention already; name the model as it was before")
     plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
-    layers = len(plan.replaced)
+    layers = settings.choose or len(plan.replaced)
+    if layers > len(plan.replaced):
+        raise ValueError(f"choose must be at most {len(plan.replaced)}, the layers of the model; got choose {layers}")
     if settings.parts > layers:
         raise ValueError(f"parts must be at most {layers}, the layers to replace; got parts {settings.parts}")
     context = _context(settings, model)
@@ -156,6 +167,9 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
     replace(settings, **found).write(out)
 
     set_seed(settings.seed)
+    if settings.choose is not None:
+        settings = replace(settings, layers=_chosen(model, settings, corpus, out))
+        plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
     recovery = _recovered(model, settings, plan, corpus, out, stop)
     with written_whole(out, "the model") as folder, bars_of_transformers():
         model.save_pretrained(folder)
@@ -185,6 +199,18 @@ def _context(settings: SwapSettings, model: Any) -> int:
             f"context must be at most {longest}, the positions of {settings.model}; got context {settings.context}"
         )
     return settings.context
+
+
+def _chosen(model: Any, settings: SwapSettings, corpus: Corpus, out: Path) -> list[int]:
+    """Return the layers to replace, from an earlier start of the run if it has chosen them."""
+    assert settings.choose is not None
+    if not (out / LAYER_COSTS).is_file():
+        options = settings.replacement | {"backend": settings.backend, "form": settings.form}
+        costs = choose_layers(model, corpus.train, corpus.valid, settings.choose, options=options, batch=settings.batch)
+        costs.write(out / LAYER_COSTS)
+        draw_layers(costs, out / LAYER_PLOT)
+        tqdm.write(str(costs))
+    return LayerCosts.read(out / LAYER_COSTS).chosen
 
 
 def _recovered(
