@@ -19,6 +19,7 @@ from benchmarks.model import model
 from benchmarks.op import op
 from benchmarks.parity import parity
 from benchmarks.peers import peers
+from benchmarks.pretrained import pretrained
 from benchmarks.quality import quality
 from benchmarks.record import recording
 from benchmarks.report import report
@@ -35,6 +36,7 @@ COMMANDS = (
     peers,
     quality,
     swap,
+    pretrained,
     vision,
     xformers,
     parity,
