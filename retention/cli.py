@@ -260,8 +260,8 @@ def swap(
         typer.Option(
             min=0,
             help="Number of the last tokens that keep exact attention; retention covers the tokens before them. "
-            "A window loses less quality, for a state that also holds that many keys and values. 0 for none. Default: "
-            "64; with --no-features 0.",
+            "A window loses less quality, for a state that also holds that many keys and values; 0 is no window. "
+            "Default: 64; with --no-features 0.",
         ),
     ] = None,
     sinks: Annotated[
@@ -269,7 +269,7 @@ def swap(
         typer.Option(
             min=0,
             help="Number of the first tokens that keep exact attention. Pretrained models put much of their attention "
-            "on them, and a state that decays forgets them. 0 for none. Default: 4; with --no-features 0.",
+            "on the first token, and a state that decays cannot hold it. Default: 4; with --no-features 0.",
         ),
     ] = None,
     gate: Annotated[
@@ -589,7 +589,7 @@ def _room(model: Any, codec: Codec, prompt: str) -> float:
 
 def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
     """Print the prompt, then the text of each token as the model generates it."""
-    from .integrations.transformers.writing import stream
+    from .integrations.transformers.decoding import stream
 
     start = codec.prompt(prompt)
     chance = torch.Generator(model.device).manual_seed(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -30,10 +30,23 @@ from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
 from .features import FeatureMap
-from .window import WindowState, in_order, join, real_last, rows, tiles
+from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
 
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
+
+
+class _Call(NamedTuple):
+    """The options of a call of `HostedRetention.forward`, checked."""
+
+    scale: float
+    causal: bool
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: RetentionState | None
+    return_state: bool
+    grid: tuple[int, int] | None
+    prefix: int
 
 
 class HostedRetention(HasBackend):
@@ -114,7 +127,7 @@ class HostedRetention(HasBackend):
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         values = log_decays(decay, scales * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             scales=scales,
             decay=schedule,
             learnable_decay=learnable_decay,
@@ -135,7 +148,7 @@ class HostedRetention(HasBackend):
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
         self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
-        self.activation = gate
+        self.activation = ACTIVATIONS[gate] if gate else None
         self.reset_parameters()
 
     def state_bytes(self) -> dict[str, int]:
@@ -162,9 +175,9 @@ class HostedRetention(HasBackend):
             nn.init.zeros_(self.rest.weight)
             nn.init.constant_(self.rest.bias, math.log(self.scales * 2 * self.k_map.weight.shape[-1]))
         nn.init.ones_(self.gain)
-        if self.gate is not None and self.activation is not None:
+        if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, _OPEN[self.activation])
+            nn.init.constant_(self.gate.bias, _OPEN[self.options["gate"]])
 
     def forward(
         self,
@@ -202,42 +215,6 @@ class HostedRetention(HasBackend):
         Returns: the output, and the state or None.
         Raises: TypeError, ValueError or ShapeError for arguments that do not fit.
         """
-        y, after = self.gather(
-            x,
-            q,
-            k,
-            v,
-            scale=scale,
-            causal=causal,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,
-            grid=grid,
-            prefix=prefix,
-        )
-        y = y * self.gain
-        if self.gate is not None and self.activation is not None:
-            y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
-        return y, after
-
-    def gather(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        causal: bool = True,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: RetentionState | None = None,
-        return_state: bool = False,
-        grid: tuple[int, int] | None = None,
-        prefix: int = 0,
-    ) -> tuple[Tensor, RetentionState | None]:
-        """Compute `forward` without gain and gate; the arguments, shapes and errors are the same."""
         self._check_shapes(x, q, k, v)
         check_number("scale", scale, abs(number(scale)) < math.inf, "finite")
         check_flags(causal=causal, return_state=return_state)
@@ -251,13 +228,16 @@ class HostedRetention(HasBackend):
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
         if self.rest is not None:
             _check_exact(causal, state)
-        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        if self.rest is None:
-            y, after = self._gather(q, k, v, scale, causal=causal, grid=grid, prefix=prefix, **options)
-            y = _divided(y) if self.features else y
+        call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
+        if self.rest is not None:
+            y, after = self._beside_exact(self.rest(x), q, k, v, call)
         else:
-            y, after = self._beside_exact(self.rest(x), q, k, v, scale, **options)
-        return self.norm(y.transpose(1, 2)).to(v.dtype), after
+            y, after = self._retained(q, k, v, call)
+            y = _divided(y) if self.features else y
+        y = self.norm(y.transpose(1, 2)).to(v.dtype) * self.gain
+        if self.gate is not None and self.activation is not None:
+            y = y * self.activation(self.gate(x)).view_as(y)
+        return y, after
 
     def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         for name, z in (("x", x), ("q", q), ("k", k), ("v", v)):
@@ -285,36 +265,23 @@ class HostedRetention(HasBackend):
                 f"x must be ({batch}, {length}, {heads.dim}), or an image of as many cells; got x {tuple(x.shape)}"
             )
 
-    def _gather(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        *,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: RetentionState | None,
-        return_state: bool,
-        there: Tensor | None = None,
-        causal: bool = True,
-        grid: tuple[int, int] | None = None,
-        prefix: int = 0,
+    def _retained(
+        self, q: Tensor, k: Tensor, v: Tensor, call: _Call, taken: Tensor | None = None
     ) -> tuple[Tensor, RetentionState | None]:
         """The sums of retention, (B, H, T, V); with features (B, H, T, V + 1), whose last channel is the sum of scores.
 
         Sums are float32 at least: half precision may not hold a sum, though it holds the quotient of two sums.
-        there (B or 1, T): True where a key and value exist; default: everywhere.
+        taken (B or 1, T): True for the keys and values that retention takes; default: all.
         """
-        kv_heads = k.shape[1]
-        q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
-        if there is not None:
-            v = v * there[:, None, :, None]
+        kv_heads, root, prefix, state = k.shape[1], abs(call.scale) ** 0.5, call.prefix, call.state
+        q, k, v = self._heads(q * root, k * root, v)
+        if taken is not None:
+            v = v * taken[:, None, :, None]
         wide = state_dtype(q.dtype)
         log_decay = self.decay(q.device, wide)
         after: RetentionState | None = state
-        if state is not None and q.shape[2] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-            out = step(q, k, v, log_decay, state, scale=1.0, mask=mask, out_dtype=wide)
+        if state is not None and q.shape[2] == 1 and call.cu_seqlens is None and not torch.is_grad_enabled():
+            out = step(q, k, v, log_decay, state, scale=1.0, mask=call.mask, out_dtype=wide)
         else:
             found = retain(
                 q[:, :, prefix:],
@@ -322,49 +289,43 @@ class HostedRetention(HasBackend):
                 v[:, :, prefix:],
                 log_decay,
                 scale=1.0,
-                mask=mask,
+                mask=call.mask,
                 out_dtype=wide,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=call.cu_seqlens,
                 state=state,
-                causal=causal,
-                grid=grid if self.grid and not causal else None,
+                causal=call.causal,
+                grid=call.grid if self.grid and not call.causal else None,
                 backend=self.backend,
                 form=self.form,
                 chunk_size=self.chunk_size,
-                return_state=return_state,
+                return_state=call.return_state,
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
             out = _with_prefix(q, k, v, prefix, out) if prefix else out
         return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.scales), after
 
     def _beside_exact(
-        self,
-        weight: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        *,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: WindowState | None,
-        return_state: bool,
+        self, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, call: _Call
     ) -> tuple[Tensor, WindowState | None]:
         """Attention to the window and the sinks, and retention of the other tokens, (B, H, T, V).
 
         weight (B, T, H): logarithm of the factor of retention's scores.
         """
-        weight = rearrange(weight, "b t h -> b h t 1")
-        order = None if mask is None else real_last(mask)
-        if mask is not None and order is not None:  # padding first: a window's tokens are adjacent
+        weight, mask, order = rearrange(weight, "b t h -> b h t 1"), call.mask, None
+        if mask is not None:  # padding first: a window's tokens are adjacent
+            order = real_last(mask)
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
+            call = call._replace(mask=mask)
+        before = cast("WindowState | None", call.state)
         sizes = (self.window or 0, self.sinks)
-        exact = rows(k, v, *sizes, mask, state) if cu_seqlens is None else tiles(k, v, *sizes, cu_seqlens, state)
-        k, v, there = exact.leaving()
-        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        rest, after = self._gather(q, k, v, scale, there=there, **options)
-        y = join(*exact.attend(q, scale), _divided(rest), rest[..., -1:], weight).to(v.dtype)
+        if call.cu_seqlens is None:
+            exact: Rows | Tiles = rows(k, v, *sizes, mask, before)
+        else:
+            exact = tiles(k, v, *sizes, call.cu_seqlens, before)
+        k, v, taken = exact.leaving()
+        sums, after = self._retained(q, k, v, call, taken)
+        y = join(*exact.attend(q, call.scale), _divided(sums), sums[..., -1:], weight).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
         return y, None if after is None else exact.state(after)

@@ -75,14 +75,14 @@ class Rows:
         position = self.first[:, None] + torch.arange(self.length, device=self.first.device)
         return self.keys[:, :, part], self.values[:, :, part], position >= self.sinks
 
-    def state(self, rest: RetentionState) -> WindowState:
+    def state(self, after: RetentionState) -> WindowState:
         """Return the `WindowState` after the last token.
 
         Args:
-            rest: the retention state of the other tokens. If it is a `WindowState`, it was updated in place, and its
-                keys and values are updated in place too.
+            after: the retention state of the tokens that retention took. If it is a `WindowState`, it was updated in
+                place, and its keys and values are updated in place too.
         """
-        return _with(rest, *(self._kept(x) for x in (self.keys, self.values)))
+        return _with(after, *(self._kept(x) for x in (self.keys, self.values)))
 
     def _kept(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :, : self.sinks], x[:, :, self.sinks + self.length :]], dim=2)
@@ -155,9 +155,9 @@ class Tiles:
         keys, values, taken = self.rows.leaving()
         return self._joined(keys), self._joined(values), taken.flatten()[self.places][None]
 
-    def state(self, rest: RetentionState) -> WindowState:
-        """Return the states after the last tokens of the sequences; `rest` is as in `Rows.state`."""
-        return _with(rest, self.keys, self.values)
+    def state(self, after: RetentionState) -> WindowState:
+        """Return the states after the last tokens of the sequences; `after` is as in `Rows.state`."""
+        return _with(after, self.keys, self.values)
 
     def attend(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """As `Rows.attend`, for q (1, H, T, K)."""
@@ -267,12 +267,12 @@ def _filled(before: Tensor, own: Tensor, begin: Tensor, end: Tensor) -> Tensor:
     return torch.where(index < begin, before, own.masked_fill(index >= end, 0))
 
 
-def _with(rest: RetentionState, keys: Tensor, values: Tensor) -> WindowState:
-    if isinstance(rest, WindowState):
-        rest.keys.copy_(keys)
-        rest.values.copy_(values)
-        return rest
-    return WindowState(kv=rest.kv, time=rest.time, keys=keys, values=values)
+def _with(after: RetentionState, keys: Tensor, values: Tensor) -> WindowState:
+    if isinstance(after, WindowState):
+        after.keys.copy_(keys)
+        after.values.copy_(values)
+        return after
+    return WindowState(kv=after.kv, time=after.time, keys=keys, values=values)
 
 
 def real_last(mask: Tensor) -> Tensor:
@@ -285,20 +285,20 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3]))
 
 
-def join(near: Tensor, mass: Tensor, rest: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+def join(exact: Tensor, mass: Tensor, retained: Tensor, total: Tensor, weight: Tensor) -> Tensor:
     """Combine exact attention and retention under one sum of scores.
 
-        out = share near + (1 - share) rest,    share = exp(mass) / (exp(mass) + exp(weight) total)
+        out = share exact + (1 - share) retained,    share = exp(mass) / (exp(mass) + exp(weight) total)
 
-    Shapes: near, rest (B, H, T, V); mass, total, weight (B, H, T, 1). Returns (B, H, T, V).
+    Shapes: exact, retained (B, H, T, V); mass, total, weight (B, H, T, 1). Returns (B, H, T, V).
     Args:
-        near: output of exact attention, divided by its own sum of scores.
+        exact: output of exact attention, divided by its own sum of scores.
         mass: logarithm of that sum.
-        rest: output of retention, divided by its own sum of scores.
+        retained: output of retention, divided by its own sum of scores.
         total: that sum; 0 where retention has no token.
         weight: logarithm of the factor of retention's scores.
     """
     total = total.to(mass.dtype)
-    of_rest = total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total <= 0, -torch.inf)
-    share = torch.sigmoid(mass - of_rest - weight)
-    return share * near + (1 - share) * rest
+    other = total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total <= 0, -torch.inf)
+    share = torch.sigmoid(mass - other - weight)
+    return share * exact + (1 - share) * retained

@@ -190,11 +190,11 @@ def test_each_layer_keeps_its_own_best_weights(tmp_path):
             for p in part.parameters():
                 p.data.fill_(value)
 
-    best = Best(tmp_path / "best.safetensors", parts)
+    best = Best(tmp_path / "best.pt", parts)
     for value, a, b in ((1.0, 0.5, 0.2), (2.0, 0.4, 0.3), (3.0, 0.6, float("nan"))):
         fill(value)
         best.offer({"a": a, "b": b})
-    Best(tmp_path / "best.safetensors", parts).restore()
+    Best(tmp_path / "best.pt", parts).restore()
     assert best.losses == {"a": 0.4, "b": 0.2}
     assert [parts["a"].weight.item(), parts["b"].weight.item(), parts["b"].bias.item()] == [2.0, 1.0, 1.0]
     assert parts["a"].bias.item() == 3.0  # it is not trained

@@ -1,6 +1,6 @@
 """The retention that takes the place of a softmax, against its formula: all pairs of tokens at once, in float64."""
 
-import contextlib
+import copy
 import itertools
 
 import pytest
@@ -187,7 +187,7 @@ def calls(draw, sequences):
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @drawn(
     window=st.none() | st.integers(1, 7),
     sinks=st.integers(0, 6),
@@ -463,17 +463,6 @@ def test_what_a_window_cannot_do_is_an_error():
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def in_calibration(layers):
-    """The layers as the calibration pass has them."""
-    probes = {name: calibration._Probe(layer.retention) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.retention = probes[name]
-    yield probes
-    for name, layer in layers.items():
-        layer.retention = probes[name].measured
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
 def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
@@ -482,9 +471,9 @@ def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
     want, seen, heads = model(ids).logits, {}, {}
     replace_attention(model, gate=None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
-    with in_calibration(layers) as probes:
-        for name, probe in probes.items():
-            probe.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out[0]))
+    with calibration.measured(layers):
+        for name, layer in layers.items():
+            layer.retention.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out[0]))
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
     restore_attention(model)
     replace_attention(model, gate=None, calibrate_on={"input_ids": ids})
@@ -517,6 +506,23 @@ def test_calibration_keeps_packed_sequences_apart():
     positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
     want = model(rows[0][None], position_ids=positions, use_cache=False).logits
     replace_attention(model)
-    with in_calibration({name: m for name, m in model.named_modules() if isinstance(m, Swapped)}):
+    with calibration.measured({name: m for name, m in model.named_modules() if isinstance(m, Swapped)}):
         got = model(rows[0][None], position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_calibrated_and_computes_retention_afterwards():
+    model, (rows, _) = build("Llama"), padded()
+    ids = rows[0][None, :12]
+    other = copy.deepcopy(model)
+    replace_attention(other, calibrate_on={"input_ids": ids})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    attended = compiled(ids, use_cache=False).logits
+    replace_attention(compiled, calibrate_on={"input_ids": ids})
+    for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+    found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, other(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, attended, atol=0.1)

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from retention.cli import app
 from retention.integrations.swap import Swapped
 from retention.integrations.transformers import load_swapped
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training import swapping
 from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.swapping import SwapSettings
-from retention.integrations.transformers.writing import stream
 
 RATES = ["--transfer-lr", "0.04", "--tuning-lr", "3e-4"]
 SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4", *RATES]
@@ -50,6 +50,8 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert losses["tuned"] == pytest.approx(float(tuned), abs=1e-3)
     assert losses["tokens"] == 12 * 2 * 32
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    history = json.loads((out / "part-1/transfer/checkpoint-8/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 9))  # the plot has a training line
     assert "A sample" in result.output
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -62,6 +64,18 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert written.output.startswith("def ")
     too_long = CliRunner().invoke(app, ["generate", "--model", str(out), "--tokens", "61"])
     assert "tokens must be at most 60, for which the model has positions left; got 61" in too_long.output
+
+
+def test_the_plot_names_the_model_and_shows_all_parts(host, text, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(swapping, "draw_recovery", lambda *args: drawn.append(args))
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--parts", "2", "--sample", 0)
+    assert result.exit_code == 0, result.output
+    parts, tokens_per_step, unit, file, title = drawn[-1]
+    assert (tokens_per_step, unit, file) == (2 * 32, "bytes", tmp_path / "out/losses.png")
+    losses = [[entry["step"] for entry in stage if "loss" in entry] for part in parts for stage in part]
+    assert losses == [[1, 2, 3, 4], [1, 2]] * 2
+    assert re.fullmatch(r"host, [\d,]+ parameters, with retention in 2 layers; training on 768 bytes", title)
 
 
 def test_layers_are_replaced_in_parts(host, text, tmp_path):
@@ -275,7 +289,7 @@ def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_
     def broken(*args, **kwargs):
         raise TypeError("no such argument")
 
-    monkeypatch.setattr("retention.integrations.transformers.writing.stream", broken)
+    monkeypatch.setattr("retention.integrations.transformers.decoding.stream", broken)
     out = tmp_path / "out"
     result = run(host, text, "--out", out, *QUIET)
     assert result.exit_code == 0

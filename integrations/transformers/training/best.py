@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .saving import written_whole
+
+__all__ = ["Best"]
 
 
 class Best:
     """The trained weights of each part of a model at its lowest loss, in a file that survives a kill.
 
     Args:
-        file: a .safetensors file.
+        file: a file of torch, .pt.
         parts: modules by name; each is kept and restored by its own loss.
     """
 
@@ -28,10 +29,7 @@ class Best:
     @property
     def losses(self) -> dict[str, float]:
         """The lowest loss of each part; empty before the first one."""
-        if not self.file.is_file():
-            return {}
-        with safe_open(self.file, "pt") as kept:
-            return json.loads(kept.metadata()["losses"])
+        return self._kept()["losses"]
 
     def forget(self) -> None:
         """Remove the file."""
@@ -39,26 +37,29 @@ class Best:
 
     def offer(self, losses: Mapping[str, float]) -> None:
         """Keep the weights of the parts whose losses are lower than before."""
-        before = self.losses
-        better = [name for name, loss in losses.items() if loss < before.get(name, float("inf"))]
+        kept = self._kept()
+        better = [name for name, loss in losses.items() if loss < kept["losses"].get(name, math.inf)]
         if not better:
             return
-        weights = load_file(self.file) if before else {}
         for name in better:
-            weights.update({key: weight.detach().cpu().contiguous() for key, weight in self._trained(name).items()})
-        lowest = {"losses": json.dumps(before | {name: losses[name] for name in better})}
+            kept["losses"][name] = losses[name]
+            kept["weights"] |= {key: weight.detach().cpu() for key, weight in self._trained(name).items()}
         with written_whole(self.file.parent, self.file.name) as folder:
-            save_file(weights, folder / self.file.name, lowest)
+            torch.save(kept, folder / self.file.name)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the kept weights into the parts."""
-        if not self.file.is_file():
-            return
-        kept = load_file(self.file)
-        for name in self.parts:
+        kept = self._kept()
+        for name in kept["losses"]:
             for key, weight in self._trained(name).items():
-                weight.copy_(kept[key])
+                weight.copy_(kept["weights"][key])
+
+    def _kept(self) -> dict[str, Any]:
+        """Return the losses and the weights in the file, which stay on disk until they are used."""
+        if not self.file.is_file():
+            return {"losses": {}, "weights": {}}
+        return torch.load(self.file, map_location="cpu", mmap=True, weights_only=True)
 
     def _trained(self, part: str) -> dict[str, Tensor]:
         """The trained parameters of a part, under the names they have in the file."""

@@ -25,6 +25,8 @@ from .distill import AttentionTransfer
 from .progress import progress_bar
 from .saving import written_whole
 
+__all__ = ["LayerCosts", "choose_layers"]
+
 
 @dataclass
 class LayerCosts:

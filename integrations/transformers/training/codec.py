@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from ...files import refused
 
+__all__ = ["END", "GGUF", "ByteCodec", "Codec", "TokenCodec", "check_gguf", "load_codec"]
+
 END = "\0"
 GGUF = ".gguf"
 # Usual names of the token that ends a text; a tokenizer.json on its own does not tell which token it is.

@@ -35,12 +35,14 @@ from ..compat import TRAINER_STATE_NAME, TrainerState
 from .best import Best
 from .progress import progress_bar
 from .rates import STEPS, Group, search_rates
-from .resumable import ResumableTrainer
+from .resumable import ResumableTrainer, log_every
 from .saving import last_checkpoint, step_of, write_text
 
+__all__ = ["TRANSFER", "TUNE", "TUNING", "AttentionTransfer", "Recovery", "recover", "replace_in_parts", "teacher_of"]
+
 TRANSFER, TUNING = "transfer", "tuning"  # names of the stages and of their folders
-TUNE = ALL, LAYERS = "all", "layers"  # what the second stage trains
-RATES, BEST = "rates.json", "best.safetensors"  # in the folder of a stage
+TUNE = _ALL, _LAYERS = "all", "layers"  # what the second stage trains
+_RATES, _BEST = "rates.json", "best.pt"  # in the folder of a stage
 
 
 @dataclass
@@ -117,7 +119,7 @@ def replace_in_parts(
     check_is("out", out, str | Path, "a folder")
     check_is("options", options, dict | None, "options of replace_attention by name, or None")
     out = Path(out)
-    tune = arguments.get("tune", ALL)
+    tune = arguments.get("tune", _ALL)
     check_choice("tune", tune, TUNE)
     chosen = plan_replacement(model, layers=[i for part in parts for i in part], **options or {}).replaced
     found = []
@@ -221,7 +223,12 @@ def recover(
             weight_decay=0.0,
             max_grad_norm=1.0,
             save_total_limit=2,
-            **{"report_to": "none", "logging_steps": 10, "save_steps": max(steps // 4, 1), **arguments},
+            **{
+                "report_to": "none",
+                "logging_steps": log_every(steps),
+                "save_steps": max(steps // 4, 1),
+                **arguments,
+            },
         )
 
     options: Any = dict(train_dataset=train_data, eval_dataset=valid_data, callbacks=callbacks)
@@ -257,7 +264,7 @@ def _learning(model: PreTrainedModel, layers: Iterable[str], tune: str) -> Itera
     """Within the block, freeze all parameters that `tune` leaves out; `layers` are the names of the replaced layers."""
     ours = tuple(f"{name}." for name in layers)
     frozen = [
-        p for name, p in model.named_parameters() if tune == LAYERS and p.requires_grad and not name.startswith(ours)
+        p for name, p in model.named_parameters() if tune == _LAYERS and p.requires_grad and not name.startswith(ours)
     ]
     try:
         for p in frozen:
@@ -346,14 +353,14 @@ class _Stage(ResumableTrainer):
         out, most = Path(str(self.args.output_dir)), self.args.max_steps
         if most <= 0:
             return
-        self.best = Best(out / BEST, self.parts)
+        self.best = Best(out / _BEST, self.parts)
         last = last_checkpoint(out)
-        if last is None or not (out / RATES).is_file():
+        if last is None or not (out / _RATES).is_file():
             self.best.forget()
             self._measure()
             rates, searched = self._found_rates()
-            write_text(out / RATES, json.dumps({"rates": rates, "steps": searched}, indent=2) + "\n")
-        kept = read_json(out / RATES, "learning rates")
+            write_text(out / _RATES, json.dumps({"rates": rates, "steps": searched}, indent=2) + "\n")
+        kept = read_json(out / _RATES, "learning rates")
         self.rates = kept["rates"]
         self.args.learning_rate = max(self.rates.values())
         done = self._done(last) if last else 0

@@ -22,14 +22,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from ...swap.retention import HostedRetention
-from ..writing import stream
+from ..decoding import stream
 from .progress import progress_bar
 
-DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of needles, as shares of the context
-PART = 8  # tokens of a needle's key, and of its value
-NEW = 48  # tokens of a continuation
-PERIOD = 16  # longest piece, in tokens, whose repetition counts as a loop
-BUCKETS = 4  # of positions
+__all__ = ["Items", "Judged", "judge", "make_items", "table", "without_retention"]
+
+_DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of needles, as shares of the context
+_PART = 8  # tokens of a needle's key, and of its value
+_NEW = 48  # tokens of a continuation
+_PERIOD = 16  # longest piece, in tokens, whose repetition counts as a loop
+_BUCKETS = 4  # of positions
 _SILENT = -1e4  # logarithm of the factor of retention's scores; its exponential is 0
 
 
@@ -81,17 +83,15 @@ def make_items(blocks: Sequence[Mapping[str, Tensor]], count: int) -> Items:
         )
     half = text[:, : length // 2]
     copies = torch.cat([half, half], dim=1)
-    needles = [
-        _needle(row, other, DEPTHS[i % len(DEPTHS)]) for i, (row, other) in enumerate(zip(text, text.roll(1, 0)))
-    ]
+    needles = [_needle(row, text[i - 1], _DEPTHS[i % len(_DEPTHS)]) for i, row in enumerate(text)]
     return Items(text, copies, torch.stack(needles))
 
 
 def _needle(text: Tensor, other: Tensor, depth: float) -> Tensor:
     """Put a key and its value, both from another text, into a text; then the key again, and the value to predict."""
     middle = len(other) // 2
-    key, value = other[middle : middle + PART], other[middle + PART : middle + 2 * PART]
-    hay = text[: len(text) - 4 * PART]
+    key, value = other[middle : middle + _PART], other[middle + _PART : middle + 2 * _PART]
+    hay = text[: len(text) - 4 * _PART]
     place = int(depth * len(hay))
     return torch.cat([hay[:place], key, value, hay[place:], key, value])
 
@@ -120,18 +120,18 @@ def _judged(model: Any, items: Items, teacher: Judged | None, batch: int, bar: t
     losses, choices = _read(model, items.text, batch, bar)
     scores = {"text": _right(choices, items.text).mean(1)}
     for name, rows, counted in (
-        ("copy", items.copies, items.copies.shape[1] // 2 - PART),
-        ("needle", items.needles, PART),
+        ("copy", items.copies, items.copies.shape[1] // 2 - _PART),
+        ("needle", items.needles, _PART),
     ):
         scores[name] = _right(_read(model, rows, batch, bar)[1], rows)[:, -counted:].mean(1)
-    room = getattr(model.config, "max_position_embeddings", None) or items.text.shape[1] + NEW
-    new = min(NEW, room - items.prompts.shape[1])
+    room = getattr(model.config, "max_position_embeddings", None) or items.text.shape[1] + _NEW
+    new = min(_NEW, room - items.prompts.shape[1])
     parts = [list(stream(model, part.to(model.device), new, temperature=0)) for part in items.prompts.split(batch)]
     written = torch.cat([torch.cat(part, 1).cpu() for part in parts])
     bar.update()
 
     values = {"loss": losses.mean().item()}
-    edges = [n * items.text.shape[1] // BUCKETS for n in range(BUCKETS + 1)]
+    edges = [n * items.text.shape[1] // _BUCKETS for n in range(_BUCKETS + 1)]
     for low, high in itertools.pairwise(edges):
         values[f"loss, tokens {max(low, 1)} to {high - 1}"] = losses[:, max(low - 1, 0) : high - 1].mean().item()
     values |= {f"right, {name}": score.mean().item() for name, score in scores.items()}
@@ -168,8 +168,8 @@ def _wins(mine: Tensor, theirs: Tensor) -> float:
 
 def _loops(row: Tensor) -> bool:
     """Tell whether the last tokens are one piece again and again."""
-    end = row[-3 * PERIOD :]
-    return any(torch.equal(end[period:], end[:-period]) for period in range(1, PERIOD + 1))
+    end = row[-3 * _PERIOD :]
+    return any(torch.equal(end[period:], end[:-period]) for period in range(1, _PERIOD + 1))
 
 
 def table(found: Mapping[str, Judged]) -> str:

@@ -16,6 +16,8 @@ from ..compat import logging
 from .codec import GGUF, Codec, check_gguf, load_codec
 from .settings import codec_of
 
+__all__ = ["bars_of_transformers", "open_model"]
+
 
 def open_model(name: str) -> tuple[PreTrainedModel, Codec]:
     """Open a causal language model in float32, and its tokenizer.

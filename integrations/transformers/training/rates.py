@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 
 from .progress import progress_bar
 
+__all__ = ["STEPS", "Group", "search_rates"]
+
 STEPS = 8  # steps at each rate
 Group = dict[str, Any]  # of an optimiser's parameters, with its learning rate
 

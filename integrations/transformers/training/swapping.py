@@ -31,8 +31,10 @@ from .saving import alone_in, check_folder, checkpoints, written_whole
 from .settings import Kept, check_device, check_dtype, check_report_to
 from .train import device_arguments
 
-LAYER_COSTS, LAYER_PLOT = "layers.json", "layers.png"
-RECOVERY = "recovery.json"  # the losses before, between and after the stages
+__all__ = ["Picture", "StageProgress", "Swap", "SwapSettings", "swap"]
+
+_LAYER_COSTS, _LAYER_PLOT = "layers.json", "layers.png"
+_RECOVERY = "recovery.json"  # the losses before, between and after the stages
 
 
 @dataclass
@@ -175,7 +177,7 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
         model.save_pretrained(folder)
         if codec.tokenizer is not None:
             codec.tokenizer.save_pretrained(folder)
-        (folder / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
+        (folder / _RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
     return Swap(model, codec, corpus, plan, recovery)
 
 
@@ -204,13 +206,13 @@ def _context(settings: SwapSettings, model: Any) -> int:
 def _chosen(model: Any, settings: SwapSettings, corpus: Corpus, out: Path) -> list[int]:
     """Return the layers to replace, from an earlier start of the run if it has chosen them."""
     assert settings.choose is not None
-    if not (out / LAYER_COSTS).is_file():
+    if not (out / _LAYER_COSTS).is_file():
         options = settings.replacement | {"backend": settings.backend, "form": settings.form}
         costs = choose_layers(model, corpus.train, corpus.valid, settings.choose, options=options, batch=settings.batch)
-        costs.write(out / LAYER_COSTS)
-        draw_layers(costs, out / LAYER_PLOT)
+        costs.write(out / _LAYER_COSTS)
+        draw_layers(costs, out / _LAYER_PLOT)
         tqdm.write(str(costs))
-    return LayerCosts.read(out / LAYER_COSTS).chosen
+    return LayerCosts.read(out / _LAYER_COSTS).chosen
 
 
 def _recovered(
@@ -218,6 +220,9 @@ def _recovered(
 ) -> Recovery:
     batch = Batch(settings.batch, 1, 1, corpus.train.context, corpus.unit)
     layers = range(len(plan.replaced)) if settings.layers is None else settings.layers
+    size = f"{model.num_parameters():,} parameters, with retention in {len(plan.replaced)} layers"
+    seen = f"{batch.tokens * (settings.transfer_steps + settings.tuning_steps):,} {batch.unit}"
+    title = f"{Path(settings.model).name}, {size}; training on {seen}"
     found = replace_in_parts(
         model,
         [part.tolist() for part in np.array_split(np.array(layers), settings.parts)],
@@ -233,7 +238,7 @@ def _recovered(
         tune=settings.tune,
         patience=settings.patience,
         label_weight=settings.label_weight,
-        callbacks=[StageProgress(batch, corpus), Picture(batch, out), stop],
+        callbacks=[StageProgress(batch, corpus), Picture(batch, out, title), stop],
         logging_nan_inf_filter=False,
         report_to=settings.report_to,
         disable_tqdm=False,  # else a callback prints each log as well
@@ -264,14 +269,14 @@ class StageProgress(Progress):
 class Picture(TrainerCallback):
     """Plots the losses of all stages so far whenever a checkpoint is written."""
 
-    def __init__(self, batch: Batch, out: Path):
-        self.batch, self.out = batch, out
+    def __init__(self, batch: Batch, out: Path, title: str):
+        self.batch, self.out, self.title = batch, out, title
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the plot."""
         parts = sorted(self.out.glob("part-*"), key=lambda part: int(part.name.split("-")[1]))
         histories = [(_history(part / TRANSFER), _history(part / TUNING)) for part in parts]
-        draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT)
+        draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT, self.title)
 
 
 def _stage(args: Any) -> str:
