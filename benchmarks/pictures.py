@@ -203,7 +203,7 @@ def vision(lines: Sequence[Line]) -> Iterator[Picture]:
 
 
 def pretrained(lines: Sequence[Line]) -> Iterator[Picture]:
-    """The loss of a pretrained model by the tokens it was trained on after its attention was replaced."""
+    """Yield a picture of the loss of a pretrained model by the tokens trained on after the replacement."""
     panels = []
     curves = [line for line in lines if line["kind"] == "curve"]
     for context in dict.fromkeys(line["context"] for line in curves):
@@ -215,7 +215,7 @@ def pretrained(lines: Sequence[Line]) -> Iterator[Picture]:
         panel.dashed["the model with its attention"] = {tokens: flat(mine[0]["teacher"]) for tokens in ends}
         panels.append(panel)
     if panels:
-        yield Picture("SmolLM2-135M-Instruct with retention, on held-out Python source", [panels], corner(lines[0]))
+        yield Picture("A pretrained model with retention, on held-out Python source", [panels], corner(lines[0]))
 
 
 PICTURES: dict[str, Callable[[Sequence[Line]], Iterator[Picture]]] = {

