@@ -456,6 +456,57 @@ def generate(
 
 
 @app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="Language model to judge: a folder, a GGUF file or a name on the Hugging Face Hub."),
+    ],
+    files: Files = None,
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="The model before its attention was replaced. The others are compared with it, and it is also judged "
+            "with exact attention to the window and sinks alone."
+        ),
+    ] = "",
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another model with the same tokenizer; repeat it for several.")
+    ] = None,
+    text_column: TextColumn = "text",
+    context: Annotated[int, typer.Option(min=64, help="Length of a test, in tokens.")] = 512,
+    items: Annotated[int, typer.Option(min=2, help="Number of sequences of each test. More give a finer result.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Number of sequences at a time. Lower it if memory runs out.")] = 4,
+    device: Device = "auto",
+    json: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
+) -> None:
+    """Judge a model beside the one it came from, on text that was held out from training.
+
+    The tests: loss by position, next tokens, copies of a passage, needles in a text, and continuations. All are made
+    from the text itself.
+    """
+    _say("loading the libraries", err=True)
+    with _told():
+        from .integrations.transformers.training import evaluation
+        from .integrations.transformers.training.train import quiet
+
+        quiet()
+        found = evaluation.evaluate(
+            model,
+            files or [],
+            teacher=teacher,
+            against=against or [],
+            column=text_column,
+            context=context,
+            count=items,
+            batch=batch,
+            device=device,
+        )
+        if json is not None:
+            evaluation.write(found, json)
+    typer.echo(evaluation.table(found))
+
+
+@app.command()
 def convert(
     source: Annotated[
         Path, typer.Argument(help="Checkpoint to read: a file of weights, or a folder that holds one or its shards.")

@@ -11,27 +11,38 @@ The tests are made from the text itself:
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from ...swap import Swapped, replace_attention
 from ...swap.retention import HostedRetention
 from ..decoding import stream
+from .codec import Codec
+from .corpus import read_corpus
+from .opening import open_model
 from .progress import progress_bar
+from .saving import write_text
+from .settings import check_device
 
-__all__ = ["Items", "Judged", "judge", "make_items", "table", "without_retention"]
+__all__ = ["Items", "Judged", "evaluate", "judge", "make_items", "table", "without_retention", "write"]
 
 _DEPTHS = (0.1, 0.35, 0.6, 0.85)  # of needles, as shares of the context
 _PART = 8  # tokens of a needle's key, and of its value
 _NEW = 48  # tokens of a continuation
 _PERIOD = 16  # longest piece, in tokens, whose repetition counts as a loop
 _BUCKETS = 4  # of positions
+_EXACT = "window and sinks alone"  # name of a column
 _SILENT = -1e4  # logarithm of the factor of retention's scores; its exponential is 0
 
 
@@ -96,12 +107,84 @@ def _needle(text: Tensor, other: Tensor, depth: float) -> Tensor:
     return torch.cat([hay[:place], key, value, hay[place:], key, value])
 
 
-def judge(models: Mapping[str, Any], items: Items, *, batch: int = 4, hidden: bool = False) -> dict[str, Judged]:
-    """Run the tests on models; the first one is the teacher of the others.
+def evaluate(
+    model: str,
+    files: Sequence[str] = (),
+    *,
+    teacher: str = "",
+    against: Sequence[str] = (),
+    column: str = "text",
+    context: int = 512,
+    count: int = 32,
+    batch: int = 4,
+    device: str = "auto",
+) -> dict[str, Judged]:
+    """Judge a saved model beside its teacher and others on held-out text.
+
+    Beside a teacher, the teacher with exact attention to the model's window and sinks, without retention, is judged
+    too: what the model has beyond it is the merit of retention.
+
+    Args:
+        model: a folder, a GGUF file, or a name on the Hugging Face Hub.
+        files, column: the text, as in `read_corpus`; its validation part is used.
+        teacher: the model before its attention was replaced; "" for none.
+        against: further models.
+        context: tokens of a test.
+        count: number of items of each test.
+        batch: sequences at a time.
+        device: auto, cpu, cuda or mps.
+    Returns: the results by name, first the teacher's.
+    Raises: ValueError for a model that cannot be opened, another tokenizer, or too little text.
+    """
+    check_device(device)
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    place = (accelerator or "cpu") if device == "auto" else device
+    student, codec = open_model(model)
+    models: dict[str, Any] = {}
+    if teacher:
+        models[teacher] = _opened_beside(model, codec, teacher)
+        if (twin := _exact_only(models[teacher], student)) is not None:
+            models[_EXACT] = twin
+    models[model] = student
+    models |= {name: _opened_beside(model, codec, name) for name in against}
+    corpus = read_corpus(files, codec, context, column=column)
+    items = make_items(cast(Any, corpus.valid), count)
+    for opened in models.values():
+        opened.to(place)
+    return judge(models, items, teacher=teacher, batch=batch)
+
+
+def _opened_beside(model: str, codec: Codec, name: str) -> PreTrainedModel:
+    """Open another model. Raises: ValueError if it has another tokenizer."""
+    other, theirs = open_model(name)
+    if theirs.digest != codec.digest:
+        raise ValueError(f"{name} must have the tokenizer of {model}, since all models read the same tokens")
+    return other
+
+
+def _exact_only(teacher: Any, student: Any) -> Any:
+    """Return the teacher with the exact attention of the student's layers alone; None if they have none."""
+    layers = {name: m.retention for name, m in student.named_modules() if isinstance(m, Swapped)}
+    exact = {name: layer for name, layer in layers.items() if layer.rest is not None}
+    if not exact:
+        return None
+    twin = copy.deepcopy(teacher)
+    for name, layer in exact.items():
+        options = {"window": layer.window, "sinks": layer.sinks, "gate": None, "allow_lost": True}
+        replace_attention(twin, where=lambda other, _, name=name: other == name, **options)
+    without_retention(twin)
+    return twin
+
+
+def judge(
+    models: Mapping[str, Any], items: Items, *, teacher: str = "", batch: int = 4, hidden: bool = False
+) -> dict[str, Judged]:
+    """Run the tests on models.
 
     Args:
         models: language models by name, all with the same tokenizer.
         items: the tests.
+        teacher: the name of the model that the others are compared with, which must be the first; "" for none.
         batch: sequences at a time.
         hidden: show no progress bar.
     Returns: the results by name.
@@ -111,8 +194,7 @@ def judge(models: Mapping[str, Any], items: Items, *, batch: int = 4, hidden: bo
     with progress_bar("judging", total=steps, unit="test", disable=hidden) as bar:
         for name, model in models.items():
             model.eval()
-            teacher = next(iter(found.values()), None)
-            found[name] = _judged(model, items, teacher, batch, bar)
+            found[name] = _judged(model, items, found.get(teacher), batch, bar)
     return found
 
 
@@ -181,6 +263,12 @@ def table(found: Mapping[str, Judged]) -> str:
         lines.append([name, *("" if value is None else _shown(name, value) for value in values)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(_row(line, widths) for line in lines)
+
+
+def write(found: Mapping[str, Judged], file: Path) -> None:
+    """Write the values of all models as JSON."""
+    values = {name: judged.values for name, judged in found.items()}
+    write_text(file, json.dumps(values, indent=2) + "\n")
 
 
 def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
