@@ -145,7 +145,8 @@ def _fit(
             own = nn.Parameter(p.detach().clone())
             setattr(layer.get_submodule(parent), last, own)
             (new if name.startswith("retention.") else old).append(own)
-    optimiser = torch.optim.AdamW([{"params": new}, {"params": old, "lr": lr / 10}], lr, weight_decay=0.0)
+    groups: list[dict[str, Any]] = [{"params": new}, {"params": old, "lr": lr / 10}]
+    optimiser = torch.optim.AdamW(groups, lr, weight_decay=0.0)
     transfer = AttentionTransfer(model, layers)
     try:
         with torch.enable_grad(), progress_bar("fitting", total=steps, unit="step", disable=hidden) as bar:

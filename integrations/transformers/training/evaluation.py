@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -169,11 +169,18 @@ def _exact_only(teacher: Any, student: Any) -> Any:
     if not exact:
         return None
     twin = copy.deepcopy(teacher)
+    by_size: dict[tuple[Any, int], set[str]] = {}
     for name, layer in exact.items():
-        options = {"window": layer.window, "sinks": layer.sinks, "gate": None, "allow_lost": True}
-        replace_attention(twin, where=lambda other, _, name=name: other == name, **options)
+        by_size.setdefault((layer.window, layer.sinks), set()).add(name)
+    for (window, sinks), names in by_size.items():
+        where = _one_of(names)
+        replace_attention(twin, where=where, allow_lost=True, window=window, sinks=sinks, gate=None)
     without_retention(twin)
     return twin
+
+
+def _one_of(names: set[str]) -> Callable[[str, torch.nn.Module], bool]:
+    return lambda name, _: name in names
 
 
 def judge(
