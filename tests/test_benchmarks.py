@@ -36,6 +36,7 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_with_where_it_was_measured_and_a_picture(tmp_path):
     file = tmp_path / "op.jsonl"
     run("--results", file, "op", "--length", 8, "--backend", "chunked", "--backend", "eager", "--quick")
@@ -121,6 +122,7 @@ def test_extra_memory_is_the_peak_of_tensors():
     assert extra_memory(some) == pytest.approx(12e6, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_kept_once_that_is_asked_for():
     """Page faults of 64 MB that were free already: as malloc comes, and then."""
@@ -387,6 +389,9 @@ def test_a_pretrained_model_is_trained_in_all_ways_and_a_second_run_trains_nothi
     assert tokens[:3] == [640] * 3
     assert tokens[3] > 640  # the search of its learning rates
     assert (tmp_path / "first.png").stat().st_size > 10_000
+    folder = next((tmp_path / "runs").glob("32-640-*"))
+    assert not list(folder.rglob("checkpoint-*"))
+    assert len(list(folder.glob("row-*/model/config.json"))) == 4
 
 
 def test_the_benchmark_of_a_pretrained_model_says_how_to_get_it(tmp_path, monkeypatch):

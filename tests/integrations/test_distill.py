@@ -13,6 +13,7 @@ from retention.integrations.transformers.training import distill
 from retention.integrations.transformers.training.best import Best
 from retention.integrations.transformers.training.rates import STEPS, search_rates
 
+pytestmark = pytest.mark.slow
 SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 
