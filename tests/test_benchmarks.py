@@ -367,6 +367,7 @@ def test_compare_refuses_what_no_benchmark_wrote(tmp_path):
         run("compare", good, file, code=2)
 
 
+@pytest.mark.slow
 def test_a_pretrained_model_is_trained_in_all_ways_and_a_second_run_trains_nothing_again(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sizes = dict(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)

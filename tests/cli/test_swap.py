@@ -319,6 +319,7 @@ def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_
     assert isinstance(load_swapped(out).transformer.h[0].attn, Swapped)
 
 
+@pytest.mark.slow
 def test_the_cheapest_layers_are_chosen_once_and_replaced(host, text, tmp_path, monkeypatch):
     out = tmp_path / "out"
     result = run(host, text, "--out", out, *QUIET, "--choose", "1")

@@ -153,6 +153,7 @@ def test_a_model_with_its_attention_is_refused(teacher, tmp_path):
         recover(teacher, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_rate_that_spoils_the_model_leaves_it_as_it_was(teacher, replaced, tmp_path):
     before = copy.deepcopy(replaced.state_dict())
     found = recover(replaced, tmp_path, transfer_steps=4, tuning_steps=4, transfer_lr=5.0, tuning_lr=5.0)
@@ -161,6 +162,7 @@ def test_a_rate_that_spoils_the_model_leaves_it_as_it_was(teacher, replaced, tmp
         assert torch.equal(weight, before[name]), name
 
 
+@pytest.mark.slow
 def test_a_stage_ends_with_the_best_weights_it_has_seen_and_a_resumed_one_with_the_same(replaced, tmp_path):
     other, seen = copy.deepcopy(replaced), []
 
@@ -223,6 +225,7 @@ def test_the_search_gives_each_part_the_rate_that_helps_it_most_and_changes_no_w
     assert steep.item() == flat.item() == 1.0
 
 
+@pytest.mark.slow
 def test_rates_are_found_when_none_is_given(replaced, tmp_path):
     found = recover(replaced, tmp_path, transfer_steps=2, tuning_steps=2, transfer_lr=None, tuning_lr=None)
     kept = [json.loads((tmp_path / stage / "rates.json").read_text()) for stage in ("transfer", "tuning")]
@@ -232,6 +235,7 @@ def test_rates_are_found_when_none_is_given(replaced, tmp_path):
     assert found.tokens == (4 + kept[0]["steps"] + kept[1]["steps"]) * 16 * 24
 
 
+@pytest.mark.slow
 def test_a_stage_ends_when_evaluations_bring_nothing(replaced, tmp_path):
     often = dict(transfer_steps=0, eval_strategy="steps", eval_steps=1, save_steps=100, tuning_lr=5.0, patience=2)
     other = copy.deepcopy(replaced)
@@ -240,6 +244,7 @@ def test_a_stage_ends_when_evaluations_bring_nothing(replaced, tmp_path):
     assert recover(other, tmp_path, tuning_steps=50, **often) == found  # it is not trained further
 
 
+@pytest.mark.slow
 def test_with_layers_alone_to_tune_the_teacher_shares_all_other_weights(teacher, tmp_path, monkeypatch):
     model, seen = copy.deepcopy(teacher), []
     run = distill._Stage.run

@@ -104,6 +104,7 @@ def test_too_little_text_is_refused(blocks):
         make_items(blocks[:1], 4)
 
 
+@pytest.mark.slow
 def test_the_command_shows_teacher_exact_attention_and_model_side_by_side(text, tmp_path):
     config = LlamaConfig(**SIZES | {"vocab_size": 256}, num_hidden_layers=2, max_position_embeddings=128)
     model = LlamaForCausalLM(config)

@@ -91,9 +91,23 @@ def test_a_gguf_file_opens_as_a_plain_model_of_its_class_with_its_tokenizer(llam
     torch.testing.assert_close(again(ids).logits, llama(ids).logits)
 
 
+@pytest.mark.slow
 def test_the_command_replaces_the_attention_of_a_gguf_file(gguf_file, text, tmp_path):
-    few = ["--transfer-steps", "2", "--tuning-steps", "2", "--batch", "2", "--context", "32", "--sample", "5"]
-    words = ["swap", gguf_file, text, "--out", tmp_path / "out", *few, "--device", "cpu"]
+    few = [
+        "--transfer-steps",
+        "2",
+        "--tuning-steps",
+        "2",
+        "--batch",
+        "2",
+        "--context",
+        "32",
+        "--window",
+        "8",
+        "--sample",
+        "5",
+    ]
+    words = ["swap", gguf_file, text, "--out", tmp_path / "out", *few, "--device", "cpu", "--sample", "5"]
     result = CliRunner().invoke(app, list(map(str, words)))
     assert result.exit_code == 0, result.output
     model, found = open_model(str(tmp_path / "out"))

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from .choosing import LayerCosts
 
@@ -115,7 +117,7 @@ def _finish(axes: Axes, unit: str, title: str, loss: str, *, log: bool = False) 
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(EngFormatter())
-    if log:
+    if log and any(y > 0 for line in axes.lines for y in np.asarray(line.get_ydata())):  # rounding may leave none
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
