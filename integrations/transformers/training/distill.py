@@ -54,7 +54,7 @@ class Recovery:
         replaced: loss of the model before training.
         transferred: loss after the first stage.
         tuned: loss after the second stage.
-        tokens: number of tokens trained on in both stages.
+        tokens: number of tokens trained on in both stages, those of the search for learning rates included.
     """
 
     teacher: float
