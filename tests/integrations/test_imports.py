@@ -48,6 +48,7 @@ def test_public_names_can_be_imported(room, name):
     assert namespace[name].__name__ == name
 
 
+@pytest.mark.slow
 def test_swap_imports_transformers_only_for_names_that_need_it():
     code = """
 import sys
@@ -92,6 +93,15 @@ def test_documents_use_no_former_name():
     assert "retention.integrations.swap" in shown
     modules = {former.rpartition(".")[0] for former in FORMER}
     assert [module for module in modules if re.search(rf"retention\.integrations\.{module}\b", shown)] == []
+
+
+@pytest.mark.slow
+def test_the_package_says_what_it_needs(tmp_path):
+    code = "import sys; sys.modules['transformers'] = None; import retention.integrations.transformers"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(tmp_path)
+    )
+    assert 'pip install "multiscale-retention[transformers]"' in result.stderr
 
 
 @pytest.mark.parametrize("door", [swap.replace_attention, swap.plan_replacement, swap.HostedRetention])

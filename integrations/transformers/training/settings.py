@@ -38,10 +38,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHANGED = {
-    "vocabulary": "the tokenizer is not what it was when the run began; put it back, or begin a new run",
-    "weights": "the weights of the model are not what they were when the run began; put them back, or begin a new run "
-    "in another folder",
-    "corpus": "the corpus is not what it was when the run began; put its files back, or begin a new run",
+    "vocabulary": "the tokenizer has changed since the run began; restore it, or begin a new run",
+    "weights": "the weights of the model have changed since the run began; restore them, or begin a new run in another "
+    "folder",
+    "corpus": "the corpus has changed since the run began; restore its files, or begin a new run",
     "processes": "a resumed run keeps its number of processes, {begun}; got {found}; "
     "start it with torchrun --nproc_per_node {begun}",
 }
