@@ -212,7 +212,7 @@ def pretrained(lines: Sequence[Line]) -> Iterator[Picture]:
         for line in mine:
             panel.curves[line["side"]] = {tokens: flat(loss) for tokens, loss in line["points"] if tokens}
         ends = sorted({tokens for line in mine for tokens, _ in line["points"] if tokens})
-        panel.dashed["the model with its attention"] = {tokens: flat(mine[0]["teacher"]) for tokens in ends}
+        panel.dashed["original"] = {tokens: flat(mine[0]["teacher"]) for tokens in ends}
         panels.append(panel)
     if panels:
         yield Picture("A pretrained model with retention, on held-out Python source", [panels], corner(lines[0]))

@@ -58,10 +58,10 @@ def rows(window: int, sinks: int) -> list[Row]:
     """Return the rows of the table in the order in which they run."""
     both = {"window": window, "sinks": sinks}
     return [
-        Row("window and sinks, without retention", both, exact=True),
-        Row("window, sinks and retention", both),
-        Row("half of the layers: window, sinks and retention", both, half=True),
-        Row("sinks and retention, no window", {"sinks": sinks}, search=True),
+        Row("window + sinks", both, exact=True),
+        Row("window + sinks + retention", both),
+        Row("half the layers", both, half=True),
+        Row("sinks + retention", {"sinks": sinks}, search=True),
     ]
 
 
