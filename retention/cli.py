@@ -242,12 +242,12 @@ def swap(
         ),
     ] = False,
     decay: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Initial decays of the heads: short, log_linear or paper. They are trained. short, whose memory is "
-            "the shortest, suits contexts of a few hundred tokens."
+            help="Initial decays of the heads: short, log_linear or paper. They are trained. Heads remember about 2 to "
+            "128 tokens with short, 32 to 512 with log_linear, 32 and more with paper. Default: log_linear with a window; without one, short."
         ),
-    ] = "short",
+    ] = None,
     features: Annotated[
         bool,
         typer.Option(

@@ -68,7 +68,8 @@ class HostedRetention(HasBackend):
         heads: sizes of the layer's heads.
         num_decays: number of decays of each head; the scores of all are added. Default: 2 with features, else 1.
         decay: "paper", "log_linear", "short", or num_decays * num_heads log-decays (natural logarithm per token):
-            first the first one of all heads, then the second one of all heads, and so on. Default "short".
+            first the first one of all heads, then the second one of all heads, and so on. Default: "log_linear" with a
+            window, since retention then covers what is farther away than the memory of "short"; else "short".
         learnable_decay: train the decays.
         features: True maps q and k by a `FeatureMap` each; False uses them as they are.
         key_importance: learn how much each key counts; see `FeatureMap`. Needs features. Default: as features.
@@ -99,7 +100,7 @@ class HostedRetention(HasBackend):
         heads: Heads,
         *,
         num_decays: int | None = None,
-        decay: Any = "short",
+        decay: Any = None,
         learnable_decay: bool = True,
         features: bool = True,
         key_importance: bool | None = None,
@@ -139,6 +140,7 @@ class HostedRetention(HasBackend):
         self.heads, self.num_decays, self.features = heads, num_decays, features
         self.window, self.sinks, self.causal, self.grid_decay = window, sinks, causal, grid_decay
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
+        decay = ("log_linear" if window else "short") if decay is None else decay
         values = log_decays(decay, num_decays * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
         self.options: dict[str, Any] = dict(

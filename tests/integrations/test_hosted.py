@@ -13,6 +13,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from retention import ShapeError
+from retention.decay import log_linear, short
 from retention.integrations.swap import (
     Heads,
     HostedRetention,
@@ -100,6 +101,13 @@ def test_keys_are_as_important_as_their_vectors_say():
     y, _ = retention(x, q, k, v, scale=1.0)
     torch.testing.assert_close(y[0, 3:, 0], v[0, 0, 3].expand(6, 4))  # the only key that counts, bounded by e^10
     torch.testing.assert_close(y[0, 0, 0], v[0, 0, 0])  # a sum of scores that is tiny divides like any other
+
+
+def test_heads_beside_a_window_remember_longer():
+    heads = Heads(4, 1, 1, 4, 4)
+    assert HostedRetention(heads, window=8).decay.values == log_linear(2)
+    assert HostedRetention(heads, sinks=2).decay.values == short(2)
+    assert HostedRetention(heads, window=8, decay="short").decay.values == short(2)
 
 
 def test_the_importance_of_keys_needs_features():

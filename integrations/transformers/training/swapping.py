@@ -51,7 +51,7 @@ class SwapSettings(Kept):
     layers: list[int] | None = None  # None: all
     choose: int | None = None  # number of layers, the cheapest to replace; None: those of `layers`
     allow_lost: bool = False
-    decay: str = "short"
+    decay: str | None = None  # None: log_linear with a window, else short
     features: bool = True
     window: int | None = None  # in tokens; None: no window of exact attention
     sinks: int = 0
