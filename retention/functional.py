@@ -14,6 +14,7 @@ from .errors import ShapeError
 from .normalisers import ScoreNorm, score_divisor, total_decay
 from .options import check_device, check_dtype, check_flags, check_whole
 from .scores import scores as retention_scores
+from .sharding import active, check_part, in_parts, refuse
 from .state import RetentionState, state_dtype
 from .times import counts
 
@@ -109,6 +110,7 @@ def retain(
         form=form,
         return_state=return_state,
     )
+    check_part(call, score_norm == "absolute")
     out, new = _run(call, backend, q, k, v, log_decay, state, mask, cu_seqlens, decay_norm, score_norm)
     return out if new is None else (out, new)
 
@@ -179,6 +181,7 @@ def stepped(
     score_norm: ScoreNorm,
 ) -> Tensor:
     """Run `step` for arguments that have been checked and are described in `call`."""
+    refuse("a step of one token", "leave the context to decode")
     out, _ = _run(call, backend, q, k, v, log_decay, state, mask, None, decay_norm, score_norm)
     state.time += 1 if mask is None else counts(call, mask, None, q.device)
     return out
@@ -215,6 +218,7 @@ def scores(
                 [0.5000, 1.0000, 0.0000],
                 [0.2500, 0.5000, 1.0000]])
     """
+    refuse("the matrix of all scores", "leave the context, or do not ask for scores")
     options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid, decay_norm=decay_norm)
     call = describe(q, k, k, log_decay, score_norm=score_norm, form="parallel", **options)
     found = retention_scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
@@ -304,25 +308,33 @@ def _run(
     score_norm: ScoreNorm,
 ) -> tuple[Tensor, RetentionState | None]:
     """Choose a backend, run it outside of autocast, apply the normalisers and make the new state."""
-    out_dtype = call.out_dtype
-    if decay_norm or score_norm:  # sums may exceed the range of half precision, the normalised output does not
+    shard, out_dtype = active(), call.out_dtype
+    if (
+        decay_norm or score_norm or shard is not None
+    ):  # sums may exceed the range of half precision before the last step
         call = call._replace(out_dtype=state_dtype(call.dtype))
-    backend, call = backends.choose(call, name)
+    part = call if shard is None else call._replace(has_state=False, return_state=False)
+    borders = cu_seqlens if shard is None or cu_seqlens is None else shard.local_borders(cu_seqlens)
+    backend, part = backends.choose(part, name)
 
     def run(values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if call.device == "meta" or not torch.is_autocast_enabled(call.device):
-            return backend(call, q, k, values, log_decay, before, mask, cu_seqlens)
+            return backend(part, q, k, values, log_decay, before, mask, borders)
         with torch.autocast(call.device, enabled=False):  # the sums stay float32
-            return backend(call, q, k, values, log_decay, before, mask, cu_seqlens)
+            return backend(part, q, k, values, log_decay, before, mask, borders)
 
-    out, kv = run(v, None if state is None else state.kv)
-    mass = k_sum = None
+    sums = [(v, None if state is None else state.kv)]
+    if score_norm is True:  # sum_i R_ni is the retention of values that are all 1
+        before = None if state is None or state.k_sum is None else state.k_sum[..., None]
+        sums.append((torch.ones_like(v[..., :1]), before))
+    if shard is None:
+        results = [run(values, before) for values, before in sums]
+    else:
+        results = in_parts(shard, call, run, q, k, sums, log_decay, mask, cu_seqlens)
+    (out, kv), (mass, k_sum) = results[0], results[-1] if score_norm is True else (None, None)
     if score_norm == "absolute":
         scores = retention_scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)
         mass = scores.detach().abs().sum(-1, keepdim=True)
-    elif score_norm:  # sum_i R_ni is the retention of values that are all 1
-        before = None if state is None or state.k_sum is None else state.k_sum[..., None]
-        mass, k_sum = run(torch.ones_like(v[..., :1]), before)
 
     decay = total_decay(call, log_decay, state, mask, cu_seqlens).sqrt()[..., None] if decay_norm else None
     if mass is not None:

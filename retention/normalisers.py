@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .call import Call
 from .decay import geometric_sum
+from .sharding import token_indices
 from .state import RetentionState, state_dtype
-from .times import counts, token_times
+from .times import counts, segments, token_times
 
 ScoreNorm = bool | Literal["absolute"]
 
@@ -39,7 +40,7 @@ def total_decay(
         return behind
     lengths = counts(call, mask, cu_seqlens, log_decay.device)[:, None]
     if cu_seqlens is not None:
-        lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
+        lengths = lengths[segments(cu_seqlens, token_indices(call.length, lengths.device))].view(1, -1)
     ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))  # token n and those after it
     return behind + ahead - 1  # token n itself is in both
 

@@ -1,0 +1,128 @@
+"""Retention over many processes with torch.distributed: a sequence in parts.
+
+Source: Sun et al. 2025, arXiv:2502.07563 (LASP-2), for the exchange of states; the interface is that of
+    `torch.distributed.tensor.experimental.context_parallel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .options import check_is, check_number, check_whole, number, shown
+from .sharding import Shard, activate, active
+
+
+@contextmanager
+def context_parallel(
+    mesh: DeviceMesh,
+    *,
+    length: int | None = None,
+    buffers: Sequence[Tensor] | None = None,
+    buffer_seq_dims: Sequence[int] | None = None,
+    no_restore_buffers: set[Tensor] | None = None,
+    tolerance: float = 0.0,
+) -> Generator[Shard]:
+    """Spread one sequence over the processes of a mesh: inside, every retention sees all parts of the sequence.
+
+    Each process holds a contiguous part, in the order of the ranks, and calls `retain`, a layer or a model with it. The
+    results are the parts of those that one process computes from the whole sequence. For each call of `retain` one
+    exchange of H * K * V numbers per process runs forward, and one backward, at any length.
+
+    Inside, these belong to the whole sequence and are the same on all processes: cu_seqlens, `state`, and the state that
+    is returned. A mask belongs to the own part; give one to all processes or to none. The gradients of what all
+    processes share (weights, log_decay, `state`) are those of the own outputs; their sum over the processes is that of
+    the whole sequence. Run the backward pass inside too.
+
+    Args:
+        mesh: a DeviceMesh of one dimension, such as `mesh["cp"]`.
+        length: the number of tokens of the own part, padding included; parts may differ. Or give buffers.
+        buffers: tensors of the whole sequence, equal on all processes. Inside the context each holds only its own part;
+            the parts differ by one token at most.
+        buffer_seq_dims: the dimension of the tokens of each buffer.
+        no_restore_buffers: buffers that need not hold the whole sequence again afterwards.
+        tolerance: where gamma^length of every inner part is at most this for every head, each process takes the states
+            of its neighbours only, and the exchange no longer grows with the number of processes. The states that are
+            left out count at most this fraction. With a mask or a returned state all are exchanged. Default 0: exact.
+    Yields: the `Shard`: lengths, rank, start and total of the parts.
+    Raises: ValueError or TypeError that names the argument. Inside: ValueError, before any communication, for what has
+        no parts: a grid, `step`, score matrices, score_norm "absolute", a state of packed sequences, torch.func.
+    Examples:
+        >>> import torch, torch.distributed as dist
+        >>> from retention import MultiScaleRetention, distributed
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun does this for more
+        >>> mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+        >>> layer, x = MultiScaleRetention(dim=16, num_heads=2), torch.ones(1, 8, 16)
+        >>> with distributed.context_parallel(mesh["cp"], buffers=[x], buffer_seq_dims=[1]) as shard:
+        ...     y = layer(x)  # of the tokens shard.start to shard.start + shard.length
+        >>> y.shape
+        torch.Size([1, 8, 16])
+        >>> dist.destroy_process_group()
+    """
+    check_is("mesh", mesh, DeviceMesh, "a DeviceMesh of one dimension")
+    if mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension, such as mesh['cp']; got {mesh.ndim}, {mesh.mesh_dim_names}")
+    if active() is not None:
+        raise ValueError("context_parallel is active already; a sequence is spread once")
+    check_number("tolerance", tolerance, 0 <= number(tolerance) < 1, "at least 0 and below 1")
+    check_whole("length", length, 0, optional=True)
+    group, rank, size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
+    buffers, dims = list(buffers or ()), list(buffer_seq_dims or ())
+    kept = no_restore_buffers or set()
+    total = _check_buffers(buffers, dims, kept, length)
+    if length is None:
+        lengths = tuple(total // size + (r < total % size) for r in range(size))
+    else:
+        lengths = _agreed(mesh, length, float(tolerance))
+    shard = Shard(lengths, rank, group, float(tolerance))
+    whole = [x.detach() for x in buffers]
+    for x, dim in zip(buffers, dims, strict=True):
+        x.set_(x.narrow(dim, shard.start, shard.length).clone())
+    whole = [None if any(x is y for y in kept) else old for x, old in zip(buffers, whole, strict=True)]
+    before = activate(shard)
+    try:
+        yield shard
+    finally:
+        activate(before)
+        for x, old in zip(buffers, whole, strict=True):
+            if old is not None:
+                x.set_(old)
+
+
+def _check_buffers(buffers: list[Tensor], dims: list[int], kept: set[Tensor], length: int | None) -> int:
+    """Return the number of tokens of the buffers, 0 without any. Raises: ValueError or TypeError."""
+    if bool(buffers) == (length is not None):
+        raise ValueError(
+            f"give the length of the own part, or buffers of the whole sequence; got length {length}, "
+            f"{len(buffers)} buffers"
+        )
+    if len(buffers) != len(dims):
+        raise ValueError(f"buffer_seq_dims must hold a dimension per buffer, {len(buffers)}; got {len(dims)}")
+    for x, dim in zip(buffers, dims, strict=True):
+        check_is("buffers", x, Tensor, "tensors")
+        if x.requires_grad:
+            raise ValueError("buffers are changed in place and have no gradient; got one that requires it; detach it")
+        if type(dim) is not int or not -x.dim() <= dim < x.dim():
+            raise ValueError(f"buffer_seq_dims must be dimensions of the buffers; got {shown(dim)} for {shown(x)}")
+    if any(all(x is not y for y in buffers) for x in kept):
+        raise ValueError("no_restore_buffers must be among buffers; got another tensor")
+    totals = {x.shape[dim] for x, dim in zip(buffers, dims, strict=True)}
+    if len(totals) > 1:
+        raise ValueError(f"buffers must have one number of tokens; got {sorted(totals)}")
+    return totals.pop() if totals else 0
+
+
+def _agreed(mesh: DeviceMesh, length: int, tolerance: float) -> tuple[int, ...]:
+    """Return the lengths of all parts. Raises: ValueError on all processes if their tolerances differ."""
+    mine = torch.tensor([float(length), tolerance], dtype=torch.float64, device=mesh.device_type)
+    found = [torch.empty_like(mine) for _ in range(mesh.size())]
+    dist.all_gather(found, mine, group=mesh.get_group())
+    lengths, tolerances = torch.stack(found).unbind(1)
+    if (tolerances != tolerance).any():
+        raise ValueError(f"tolerance must be the same on all ranks; got {tolerances.tolist()}")
+    return tuple(int(x) for x in lengths.tolist())
