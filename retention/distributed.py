@@ -34,10 +34,10 @@ def context_parallel(
     results are the parts of those that one process computes from the whole sequence. For each call of `retain` one
     exchange of H * K * V numbers per process runs forward, and one backward, at any length.
 
-    Inside, these belong to the whole sequence and are the same on all processes: cu_seqlens, `state`, and the state that
-    is returned. A mask belongs to the own part; give one to all processes or to none. The gradients of what all
-    processes share (weights, log_decay, `state`) are those of the own outputs; their sum over the processes is that of
-    the whole sequence. Run the backward pass inside too.
+    Inside, cu_seqlens, `state` and the returned state belong to the whole sequence and are the same on all processes. A
+    mask belongs to the own part; give one to all processes or to none. The gradients of what all processes share
+    (weights, log_decay, `state`) are those of the own outputs; their sum over the processes is that of the whole
+    sequence. Run the backward pass inside too.
 
     Args:
         mesh: a DeviceMesh of one dimension, such as `mesh["cp"]`.

@@ -3,13 +3,15 @@
 Each process computes its part of the sequence from a zero state. A state is linear in what came before, so the states
 of all parts are joined in closed form, with one exchange of H * K * V numbers per process, at any length:
 
-    S_r = sum_{s < r} gamma^(tokens between part s and part r) M_s,    out_n += scale gamma^(tokens of part r up to n) q_n S_r
+    S_r = sum_{s < r} gamma^(tokens between parts s and r) M_s
+    out_n = (retention inside the part) + scale gamma^(tokens of part r up to n) q_n S_r
 
 M_s is the state after part s alone and S_r the state before part r. Retention that looks both ways adds the same with
 time reversed. The backward pass mirrors this: the gradients of the S_r are exchanged, and their sum, with the same
 weights, is the gradient of M_s. Either exchange runs while the backend computes the part itself.
 
-`retention.distributed.context_parallel` sets the active `Shard`; `retention.functional` and `retention.times` ask for it.
+`retention.distributed.context_parallel` sets the active `Shard`, which `retention.functional` and `retention.times` ask
+for.
 Source: Sun et al. 2025, arXiv:2502.07563 (LASP-2), one all-gather of states. Differs: the decay, padding, borders of
     packed sequences, both directions, and parts of different lengths.
 """
@@ -309,10 +311,8 @@ class _Join:
         words = header.view(flat.dtype).numel()
         headers = flat[:, :words].contiguous().view(torch.long)
         self._check(headers[:, 0], header[0], sources)
-        if self.call.masked:
-            counts = headers[:, 1:]
-        else:
-            counts = torch.tensor(self.shard.lengths, device=flat.device)[:, None]
+        lengths = torch.tensor(self.shard.lengths, device=flat.device)[:, None]
+        counts = headers[:, 1:] if self.call.masked else lengths
         self.ends = counts.cumsum(0)
         self.starts = self.ends - counts
         return flat[:, words:].view(-1, *self.shape), sources
@@ -375,7 +375,7 @@ class _Join:
 
 
 class _Begin(torch.autograd.Function):
-    """Send the own states (D, B, H, K, V) to the other processes; the result is the buffer for theirs, not yet filled."""
+    """Send the own states (D, B, H, K, V) and return the buffer for those of the others, which is filled later."""
 
     @staticmethod
     def forward(ctx: Any, mine: Tensor, join: _Join) -> Tensor:

@@ -50,7 +50,7 @@ def segments(cu_seqlens: Tensor, index: Tensor) -> Tensor:
 
 
 def counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
-    """Return the number of real tokens in each row or segment, (B,) or (N,) int64, of the whole sequence if in parts."""
+    """Return the number of real tokens in each row or segment of the whole sequence, (B,) or (N,) int64."""
     if cu_seqlens is not None:
         return cu_seqlens.diff().long()
     if mask is None:

@@ -41,27 +41,28 @@ def _work(rank, size, port, folder, cases):
         torch.manual_seed(0)
         try:
             case(world)
-            failed = None
         except Exception:
-            failed = traceback.format_exc()
-        found = [None] * size
-        dist.all_gather_object(found, failed)
-        if rank == 0:
-            text = "\n".join(f"rank {i}: {x}" for i, x in enumerate(found) if x)
-            (Path(folder) / case.__name__).write_text(text)
+            (Path(folder) / f"{case.__name__}.{rank}").write_text(f"rank {rank}: {traceback.format_exc()}")
+            raise  # the others may wait for this process: the group ends
+        (Path(folder) / f"{case.__name__}.{rank}").touch()
     dist.destroy_process_group()
 
 
 def run(cases, size):
     """Run the cases in `size` processes. Returns: for each name of a case, its error, empty if it passed."""
     with tempfile.TemporaryDirectory() as folder:
+        ended = ""
         try:
             mp.start_processes(_work, (size, free_port(), folder, cases), size, start_method="forkserver")
-            died = "the group ended before this case"
-        except Exception as error:  # a case that killed the group is the first without a file
-            died = str(error)
-        files = {case.__name__: Path(folder) / case.__name__ for case in cases}
-        return {name: file.read_text() if file.exists() else died for name, file in files.items()}
+        except mp.spawn.ProcessException as error:
+            ended = f"the group ended before this case: {str(error).splitlines()[-1]}"
+        return {case.__name__: _error(Path(folder), case.__name__, size, ended) for case in cases}
+
+
+def _error(folder, name, size, ended):
+    files = [folder / f"{name}.{rank}" for rank in range(size)]
+    found = [file.read_text() for file in files if file.exists()]
+    return "\n".join(filter(None, found)) or ("" if len(found) == size else ended)
 
 
 def free_port():

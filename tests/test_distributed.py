@@ -6,8 +6,10 @@ import processes
 import pytest
 import torch
 
-from retention import MultiScaleRetention, RetNet, ShapeError, retain
+from benchmarks.traffic import Traffic
+from retention import MultiScaleRetention, RetNet, retain, step
 from retention.distributed import context_parallel
+from retention.functional import scores
 from retention.state import RetentionState
 
 EVEN, UNEVEN, EMPTY = (8, 8, 8, 8), (5, 13, 1, 9), (0, 7, 0, 4)
@@ -159,6 +161,148 @@ def half_precision(world):
     check_retain(world.all, UNEVEN, dtype=torch.bfloat16, bound=2**-7)
 
 
+def only_neighbours_within_a_tolerance(world):
+    """With gamma^7 below the tolerance only neighbours exchange; without, the result is exact."""
+    fast = torch.full((4,), 0.02, dtype=torch.float64).log()
+    for causal in (True, False):
+        with Traffic() as traffic:
+            check_retain(world.all, (7, 9, 7, 8), decay=fast, causal=causal, tolerance=1e-10)
+        assert traffic.calls["send"]
+        assert not traffic.calls["_allgather_base_"]
+        with Traffic() as traffic:
+            check_retain(world.all, (7, 9, 4, 8), decay=fast, causal=causal, tolerance=1e-10)
+        assert (traffic.calls["_allgather_base_"], traffic.calls["send"]) == (2, 0)
+    check_retain(world.all, (7, 9, 7, 8), decay=fast, tolerance=1e-10, cu_seqlens=torch.tensor([0, 12, 20, 31]))
+
+
+def check_model(world, model, inputs, lengths, call, bound=1e-10):
+    """Compare the outputs and the gradients of all parameters; `call` runs the model on inputs (B, T, ...)."""
+    model.zero_grad()
+    whole = call(model, *inputs)
+    weights = torch.randn_like(whole)
+    (whole * weights).sum().backward()
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    rank = world.all.get_local_rank()
+    parts = [None if x is None else part_of(x, lengths, rank, 1) for x in inputs]
+    with context_parallel(world.all, length=lengths[rank]):
+        out = call(model, *parts)
+        (out * part_of(weights, lengths, rank, 1)).sum().backward()
+    close(out, part_of(whole, lengths, rank, 1), bound)
+    for name, p in model.named_parameters():
+        close(world.sum(torch.zeros_like(p) if p.grad is None else p.grad), wanted[name], bound)
+
+
+def layers(world):
+    for options in (
+        dict(learnable_decay=True),
+        dict(rotary="xpos", interleaved=False),
+        dict(rotary="rope", num_kv_heads=2, decay_norm=True, score_norm=True),
+        dict(causal=False, norm="rms"),
+    ):
+        torch.manual_seed(1)
+        layer = MultiScaleRetention(16, 4, dtype=torch.float64, **options)
+        x, mask = torch.randn(2, 28, 16, dtype=torch.float64), holes(28)
+        check_model(world, layer, [x], UNEVEN, lambda m, x: m(x))
+        check_model(world, layer, [x, mask], UNEVEN, lambda m, x, mask: m(x, mask=mask) * mask[..., None])
+        packed = torch.tensor([0, 4, 12, 28], dtype=torch.int32)
+        check_model(world, layer, [x[:1]], UNEVEN, lambda m, x, p=packed: m(x, cu_seqlens=p))
+
+
+def language_models(world):
+    for checkpointing in (False, True):
+        torch.manual_seed(1)
+        model = RetNet(50, 16, 3, 2, dtype=torch.float64, retention={"learnable_decay": True}).train()
+        model.backbone.gradient_checkpointing = checkpointing
+        tokens, mask = torch.randint(50, (2, 28)), holes(28)
+        check_model(world, model, [tokens], UNEVEN, lambda m, x: m(x))
+        check_model(world, model, [tokens, mask], UNEVEN, lambda m, x, mask: m(x, mask=mask) * mask[..., None])
+
+
+def prefill_and_decode(world):
+    """The states of a prompt in parts are those of the whole, on every process, and `step` goes on from them."""
+    torch.manual_seed(1)
+    model = RetNet(50, 16, 2, 2, dtype=torch.float64).eval()
+    tokens, rank = torch.randint(50, (1, 28)), world.rank
+    with torch.no_grad():
+        logits, states = model(tokens, return_state=True)
+        with context_parallel(world.all, length=UNEVEN[rank]):
+            _, found = model(part_of(tokens, UNEVEN, rank, 1), return_state=True)
+        for state, wanted in zip(found, states, strict=True):
+            close(state.kv, wanted.kv)
+        following = logits[:, -1:].argmax(-1)
+        close(model.step(following, found), model.step(following, states))
+
+
+def buffers_are_split_and_restored(world):
+    tokens, kept = torch.arange(10)[None], torch.arange(20).view(10, 2)
+    with context_parallel(
+        world.all, buffers=[tokens, kept], buffer_seq_dims=[1, 0], no_restore_buffers={kept}
+    ) as shard:
+        assert (shard.lengths, shard.total) == ((3, 3, 2, 2), 10)
+        assert tokens.tolist() == [list(range(shard.start, shard.start + shard.length))]
+        assert kept[:, 0].tolist() == [2 * i for i in tokens[0].tolist()]
+    assert tokens.tolist() == [list(range(10))]
+    assert len(kept) == shard.length
+
+
+def bytes_do_not_grow_with_length(world):
+    """Forward and backward gather B * H * K * V numbers and a header of B + 1 integers each way, at any length."""
+    found = []
+    for length in (4, 64):
+        q = torch.randn(2, 3, length, 5, requires_grad=True)
+        v = torch.randn(2, 3, length, 7, requires_grad=True)
+        with context_parallel(world.all, length=length), Traffic() as traffic:
+            retain(q, q, v, DECAY[:3].float()).sum().backward()
+        found.append((traffic.calls["_allgather_base_"], sum(traffic.bytes.values())))
+    states = 2 * 3 * 5 * 7 * 4
+    assert found == [(2, 2 * states + (1 + 2) * 8)] * 2, found
+
+
+def refused_before_communication(world):
+    """All processes raise, and none has sent anything."""
+    x, d, rank = torch.randn(1, 4, 4, 4), DECAY.float(), world.rank
+    state = retain(x, x, x, d, return_state=True)[1]
+    packed = torch.tensor([0, 7, 16])
+    model = RetNet(50, 16, 1, 2)
+    calls = {
+        "grid": lambda: retain(x, x, x, d, causal=False, grid=(2, 2)),
+        "score_norm 'absolute'": lambda: retain(x, x, x, d, score_norm="absolute"),
+        "matrix of all scores": lambda: scores(x, x, d),
+        "a state of packed": lambda: retain(x, x, x, d, cu_seqlens=packed, return_state=True),
+        "end at the length 16": lambda: retain(x, x, x, d, cu_seqlens=torch.tensor([0, 4])),
+        r"lengths \[4, 4, 4, 4\] .* got length 3 on rank": lambda: retain(*[x[:, :, 1:]] * 3, d),
+        "step of one token": lambda: step(*[x[:, :, :1]] * 3, d, state),
+        "torch.func": lambda: torch.func.grad(lambda y: retain(y, x, x, d).sum())(x),
+        "got length 2 on rank": lambda: model(torch.ones(1, 2, dtype=torch.long), mask=torch.ones(1, 2) > 0),
+        "active already": lambda: context_parallel(world.all, length=4).__enter__(),
+    }
+    with context_parallel(world.all, length=4), Traffic() as traffic:
+        for message, call in calls.items():
+            with pytest.raises(ValueError, match=message):
+                call()
+    assert not traffic.calls, traffic.calls
+    for message, options in {
+        "one dimension": dict(mesh=world.square, length=4),
+        "length .* or buffers": dict(mesh=world.all),
+        "one number of tokens": dict(mesh=world.all, buffers=[x[0], x[0, 0, :2]], buffer_seq_dims=[0, 0]),
+        "dimension per buffer": dict(mesh=world.all, buffers=[x]),
+        "tolerance must be a number": dict(mesh=world.all, length=4, tolerance=1.0),
+        "length must be": dict(mesh=world.all, length=-1),
+        "tolerance must be the same": dict(mesh=world.all, length=4, tolerance=0.1 * rank),
+    }.items():
+        with pytest.raises(ValueError, match=message), context_parallel(**options):
+            pass
+    assert retain(x, x, x, d).shape == x.shape  # outside, as ever
+
+
+def other_options_on_one_rank(world):
+    """Calls that do not belong together are noticed on every process, and none hangs."""
+    x = torch.randn(1, 4, 4, 4)
+    with context_parallel(world.all, length=4), pytest.raises(ValueError, match="all ranks must ask for the same"):
+        retain(x, x, x, DECAY.float(), scale=2.0 if world.rank == 2 else 1.0)
+
+
 CASES = [
     causal,
     two_parts_in_two_groups,
@@ -172,6 +316,14 @@ CASES = [
     forms,
     single_precision,
     half_precision,
+    only_neighbours_within_a_tolerance,
+    layers,
+    language_models,
+    prefill_and_decode,
+    buffers_are_split_and_restored,
+    bytes_do_not_grow_with_length,
+    refused_before_communication,
+    other_options_on_one_rank,
 ]
 
 
