@@ -135,7 +135,6 @@ def check_part(call: Call, absolute: bool) -> None:
         refuse("a transform of torch.func", "use torch.autograd")
 
 
-@torch.compiler.disable
 def in_parts(
     shard: Shard,
     call: Call,

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import ProcessException
 
 TIMEOUT = timedelta(seconds=60)
 
@@ -54,7 +55,7 @@ def run(cases, size):
         ended = ""
         try:
             mp.start_processes(_work, (size, free_port(), folder, cases), size, start_method="forkserver")
-        except mp.spawn.ProcessException as error:
+        except ProcessException as error:
             ended = f"the group ended before this case: {str(error).splitlines()[-1]}"
         return {case.__name__: _error(Path(folder), case.__name__, size, ended) for case in cases}
 

@@ -18,7 +18,9 @@ FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT 
 LEVELS = (
     ("version", "errors", "constants", "options", "call"),
     ("decay", "rotary", "state"),
-    ("times", "scores"),
+    ("scores",),
+    ("sharding",),
+    ("times",),
     ("normalisers",),
     ("arguments",),
     ("backends",),
@@ -26,6 +28,7 @@ LEVELS = (
     ("layer", "decoding"),
     ("ffn",),
     ("model",),
+    ("distributed",),
     ("integrations",),
     ("cli", "__main__"),
 )

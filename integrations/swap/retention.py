@@ -26,6 +26,7 @@ from retention.options import (
     number,
     shown,
 )
+from retention.sharding import refuse
 from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
@@ -229,7 +230,10 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
+        if prefix:
+            refuse("a prefix token, which sees all tokens,", "split the batch instead")
         if self.window is not None:
+            refuse("a window", "use retention without a window")
             _check_window(causal, cu_seqlens is not None and (return_state or state is not None), state)
         options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
         if self.window is None or self.rest is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
 from retention.options import check_choice, check_eps, check_factor, check_flags, check_is, check_whole, shown
+from retention.sharding import refuse, whole_length
 
 from ..files import listed, one_line, refused
 from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
@@ -46,6 +48,7 @@ from .compat import (
     can_return_tuple,
     check_keywords,
 )
+from .parts import check_parts
 from .sharing import SaysHowToLoad
 
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
@@ -408,6 +411,8 @@ class RetNetModel(RetNetPreTrainedModel):
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         mask = token_mask(attention_mask, x, cache is not None)
+        packed_rows = 1 if cu_seq_lens_q is None else x.shape[0]
+        check_parts(position_ids, seq_idx, mask=mask, packed_rows=packed_rows)
         borders = None
         if attention_mask is None and cache is None:
             borders = packed_borders(x, cu_seq_lens_q, position_ids, seq_idx)
@@ -475,7 +480,7 @@ class RetNetModel(RetNetPreTrainedModel):
                 form=None if form == "auto" else form,  # each layer's own form
             )
         for layer, after in zip(layers, out.state or [], strict=True):
-            layer.store(after, x.shape[1])
+            layer.store(after, whole_length(x.shape[1]))
         *inner, last = (_as_batch(y, x) for y in (*(out.layers or [])[:-1], out.hidden))
         return RetNetModelOutput(
             last_hidden_state=last,
@@ -559,6 +564,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             check_whole("logits_to_keep", logits_to_keep, 0)
         # shift_labels is no parameter: the Trainer takes each parameter with "label" in its name for a required label.
         shift_labels = kwargs.pop("shift_labels", None)
+        check_parts(labels=labels if shift_labels is None else None)
         out = self.model(
             input_ids,
             attention_mask,
@@ -587,6 +593,11 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             **as_output(cache_of(out)),
         )
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        refuse("generate", "leave the context to decode")
+        return super().generate(*args, **kwargs)
+
     def _loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
         """The loss of logits with targets (B, T), the token that each logit predicts; -100 is ignored."""
         options = dict(vocab_size=self.config.vocab_size, shift_labels=targets, num_items_in_batch=items)
@@ -610,6 +621,11 @@ class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPr
     """RetNet with a linear head on the last real token of each sequence."""
 
     accepts_loss_kwargs = False  # the loss is a mean; the Trainer divides it by the number of accumulated batches
+
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse("the last token of each sequence", "classify outside, or use RetNetForTokenClassification")
+        return super().forward(*args, **kwargs)
 
 
 class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):

@@ -1,0 +1,108 @@
+"""Models of transformers with a sequence in parts equal those on one process: losses and gradients."""
+
+import multiprocessing
+
+import processes
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from retention.distributed import context_parallel
+from retention.integrations.swap import replace_attention
+from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, RetNetForSequenceClassification
+
+TOTAL = 13  # parts of 7 and 6 tokens
+
+
+def close(got, wanted, bound=1e-10):
+    error = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-3)
+    assert error < bound, error.item()
+
+
+def check_loss(world, model, tokens, whole=None, part=None):
+    """Compare logits, loss and all gradients of a causal language model.
+
+    whole, part: further arguments of the call with the whole sequence, and of that with a part.
+    """
+    model.double().train()
+    out = model(tokens, labels=tokens, num_items_in_batch=tokens.numel(), **(whole or {}))
+    out.loss.backward()
+    wanted = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    own, positions = tokens.clone(), torch.arange(tokens.shape[1])[None]
+    shift_labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    with context_parallel(world.all, buffers=[own, shift_labels, positions], buffer_seq_dims=[1, 1, 1]) as shard:
+        options = dict(num_items_in_batch=tokens.numel(), position_ids=positions, labels=own, shift_labels=shift_labels)
+        found = model(own, **options, **(part or {}))
+        found.loss.backward()
+    close(found.logits, out.logits[:, shard.start : shard.start + shard.length])
+    # transformers computes losses in float32
+    close(world.sum(found.loss), out.loss, 1e-6)
+    for name, p in model.named_parameters():
+        if name in wanted:
+            close(world.sum(torch.zeros_like(p) if p.grad is None else p.grad), wanted[name], 1e-6)
+
+
+def retnet(**options):
+    torch.manual_seed(1)
+    retention = {"learnable_decay": True}
+    return RetNetForCausalLM(
+        RetNetConfig(vocab_size=40, dim=16, num_layers=2, num_heads=2, retention=retention, **options)
+    )
+
+
+def llama(**options):
+    torch.manual_seed(1)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **sizes))
+    replace_attention(model, **options)
+    return model
+
+
+def retnets(world):
+    tokens = torch.randint(40, (2, TOTAL))
+    check_loss(world, retnet(), tokens)
+    check_loss(world, retnet(z_loss_coeff=0.1), tokens)
+    borders = torch.tensor([0, 4, 9, TOTAL], dtype=torch.int32)
+    check_loss(world, retnet(), tokens[:1], dict(cu_seq_lens_q=borders), dict(cu_seq_lens_q=borders))
+
+
+def replaced_layers(world):
+    tokens = torch.randint(40, (2, TOTAL))
+    check_loss(world, llama(), tokens)
+    check_loss(world, llama(features=False), tokens)
+
+
+def refused(world):
+    """Every process refuses what would be computed from its own part alone."""
+    model, ids = retnet(), torch.ones(2, 4, dtype=torch.long)
+    start = 4 * world.rank
+    classifier = RetNetForSequenceClassification(RetNetConfig(vocab_size=40, dim=16, num_layers=1, num_heads=2))
+    calls = {
+        "pass shift_labels": lambda: model(ids, labels=ids),
+        "got 9 among": lambda: model(ids, position_ids=torch.tensor([[start, 9, start + 2, start + 3]])),
+        "got 77 among": lambda: llama()(ids, position_ids=torch.arange(77, 81)[None]),
+        "pass cu_seq_lens_q": lambda: model(ids, seq_idx=torch.zeros(2, 4, dtype=torch.int32)),
+        "packed batch of 2 rows": lambda: model(ids, cu_seq_lens_q=torch.tensor([0, 8, 16])),
+        "matrix of all scores": lambda: model(ids, output_retentions=True),
+        "last token of each": lambda: classifier(ids),
+        "generate has no meaning": lambda: model.generate(ids, max_new_tokens=2),
+    }
+    with context_parallel(world.all, length=4):
+        for message, call in calls.items():
+            with pytest.raises(ValueError, match=message):
+                call()
+
+
+CASES = [retnets, replaced_layers, refused]
+
+
+@pytest.fixture(scope="module")
+def errors():
+    multiprocessing.set_forkserver_preload(["torch", "retention.integrations.transformers"])
+    return processes.run(CASES, 2)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_parts_equal_the_whole(errors, case):
+    assert not errors[case], errors[case]
