@@ -30,9 +30,9 @@ from benchmarks.record import show
 from retention.integrations.swap import Swapped, replace_attention
 from retention.integrations.transformers import RetentionCacheLayer
 from retention.integrations.transformers.compat import CACHE
-from retention.integrations.transformers.distill import TRANSFER, Recovery, recover
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
+from retention.integrations.transformers.training.distill import TRANSFER, Recovery, recover
 from retention.integrations.transformers.training.progress import Batch, Progress, SaveOnInterrupt
 from retention.integrations.transformers.training.resumable import ResumableTrainer
 from retention.integrations.transformers.training.saving import last_checkpoint, step_of

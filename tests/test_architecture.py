@@ -138,6 +138,15 @@ def test_backends_do_not_import_each_other():
             assert not found & (names - {own})
 
 
+def test_training_imports_the_models_and_not_the_other_way_round():
+    room = ("retention", "integrations", "transformers", "training")
+    folder = ROOT / "integrations/transformers"
+    found = {path.name: [*imports(path.relative_to(ROOT), path.read_text())] for path in sorted(folder.glob("*.py"))}
+    assert [name for name, modules in found.items() if any(module[:4] == room for module in modules)] == []
+    train = folder / "training/train.py"
+    assert room[:3] in {module[:3] for module in imports(train.relative_to(ROOT), train.read_text())}
+
+
 def test_every_package_is_shipped():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {".".join(path.parent.relative_to(ROOT).parts) for path in FILES if path.name == "__init__.py"}

@@ -20,8 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from retention.integrations.swap import replace_attention
-from retention.integrations.transformers.distill import recover
+from retention.integrations.swap import recover, replace_attention
 
 SHOWN = 64  # tokens of a map
 

@@ -15,7 +15,7 @@ from retention.model import PRESETS
 
 from ...files import read_json
 from ..compat import get_available_reporting_integrations
-from ..modeling import RetNetConfig
+from ..configuration import RetNetConfig
 from .codec import ByteCodec, Codec, load_codec
 from .saving import write_text
 

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_
 
 from ...swap import SwapReport, plan_replacement
 from ..compat import TRAINER_STATE_NAME, TrainerState, logging
-from ..distill import TRANSFER, TUNING, Recovery, replace_in_parts
 from ..replaced_config import marked_layers
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
+from .distill import TRANSFER, TUNING, Recovery, replace_in_parts
 from .plot import draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
 from .saving import alone_in, check_folder, checkpoints, written_whole
