@@ -1,4 +1,4 @@
-"""Retention over many processes with torch.distributed: a sequence in parts.
+"""Retention over many processes with torch.distributed: a sequence in parts, and heads in parts.
 
 Source: Sun et al. 2025, arXiv:2502.07563 (LASP-2), for the exchange of states; the interface is that of
     `torch.distributed.tensor.experimental.context_parallel`.
@@ -11,9 +11,17 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
+from .errors import ShapeError
+from .ffn import FeedForward
+from .layer import MultiScaleRetention
+from .model import RetNet
+from .norm import HeadNorm
 from .options import check_is, check_number, check_whole, number, shown
 from .sharding import Shard, activate, active
 
@@ -64,9 +72,7 @@ def context_parallel(
         torch.Size([1, 8, 16])
         >>> dist.destroy_process_group()
     """
-    check_is("mesh", mesh, DeviceMesh, "a DeviceMesh of one dimension")
-    if mesh.ndim != 1:
-        raise ValueError(f"mesh must have one dimension, such as mesh['cp']; got {mesh.ndim}, {mesh.mesh_dim_names}")
+    _check_mesh(mesh)
     if active() is not None:
         raise ValueError("context_parallel is active already; a sequence is spread once")
     check_number("tolerance", tolerance, 0 <= number(tolerance) < 1, "at least 0 and below 1")
@@ -92,6 +98,12 @@ def context_parallel(
         for x, old in zip(buffers, whole, strict=True):
             if old is not None:
                 x.set_(old)
+
+
+def _check_mesh(mesh: object) -> None:
+    check_is("mesh", mesh, DeviceMesh, "a DeviceMesh of one dimension")
+    if isinstance(mesh, DeviceMesh) and mesh.ndim != 1:
+        raise ValueError(f"mesh must have one dimension, such as mesh['cp']; got {mesh.ndim}, {mesh.mesh_dim_names}")
 
 
 def _check_buffers(buffers: list[Tensor], dims: list[int], kept: set[Tensor], length: int | None) -> int:
@@ -126,3 +138,89 @@ def _agreed(mesh: DeviceMesh, length: int, tolerance: float) -> tuple[int, ...]:
     if (tolerances != tolerance).any():
         raise ValueError(f"tolerance must be the same on all ranks; got {tolerances.tolist()}")
     return tuple(int(x) for x in lengths.tolist())
+
+
+def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Divide the heads and the hidden channels of a model among the processes of a mesh, and return the model.
+
+    Each process computes some heads of every retention layer, with their decays, gates and norms, and some hidden
+    channels of every feed-forward; a sum over the processes follows both. The rows of a `RetNet`'s embedding and of its
+    head are divided too. Inputs, outputs and the other parameters are the same on all processes; states are those of
+    the own heads. A feed-forward with a norm inside stays whole.
+
+    Args:
+        model: a module with retention layers, in place; it may be on the meta device.
+        mesh: a DeviceMesh of one dimension, such as `mesh["tp"]`, whose size divides num_heads and num_kv_heads.
+    Raises: TypeError or ValueError that names the argument, before any change; ShapeError for heads that cannot be
+        divided.
+    Source: Shoeybi et al. 2019, arXiv:1909.08053; the plan runs on torch's `parallelize_module`.
+    Examples:
+        >>> import torch.distributed as dist
+        >>> import retention
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # torchrun does this for more
+        >>> mesh = dist.init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
+        >>> model = retention.distributed.tensor_parallel(retention.RetNet(dim=16, num_layers=1), mesh["tp"])
+        >>> model.backbone.blocks[0].retention.q_proj.weight.placements
+        (Shard(dim=0),)
+        >>> dist.destroy_process_group()
+    """
+    check_is("model", model, nn.Module, "an nn.Module")
+    _check_mesh(mesh)
+    layers = [module for module in model.modules() if isinstance(module, MultiScaleRetention)]
+    if not layers:
+        raise ValueError(f"the model must have a retention layer; got {type(model).__name__} without one")
+    for layer in layers:
+        if isinstance(layer.q_proj.weight, DTensor):
+            raise ValueError("the model is divided already; call tensor_parallel once, and before fully_shard")
+        for name in ("num_heads", "num_kv_heads"):
+            if getattr(layer, name) % mesh.size():
+                raise ShapeError(
+                    f"the mesh must divide {name}; got {getattr(layer, name)} heads, {mesh.size()} processes"
+                )
+    plan: dict[str, ParallelStyle] = {}
+    for name, module in model.named_modules():
+        styles = _styles(module)
+        plan |= {f"{name}.{child}".strip("."): style for child, style in styles.items()}
+    tied = isinstance(model, RetNet) and model.head.weight is model.embedding.weight
+    parallelize_module(model, mesh, plan)
+    if tied and isinstance(model, RetNet):
+        model.head.weight = model.embedding.weight
+    for layer in layers:
+        _divide_heads(layer, mesh)
+    return model
+
+
+def _styles(module: nn.Module) -> dict[str, ParallelStyle]:
+    """Return how the children of a module are divided."""
+    if isinstance(module, MultiScaleRetention):
+        inward, outward = (
+            [name for name in ("q_proj", "k_proj", "v_proj", "g_proj") if getattr(module, name)],
+            "out_proj",
+        )
+    elif isinstance(module, FeedForward) and module.backend == "torch" and isinstance(module.norm, nn.Identity):
+        inward, outward = [name for name in ("fc1", "gate") if getattr(module, name)], "fc2"
+    elif isinstance(module, RetNet):
+        rows = RowwiseParallel(input_layouts=Replicate())
+        return {"embedding": rows, "head": ColwiseParallel(output_layouts=Replicate())}
+    else:
+        return {}
+    return {**{name: ColwiseParallel() for name in inward}, outward: RowwiseParallel()}
+
+
+def _divide_heads(layer: MultiScaleRetention, mesh: DeviceMesh) -> None:
+    """Leave the layer the own heads, as its projections have them."""
+    size, rank = mesh.size(), mesh.get_local_rank()
+    for name in ("num_heads", "num_kv_heads", "key_dim", "value_dim"):
+        setattr(layer, name, getattr(layer, name) // size)
+    own = slice(rank * layer.num_heads, (rank + 1) * layer.num_heads)
+    decay = layer.decay
+    decay.values, decay.log_gaps = decay.values[own], decay.log_gaps[own]
+    _distribute(decay, mesh, by_head=True)
+    if isinstance(layer.norm, HeadNorm):
+        _distribute(layer.norm, mesh, by_head=layer.norm.affine == "channel")
+
+
+def _distribute(module: nn.Module, mesh: DeviceMesh, *, by_head: bool) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        divided = distribute_tensor(parameter, mesh, [Split(0) if by_head else Replicate()])
+        setattr(module, name, nn.Parameter(divided, parameter.requires_grad))

@@ -3,6 +3,7 @@
 A case is a function of a `World`. All processes run all cases in one order; a case has passed if it raised on none.
 """
 
+import multiprocessing
 import os
 import socket
 import tempfile
@@ -49,8 +50,18 @@ def _work(rank, size, port, folder, cases):
     dist.destroy_process_group()
 
 
-def run(cases, size):
-    """Run the cases in `size` processes. Returns: for each name of a case, its error, empty if it passed."""
+def selected(request, cases):
+    """The cases whose tests pytest runs."""
+    names = {item.callspec.params["case"] for item in request.session.items if "errors" in item.fixturenames}
+    return [case for case in cases if case.__name__ in names]
+
+
+def run(cases, size, preload):
+    """Run the cases in `size` processes, which start from one that has imported the modules `preload`.
+
+    Returns: for each name of a case, its error, empty if it passed.
+    """
+    multiprocessing.set_forkserver_preload(preload)
     with tempfile.TemporaryDirectory() as folder:
         ended = ""
         try:

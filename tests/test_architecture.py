@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT / top).rglob("*.py"))]
 # Each may import those to its left.
 LEVELS = (
-    ("version", "errors", "constants", "options", "call"),
+    ("version", "errors", "constants", "local", "options", "call"),
     ("decay", "rotary", "state"),
     ("scores",),
     ("sharding",),

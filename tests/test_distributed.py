@@ -1,14 +1,20 @@
 """Retention over several processes equals that of one: outputs, states and gradients."""
 
-import multiprocessing
+import tempfile
+from copy import deepcopy
 
 import processes
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from benchmarks.traffic import Traffic
-from retention import MultiScaleRetention, RetNet, retain, step
-from retention.distributed import context_parallel
+from retention import MultiScaleRetention, RetNet, ShapeError, retain, step
+from retention.distributed import context_parallel, tensor_parallel
 from retention.functional import scores
 from retention.state import RetentionState
 
@@ -303,6 +309,126 @@ def other_options_on_one_rank(world):
         retain(x, x, x, DECAY.float(), scale=2.0 if world.rank == 2 else 1.0)
 
 
+def check_divided(world, model, divide, run, share=1.0, bound=1e-10):
+    """Compare the gradients of a model with those of a copy that `divide` distributes.
+
+    run: the forward and backward pass of the model (None) and of the copy (world).
+    share: the factor of the gradients of the copy.
+    """
+    model.zero_grad()
+    run(model, None)
+    wanted = {name: p.grad for name, p in model.named_parameters()}
+    copy = deepcopy(model)
+    copy.zero_grad()
+    run(divide(copy), world)
+    for name, p in copy.named_parameters():
+        grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+        close(share * grad, wanted[name], bound)
+    return copy
+
+
+def language_loss(model, tokens):
+    logits = model(tokens[:, :-1])
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+SMALL = dict(vocab_size=50, dim=16, num_layers=2, num_heads=4, dtype=torch.float64)
+
+
+def tensor_parallel_heads(world):
+    mesh, tokens = world.square["cp"], torch.randint(50, (2, 12))
+    for options in (
+        dict(retention={"learnable_decay": True, "norm_affine": "channel", "bias": True, "num_kv_heads": 2}),
+        dict(retention={"learnable_decay": True, "norm_affine": "shared", "rotary": "xpos"}, tie_embeddings=False),
+        dict(
+            retention={"decay_norm": True, "score_norm": True, "norm": "rms"}, use_glu=False, ffn_bias=True, subln=True
+        ),
+        dict(moe_freq=1, moe_expert_count=3, use_glu=False),
+    ):
+        torch.manual_seed(1)
+        model = RetNet(**SMALL, **options)
+        copy = check_divided(
+            world, model, lambda m: tensor_parallel(m, mesh), lambda m, _: language_loss(m, tokens).backward()
+        )
+        assert copy.backbone.blocks[0].retention.num_heads == 2
+        assert (copy.head.weight is copy.embedding.weight) == (model.head.weight is model.embedding.weight)
+        with torch.no_grad():
+            states = [m(tokens, return_state=True)[1] for m in (model, copy)]
+            following = [m.step(tokens[:, :1], state) for m, state in zip((model, copy), states, strict=True)]
+        close(following[1], following[0])
+
+
+def heads_that_cannot_be_divided(world):
+    model = RetNet(50, 16, 1, 4, retention={"num_kv_heads": 2})
+    with pytest.raises(ShapeError, match="must divide num_kv_heads; got 2 heads, 4 processes"):
+        tensor_parallel(model, world.all)
+    assert not isinstance(model.head.weight, DTensor)
+    with pytest.raises(ValueError, match="without one"):
+        tensor_parallel(torch.nn.Linear(2, 2), world.all)
+    divided = tensor_parallel(model, world.square["cp"])
+    with pytest.raises(ValueError, match="divided already"):
+        tensor_parallel(divided, world.square["cp"])
+
+
+def sharded(model, mesh, checkpointing=False):
+    """The model with its parameters sharded block by block."""
+    model.backbone.gradient_checkpointing = checkpointing
+    for block in model.backbone.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def fully_sharded_blocks(world):
+    """Each process has its rows of the batch; with checkpointing the blocks are computed again."""
+    torch.manual_seed(1)
+    model, tokens = RetNet(**SMALL, retention={"learnable_decay": True}), torch.randint(50, (4, 12))
+
+    def run(m, world):
+        language_loss(m, tokens if world is None else tokens[world.rank, None]).backward()
+
+    for checkpointing in (False, True):
+        check_divided(world, model, lambda m, c=checkpointing: sharded(m, world.all, c), run)
+
+
+def all_on_two_by_two(world):
+    """Heads over one dimension; the sequence and the parameters over the other."""
+    torch.manual_seed(1)
+    model, tokens = RetNet(**SMALL, retention={"learnable_decay": True}), torch.randint(50, (1, 14))
+    parts, heads = world.square["dp"], world.square["cp"]
+
+    def run(m, world):
+        if world is None:
+            return language_loss(m, tokens).backward()
+        x, labels = tokens[:, :-1].clone(), tokens[:, 1:].clone()
+        with context_parallel(parts, buffers=[x, labels], buffer_seq_dims=[1, 1]) as shard:
+            total = torch.nn.functional.cross_entropy(m(x).flatten(0, 1), labels.flatten(), reduction="sum")
+            (total / shard.total).backward()
+
+    # fully_shard takes the mean of the gradients; the losses of the parts are to be added.
+    check_divided(world, model, lambda m: sharded(tensor_parallel(m, heads), parts), run, share=2.0)
+
+
+def meta_device_and_checkpoints(world):
+    """A model is made without memory, initialised in parts, saved by four processes and loaded by two."""
+    model = sharded(RetNet(**SMALL, device="meta"), world.all)
+    model.to_empty(device="cpu")
+    model.reset_parameters()
+    weight = model.backbone.blocks[0].retention.q_proj.weight
+    assert weight.to_local().shape == (4, 16)
+    bound = 2**-2.5 * (6 / 32) ** 0.5  # Xavier of the layer, not that of nn.Linear
+    assert 0.8 * bound < weight.full_tensor().abs().max() <= bound
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    dcp.save({"model": get_model_state_dict(model)}, checkpoint_id=folder[0])
+    group = world.square["cp"]
+    other = sharded(RetNet(**SMALL), group)
+    state = {"model": get_model_state_dict(other)}
+    dcp.load(state, checkpoint_id=folder[0], process_group=group.get_group())
+    set_model_state_dict(other, state["model"])
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p.full_tensor(), q.full_tensor()), name
+
+
 CASES = [
     causal,
     two_parts_in_two_groups,
@@ -324,15 +450,33 @@ CASES = [
     bytes_do_not_grow_with_length,
     refused_before_communication,
     other_options_on_one_rank,
+    tensor_parallel_heads,
+    heads_that_cannot_be_divided,
+    fully_sharded_blocks,
+    all_on_two_by_two,
+    meta_device_and_checkpoints,
 ]
 
 
 @pytest.fixture(scope="module")
-def errors():
-    multiprocessing.set_forkserver_preload(["torch", "retention.distributed"])
-    return processes.run(CASES, 4)
+def errors(request):
+    return processes.run(processes.selected(request, CASES), 4, preload=["torch", "retention.distributed"])
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_parts_equal_the_whole(errors, case):
     assert not errors[case], errors[case]
+
+
+def raises_on_one_rank(world):
+    x = torch.randn(1, 4, 4, 4)
+    with context_parallel(world.all, length=4):
+        retain(x[:, :, world.rank :], x[:, :, world.rank :], x[:, :, world.rank :], DECAY.float())
+
+
+def test_a_process_that_refuses_ends_the_group():
+    """The other process waits for its state; it does not wait forever."""
+    error = processes.run([raises_on_one_rank], 2, preload=[])["raises_on_one_rank"]
+    assert "rank 1: " in error
+    assert "each call has the tokens of its own part" in error
+    assert "got length 3 on rank 1" in error

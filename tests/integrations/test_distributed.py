@@ -1,7 +1,5 @@
 """Models of transformers with a sequence in parts equal those on one process: losses and gradients."""
 
-import multiprocessing
-
 import processes
 import pytest
 import torch
@@ -98,9 +96,10 @@ CASES = [retnets, replaced_layers, refused]
 
 
 @pytest.fixture(scope="module")
-def errors():
-    multiprocessing.set_forkserver_preload(["torch", "retention.integrations.transformers"])
-    return processes.run(CASES, 2)
+def errors(request):
+    return processes.run(
+        processes.selected(request, CASES), 2, preload=["torch", "retention.integrations.transformers"]
+    )
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
