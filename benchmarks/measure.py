@@ -210,12 +210,12 @@ def process_growth(prepare: Callable[..., Run], *args: object) -> int:
 
 def _process_growth(prepare: Callable[..., Run], *args: object) -> int:
     run = prepare(*args)
-    before = _peak()
+    before = peak_memory()
     run()
-    return _peak() - before
+    return peak_memory() - before
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Bytes. From /proc where there is one: ru_maxrss of a child begins at that of its parent."""
     status = Path("/proc/self/status")
     if status.exists():
