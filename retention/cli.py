@@ -250,8 +250,18 @@ def swap(
     window: Annotated[
         int | None,
         typer.Option(
+            min=0,
             help="Number of the last tokens that keep exact attention; retention covers the tokens before them. "
-            "A window loses less quality, for a state that also holds that many keys and values. Default: no window."
+            "A window loses less quality, for a state that also holds that many keys and values; 0 is no window. "
+            "Default: 64; with --no-features 0.",
+        ),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of the first tokens that keep exact attention. Pretrained models put much of their attention "
+            "on the first token, and a state that decays cannot hold it. Default: 4; with --no-features 0.",
         ),
     ] = None,
     gate: Annotated[
@@ -505,7 +515,9 @@ def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
     model = str(Path(given["model"]).resolve()) if Path(given["model"]).exists() else given["model"]
     files = [str(Path(file).resolve()) for file in given["files"] or []]
     gate = None if given["gate"] == "none" else given["gate"]
-    return {"layers": layers, "model": model, "files": files, "gate": gate}
+    kept = {"window": 64, "sinks": 4} if given["features"] else {"window": 0, "sinks": 0}
+    window, sinks = (kept[name] if given[name] is None else given[name] for name in ("window", "sinks"))
+    return {"layers": layers, "model": model, "files": files, "gate": gate, "window": window or None, "sinks": sinks}
 
 
 def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]) -> K:
@@ -556,7 +568,7 @@ def _room(model: Any, codec: Codec, prompt: str) -> float:
 
 def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
     """Print the prompt, then the text of each token as the model generates it."""
-    from .integrations.transformers.writing import stream
+    from .integrations.transformers.decoding import stream
 
     start = codec.prompt(prompt)
     chance = torch.Generator(model.device).manual_seed(seed)

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .call import Call
+from .call import Call, Inputs
 from .errors import ShapeError
 from .scores import repeated_heads
 from .state import state_dtype
@@ -135,22 +135,22 @@ def check_part(call: Call, absolute: bool) -> None:
         refuse("a transform of torch.func", "use torch.autograd")
 
 
+def alone(call: Call) -> Call:
+    """Return the call of a part from a zero state, as the backend runs it."""
+    return call._replace(has_state=False, return_state=False)
+
+
 def in_parts(
     shard: Shard,
     call: Call,
+    inputs: Inputs,
     run: Callable[[Tensor, None], tuple[Tensor, Any]],
-    q: Tensor,
-    k: Tensor,
     sums: list[tuple[Tensor, Tensor | None]],
-    log_decay: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Compute retention of the own part with the whole sequence, for each of `sums`.
 
-    Shapes: q (B, H, T, K); k (B, Hkv, T, K); log_decay (H,); mask (B, T) bool; cu_seqlens (N + 1,), the borders of the
-        whole sequence.
     Args:
+        call, inputs: as in `retain`; cu_seqlens holds the borders of the whole sequence.
         run: computes the retention (B, H, T, V) of the part alone with the values of a sum, from no state.
         sums: values (B, Hkv, T, V), and the state (B, H, K, V) before the whole sequence, the same on all processes, or
             None.
@@ -159,11 +159,10 @@ def in_parts(
     Raises: ValueError on all processes if they ask for different options or sizes.
     """
     with torch.autocast(call.device, enabled=False):
-        wide = state_dtype(call.dtype)
-        log_decay = log_decay.to(wide)
+        q, k, log_decay = inputs.q, inputs.k, inputs.log_decay.to(state_dtype(call.dtype))
         values, before = [v for v, _ in sums], [state for _, state in sums if state is not None]
         sizes = [v.shape[3] for v in values]
-        places = _places(shard, call, mask, cu_seqlens, q.device)
+        places = _places(shard, call, inputs)
         joined = values[0] if len(values) == 1 else torch.cat(values, 3)
         mine = torch.stack([_Write.apply(k, joined, log_decay, *places.to_last)])
         if not call.causal:
@@ -203,7 +202,8 @@ class _Places:
     last: Tensor | None = None
 
 
-def _places(shard: Shard, call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> _Places:
+def _places(shard: Shard, call: Call, inputs: Inputs) -> _Places:
+    mask, cu_seqlens, device = inputs.mask, inputs.cu_seqlens, inputs.q.device
     if mask is not None:
         age = mask.cumsum(1)
         count = mask.sum(1)

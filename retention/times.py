@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Inputs
 from .sharding import active, token_indices, whole_length
 from .state import RetentionState
 
@@ -49,11 +49,11 @@ def segments(cu_seqlens: Tensor, index: Tensor) -> Tensor:
     return torch.searchsorted(cu_seqlens[1:], index, right=True)
 
 
-def counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+def counts(call: Call, inputs: Inputs) -> Tensor:
     """Return the number of real tokens in each row or segment of the whole sequence, (B,) or (N,) int64."""
-    if cu_seqlens is not None:
-        return cu_seqlens.diff().long()
-    if mask is None:
-        return torch.full((call.batch,), whole_length(call.length), device=device)
-    shard = active()
-    return mask.sum(1) if shard is None else shard.gathered(mask.sum(1)).sum(0)
+    if inputs.cu_seqlens is not None:
+        return inputs.cu_seqlens.diff().long()
+    if inputs.mask is None:
+        return torch.full((call.batch,), whole_length(call.length), device=inputs.q.device)
+    shard, own = active(), inputs.mask.sum(1)
+    return own if shard is None else shard.gathered(own).sum(0)

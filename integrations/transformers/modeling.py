@@ -29,7 +29,7 @@ from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
 from retention.options import check_choice, check_is, check_whole, shown
 from retention.sharding import refuse, whole_length
 
-from .cache import packed_borders, retention_layer, token_mask
+from .cache import cache_layer, packed_borders, token_mask
 from .compat import (
     CACHE,
     BaseModelOutputWithPast,
@@ -59,7 +59,7 @@ __all__ = [
     "RetNetPreTrainedModel",
 ]
 
-F = TypeVar("F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass
@@ -256,7 +256,7 @@ class RetNetModel(RetNetPreTrainedModel):
         hidden_states: bool | list[int] | None,
         retentions: bool,
     ) -> RetNetModelOutput:
-        layers = [] if cache is None else [retention_layer(cache, i) for i in range(self.config.num_layers)]
+        layers = [] if cache is None else [cache_layer(cache, i) for i in range(self.config.num_layers)]
         state: Any = None
         if layers and layers[0].is_initialized:
             state = [layer.state_for(b.retention) for layer, b in zip(layers, self.backbone.blocks, strict=True)]
@@ -298,13 +298,13 @@ def _chosen(layers: tuple[Tensor, ...], which: bool | list[int]) -> tuple[Any, .
     return tuple(layer if i in wanted else None for i, layer in enumerate(layers))
 
 
-def _takes_also(other: Callable[..., Any]) -> Callable[[F], F]:
+def _takes_also(other: Callable[..., Any]) -> Callable[[_F], _F]:
     """Decorate a function that hands its keyword arguments on, so that its signature shows those of `other`.
 
     transformers reads it: `generate` refuses other arguments, and the Trainer drops other columns of a dataset.
     """
 
-    def decorate(function: F) -> F:
+    def decorate(function: _F) -> _F:
         signature = inspect.signature(function)
         *own, rest = signature.parameters.values()  # rest: **kwargs
         named = {p.name for p in own} | {rest.name}

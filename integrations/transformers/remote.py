@@ -10,6 +10,8 @@ from ..files import one_line
 from .configuration import RetNetConfig
 from .replaced_config import MODEL_TYPE
 
+__all__ = ["Config"]
+
 
 class Config:
     """Loads the config of a saved RetNet or of a model with replaced layers."""

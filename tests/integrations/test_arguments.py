@@ -59,6 +59,7 @@ HOSTED = dict(
     learnable_decay=FLAG,
     features=FLAG,
     window=MAYBE_WHOLE,
+    sinks=COUNT,
     gate=NAME,
     causal=["no", 1, 0, False, [True]],
     grid=FLAG,

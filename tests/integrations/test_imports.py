@@ -29,6 +29,7 @@ PUBLIC = {
 }
 # Former full names, and the module in which the object is now.
 FORMER = {
+    "transformers.writing.stream": "transformers.decoding",
     "hosted.Heads": "swap",
     "hosted.HostedRetention": "swap",
     "transformers.distill.AttentionTransfer": "transformers.training.distill",

@@ -29,7 +29,7 @@ from retention.integrations.transformers import (
     RetNetModel,
 )
 from retention.integrations.transformers.compat import CACHE, GradientCheckpointingLayer
-from retention.integrations.transformers.writing import stream
+from retention.integrations.transformers.decoding import stream
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)

@@ -27,8 +27,10 @@ from retention.options import check_eps, check_factor, check_is, check_whole, sh
 
 from ...swap import Swapped, plan_replacement, replace_attention, restore_attention
 from .progress import progress_bar
-from .resumable import ResumableTrainer
+from .resumable import ResumableTrainer, log_every
 from .saving import last_checkpoint, step_of
+
+__all__ = ["TRANSFER", "TUNING", "AttentionTransfer", "Recovery", "recover", "replace_in_parts", "teacher_of"]
 
 TRANSFER, TUNING = "transfer", "tuning"  # names of the stages and of their folders
 
@@ -197,7 +199,12 @@ def recover(
             weight_decay=0.0,
             max_grad_norm=1.0,
             save_total_limit=2,
-            **{"report_to": "none", "logging_steps": 10, "save_steps": max(steps // 4, 1), **arguments},
+            **{
+                "report_to": "none",
+                "logging_steps": log_every(steps),
+                "save_steps": max(steps // 4, 1),
+                **arguments,
+            },
         )
 
     options: Any = dict(train_dataset=train_data, eval_dataset=valid_data, callbacks=callbacks)

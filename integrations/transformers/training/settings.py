@@ -22,6 +22,18 @@ from .saving import write_text
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "Kept",
+    "Settings",
+    "check_device",
+    "check_dtype",
+    "check_report_to",
+    "codec_of",
+    "read_config",
+]
+
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
