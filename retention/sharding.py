@@ -83,6 +83,19 @@ class Shard:
         """Return x of all processes, (parts, *x.shape)."""
         return _Exchange.of_all(self, x).wait()
 
+    def gathered_with_gradient(self, x: Tensor) -> Tensor:
+        """Return x of all processes, (parts, *x.shape), through which gradients come back from all of them."""
+        return _Gather.apply(x, self)
+
+    def ends(self, counts: Tensor | None, device: torch.device) -> Tensor:
+        """Return the number of real tokens up to the end of each part, (parts, B or 1).
+
+        counts: the number of real tokens of the own part, (B,), if it has padding; all parts have it then.
+        """
+        if counts is None:
+            return torch.tensor(self.lengths, device=device)[:, None].cumsum(0)
+        return self.gathered(counts).cumsum(0)
+
     def local_borders(self, cu_seqlens: Tensor) -> Tensor:
         """Return the borders (N + 1,) of the sequence inside the own part; sequences outside of it get length 0."""
         return (cu_seqlens - self.start).clamp(0, self.length)
@@ -440,6 +453,22 @@ class _Finish(torch.autograd.Function):
                 dstate = dstate + join.weights(join.ends[-1])[..., None, None] * gradients[-1]
         shape, dtype = ctx.buffer
         return gradients.new_zeros((), dtype=dtype).expand(shape), ddecay, dstate, None
+
+
+class _Gather(torch.autograd.Function):
+    """x of all processes, (parts, *x.shape)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shard: Shard) -> Tensor:
+        ctx.shard = shard
+        return shard.gathered(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.shard.group)
+        return total[ctx.shard.rank], None
 
 
 class _Write(torch.autograd.Function):

@@ -26,12 +26,12 @@ from retention.options import (
     number,
     shown,
 )
-from retention.sharding import refuse
+from retention.sharding import active, refuse
 from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
 from .features import FeatureMap
-from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
+from .window import Rows, Tiles, WindowState, around_part, in_order, join, real_last, rows, tiles
 
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
@@ -230,8 +230,9 @@ class HostedRetention(HasBackend):
         if prefix:
             refuse("a prefix token, which sees all tokens,", "split the batch instead")
         if self.rest is not None:
-            refuse("a window or sinks", "use retention without them")
             _check_exact(causal, state)
+            if state is not None or cu_seqlens is not None:
+                refuse("a state before, or a packed batch, with a window or sinks", "use rows without a state")
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
         if self.rest is not None:
             y, after = self._beside_exact(self.rest(x), q, k, v, call)
@@ -321,8 +322,11 @@ class HostedRetention(HasBackend):
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
             call = call._replace(mask=mask)
-        before = cast("WindowState | None", call.state)
+        shard = active()
+        before, end = cast("WindowState | None", call.state), None
         sizes = (self.window or 0, self.sinks)
+        if shard is not None:
+            before, end = around_part(shard, k, v, *sizes, mask)
         if call.cu_seqlens is None:
             exact: Rows | Tiles = rows(k, v, *sizes, mask, before)
         else:
@@ -332,6 +336,8 @@ class HostedRetention(HasBackend):
         y = join(*exact.attend(q, call.scale), _divided(sums), sums[..., -1:], weight).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
+        if after is not None and end is not None:
+            return y, WindowState(kv=after.kv, time=after.time, keys=end.keys, values=end.values)
         return y, None if after is None else exact.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

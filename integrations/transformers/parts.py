@@ -7,6 +7,8 @@ from torch import Tensor
 
 from retention.sharding import active, refuse
 
+__all__ = ["check_parts"]
+
 
 def check_parts(
     position_ids: Tensor | None = None,

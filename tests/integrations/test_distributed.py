@@ -6,7 +6,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from retention.distributed import context_parallel
-from retention.integrations.swap import replace_attention
+from retention.integrations.swap import Heads, HostedRetention, replace_attention
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, RetNetForSequenceClassification
 
 TOTAL = 13  # parts of 7 and 6 tokens
@@ -69,6 +69,37 @@ def replaced_layers(world):
     tokens = torch.randint(40, (2, TOTAL))
     check_loss(world, llama(), tokens)
     check_loss(world, llama(features=False), tokens)
+    for sizes in (dict(window=3), dict(window=4, sinks=2), dict(window=9, sinks=8), dict(sinks=9)):
+        check_loss(world, llama(**sizes), tokens)
+
+
+def windows_with_padding(world):
+    """The first and the last real tokens of parts, some of which have none, and gradients through them."""
+    torch.manual_seed(1)
+    heads = Heads(dim=8, num_heads=4, num_kv_heads=2, key_dim=6, value_dim=3)
+    layer = HostedRetention(heads, window=4, sinks=3, dtype=torch.float64)
+    x, q, k, v = (
+        torch.randn(2, *shape, dtype=torch.float64) for shape in ((13, 8), (4, 13, 6), (2, 13, 6), (2, 13, 3))
+    )
+    weights = torch.randn(2, 13, 4, 3, dtype=torch.float64)
+    for lengths in ((7, 6), (2, 11), (12, 1)):
+        for mask in (None, torch.rand(2, 13) > 0.4, torch.arange(13).expand(2, -1) >= 7):
+            whole = [z.clone().requires_grad_() for z in (q, k, v)]
+            out, after = layer(x, *whole, scale=0.4, mask=mask, return_state=True)
+            (out * weights).sum().backward()
+            own = slice(sum(lengths[: world.rank]), sum(lengths[: world.rank + 1]))
+            parts = [z[:, :, own].clone().requires_grad_() for z in (q, k, v)]
+            with context_parallel(world.all, length=lengths[world.rank]):
+                options = dict(mask=None if mask is None else mask[:, own], return_state=True)
+                found, state = layer(x[:, own], *parts, scale=0.4, **options)
+                (found * weights[:, own]).sum().backward()
+            for name in ("kv", "keys", "values", "time"):
+                close(getattr(state, name).double(), getattr(after, name).double())
+            close(found, out[:, own])
+            for y, z in zip(parts, whole, strict=True):
+                close(y.grad, z.grad[:, :, own])
+    with context_parallel(world.all, length=13 * world.rank), pytest.raises(ValueError, match=r"got lengths \[0, 13\]"):
+        layer(*(z[:, :, : 13 * world.rank] if z is not x else z[:, : 13 * world.rank] for z in (x, q, k, v)), scale=0.4)
 
 
 def refused(world):
@@ -92,7 +123,7 @@ def refused(world):
                 call()
 
 
-CASES = [retnets, replaced_layers, refused]
+CASES = [retnets, replaced_layers, windows_with_padding, refused]
 
 
 @pytest.fixture(scope="module")
