@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import multiprocessing
 import os
 import socket
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -139,6 +140,7 @@ def _throughput(machine: Machine) -> None:
         show(title, ["preset", "", *(f"{ranks:,}" for ranks in RANKS)], rows)
 
 
+@cache
 def _sizes(preset: str) -> tuple[int, int, int, int]:
     """Layers, heads, width and number of parameters."""
     options = PRESETS[preset]
@@ -217,6 +219,7 @@ def _grown(rank: int, ranks: int, tokens: int) -> tuple[int, float]:
 
 def _in_processes(run: Callable[..., Any], ranks: int, *args: Any) -> list[Any]:
     """The result of run(rank, ranks, *args) in each of a group of gloo processes."""
+    multiprocessing.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_work, (ranks, _free_port(), folder, run, args), ranks, start_method="forkserver")
         return [torch.load(Path(folder) / str(rank)) for rank in range(ranks)]

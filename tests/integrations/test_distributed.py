@@ -1,11 +1,14 @@
 """Models of transformers with a sequence in parts equal those on one process: losses and gradients."""
 
+from copy import deepcopy
+
 import processes
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from retention.distributed import context_parallel
+from retention.distributed import context_parallel, tensor_parallel
 from retention.integrations.swap import Heads, HostedRetention, replace_attention
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, RetNetForSequenceClassification
 
@@ -102,6 +105,20 @@ def windows_with_padding(world):
         layer(*(z[:, :, : 13 * world.rank] if z is not x else z[:, : 13 * world.rank] for z in (x, q, k, v)), scale=0.4)
 
 
+def heads_in_parts(world):
+    """Losses, gradients and generated tokens of a model whose heads are divided."""
+    model, tokens = retnet().double(), torch.randint(40, (2, TOTAL))
+    divided = tensor_parallel(deepcopy(model), world.all)
+    for each in (model, divided):
+        each(tokens, labels=tokens).loss.backward()
+    for (name, p), q in zip(model.named_parameters(), divided.parameters(), strict=True):
+        close(q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad, p.grad, 1e-6)  # losses are float32
+        assert isinstance(q, DTensor) == (("retention" in name and "norm" not in name) or "ffn." in name), name
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    found, wanted = (each.eval().generate(tokens, **options) for each in (divided, model))
+    assert found.tolist() == wanted.tolist()
+
+
 def refused(world):
     """Every process refuses what would be computed from its own part alone."""
     model, ids = retnet(), torch.ones(2, 4, dtype=torch.long)
@@ -123,7 +140,7 @@ def refused(world):
                 call()
 
 
-CASES = [retnets, replaced_layers, windows_with_padding, refused]
+CASES = [retnets, replaced_layers, windows_with_padding, heads_in_parts, refused]
 
 
 @pytest.fixture(scope="module")
