@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from .call import Call, Inputs
 from .errors import ShapeError
@@ -229,10 +230,9 @@ def _places(shard: Shard, call: Call, inputs: Inputs) -> _Places:
     count = index.new_tensor([call.length])
     if cu_seqlens is None:
         return _Places((index, False), (call.length - 1 - index, False), count)
-    ends = torch.tensor(shard.lengths, device=device).cumsum(0)
-    borders = cu_seqlens[1:]
+    ends, borders = shard.ends(None, device)[:, 0], cu_seqlens[1:]
     last = torch.searchsorted(borders, ends - 1, right=True)
-    first = torch.searchsorted(borders, ends - torch.tensor(shard.lengths, device=device), right=True)
+    first = torch.searchsorted(borders, F.pad(ends, (1, 0))[:-1], right=True)
     own = torch.searchsorted(borders, token_indices(call.length, device), right=True)
     return _Places(
         (torch.where(own == first[shard.rank], index, _NEVER), True),
@@ -260,7 +260,7 @@ class _Exchange:
         """Start to gather x from all processes."""
         x, size = x.detach().contiguous(), len(shard.lengths)
         buffer = x.new_empty(size, *x.shape)
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name since torch 2.13
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name in newer releases
         work = gather(buffer.view(-1), x.view(-1), group=shard.group, async_op=True)
         return cls(range(size), buffer, [work], x)
 
@@ -279,10 +279,6 @@ class _Exchange:
             work.wait()
         self.works = []
         return self.buffer
-
-    def place(self, rank: int) -> int:
-        """Return how many sources are before `rank`."""
-        return sum(source < rank for source in self.sources)
 
 
 class _Join:
@@ -323,10 +319,9 @@ class _Join:
         words = header.view(flat.dtype).numel()
         headers = flat[:, :words].contiguous().view(torch.long)
         self._check(headers[:, 0], header[0], sources)
-        lengths = torch.tensor(self.shard.lengths, device=flat.device)[:, None]
-        counts = headers[:, 1:] if self.call.masked else lengths
-        self.ends = counts.cumsum(0)
-        self.starts = self.ends - counts
+        # Neighbours alone know no counts of other parts, but then no part has padding.
+        self.ends = headers[:, 1:].cumsum(0) if self.call.masked else self.shard.ends(None, flat.device)
+        self.starts = F.pad(self.ends, (0, 0, 1, 0))[:-1]
         return flat[:, words:].view(-1, *self.shape), sources
 
     def start_back(self, gradients: Tensor) -> None:

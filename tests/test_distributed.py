@@ -210,6 +210,7 @@ def layers(world):
         layer = MultiScaleRetention(16, 4, dtype=torch.float64, **options)
         x, mask = torch.randn(2, 28, 16, dtype=torch.float64), holes(28)
         check_model(world, layer, [x], UNEVEN, lambda m, x: m(x))
+        check_model(world, layer, [x[:, :11]], EMPTY, lambda m, x: m(x))
         check_model(world, layer, [x, mask], UNEVEN, lambda m, x, mask: m(x, mask=mask) * mask[..., None])
         packed = torch.tensor([0, 4, 12, 28], dtype=torch.int32)
         check_model(world, layer, [x[:1]], UNEVEN, lambda m, x, p=packed: m(x, cu_seqlens=p))
@@ -222,6 +223,7 @@ def language_models(world):
         model.backbone.gradient_checkpointing = checkpointing
         tokens, mask = torch.randint(50, (2, 28)), holes(28)
         check_model(world, model, [tokens], UNEVEN, lambda m, x: m(x))
+        check_model(world, model, [tokens[:, :11]], EMPTY, lambda m, x: m(x))
         check_model(world, model, [tokens, mask], UNEVEN, lambda m, x, mask: m(x, mask=mask) * mask[..., None])
 
 
