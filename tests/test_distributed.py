@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.traffic import Traffic
 from retention import MultiScaleRetention, RetNet, ShapeError, retain, step
@@ -267,6 +268,29 @@ def bytes_do_not_grow_with_length(world):
     assert found == [(2, 2 * states + (1 + 2) * 8)] * 2, found
 
 
+class Order(TorchDispatchMode):
+    """The order in which exchanges begin and backends run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name.startswith(("c10d::", "retention::")):
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def exchanges_begin_before_the_computation(world):
+    """So the states travel while the backend computes the part, forward and backward."""
+    q = torch.randn(1, 4, 8, 4, requires_grad=True)
+    with context_parallel(world.all, length=8), Order() as order:
+        retain(q, q, q, DECAY.float(), form="chunkwise").sum().backward()
+    gather = "c10d::_allgather_base_"
+    assert order.names == [gather, "retention::chunkwise", gather, "retention::chunkwise_backward"], order.names
+
+
 def refused_before_communication(world):
     """All processes raise, and none has sent anything."""
     x, d, rank = torch.randn(1, 4, 4, 4), DECAY.float(), world.rank
@@ -450,6 +474,7 @@ CASES = [
     prefill_and_decode,
     buffers_are_split_and_restored,
     bytes_do_not_grow_with_length,
+    exchanges_begin_before_the_computation,
     refused_before_communication,
     other_options_on_one_rank,
     tensor_parallel_heads,
