@@ -86,18 +86,22 @@ def context_parallel(
     else:
         lengths = _agreed(mesh, length, float(tolerance))
     shard = Shard(lengths, rank, group, float(tolerance))
-    whole = [x.detach() for x in buffers]
+    restored = [None if any(x is y for y in kept) else x.detach() for x in buffers]
     for x, dim in zip(buffers, dims, strict=True):
-        x.set_(x.narrow(dim, shard.start, shard.length).clone())
-    whole = [None if any(x is y for y in kept) else old for x, old in zip(buffers, whole, strict=True)]
+        _hold(x, x.narrow(dim, shard.start, shard.length).clone())
     before = activate(shard)
     try:
         yield shard
     finally:
         activate(before)
-        for x, old in zip(buffers, whole, strict=True):
-            if old is not None:
-                x.set_(old)
+        for x, whole in zip(buffers, restored, strict=True):
+            if whole is not None:
+                _hold(x, whole)
+
+
+def _hold(x: Tensor, content: Tensor) -> None:
+    """Let x hold another content, in its memory; autograd notices the change."""
+    x.set_(content)  # type: ignore[call-overload]
 
 
 def _check_mesh(mesh: object) -> None:

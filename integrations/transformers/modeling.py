@@ -413,7 +413,7 @@ class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPr
     accepts_loss_kwargs = False  # the loss is a mean; the Trainer divides it by the number of accumulated batches
 
     @functools.wraps(GenericForSequenceClassification.forward)
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         refuse("the last token of each sequence", "classify outside, or use RetNetForTokenClassification")
         return super().forward(*args, **kwargs)
 
