@@ -25,6 +25,8 @@ from .norm import HeadNorm
 from .options import check_is, check_number, check_whole, number, shown
 from .sharding import Shard, activate, active
 
+__all__ = ["context_parallel", "tensor_parallel"]
+
 
 @contextmanager
 def context_parallel(

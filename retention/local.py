@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+__all__ = ["local"]
+
 
 def local(parameter: Tensor) -> Tensor:
     """Return the part of a DTensor that this process holds; any other parameter as it is.

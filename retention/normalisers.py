@@ -14,6 +14,8 @@ from .sharding import token_indices
 from .state import state_dtype
 from .times import counts, segments, token_times
 
+__all__ = ["score_divisor", "total_decay"]
+
 
 def total_decay(call: Call, inputs: Inputs) -> Tensor:
     """Return the divisor of decay_norm before its square root, sum_i D_ni of each token n, (B, H, T) or (1, H, T).

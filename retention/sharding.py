@@ -34,7 +34,9 @@ from .errors import ShapeError
 from .scores import repeated_heads
 from .state import state_dtype
 
-TOKENS_AT_ONCE = 4096  # tokens whose scaled keys or queries exist at once
+__all__ = ["Shard", "activate", "active", "alone", "check_part", "in_parts", "refuse", "token_indices", "whole_length"]
+
+_TOKENS_AT_ONCE = 4096  # tokens whose scaled keys or queries exist at once
 _NEVER = -1  # the exponent of a weight of 0
 
 _active: Shard | None = None
@@ -537,7 +539,7 @@ class _Read(torch.autograd.Function):
 
 
 def _blocks(length: int) -> Iterator[slice]:
-    return (slice(start, start + TOKENS_AT_ONCE) for start in range(0, length, TOKENS_AT_ONCE))
+    return (slice(start, start + _TOKENS_AT_ONCE) for start in range(0, length, _TOKENS_AT_ONCE))
 
 
 def _block(

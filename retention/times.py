@@ -9,6 +9,8 @@ from .call import Call, Inputs
 from .sharding import active, token_indices, whole_length
 from .state import RetentionState
 
+__all__ = ["counts", "segments", "token_times"]
+
 
 def token_times(
     batch: int,

@@ -382,7 +382,10 @@ def replaced(options):
         (replaced(3), "must have 'layers.0.self_attn', a dict; got 3"),
         (replaced({"gama": 1}), "layers.0.self_attn has options that no replaced layer has: gama; correct or remove"),
         (replaced({"where": "x"}), "layers.0.self_attn has options that no replaced layer has: where"),
-        (replaced({"scales": 10**12}), "scales of layers.0.self_attn must be at most 10,000; got 1000000000000"),
+        (
+            replaced({"num_decays": 10**12}),
+            "num_decays of layers.0.self_attn must be at most 10,000; got 1000000000000",
+        ),
         (replaced({"window": "x"}), "options for layers.0.self_attn that cannot be: window must be"),
         (replaced({"decay": [1] * 9}), "options for layers.0.self_attn that cannot be: decay must hold"),
         (replaced({"decay": 3}), "options for layers.0.self_attn that cannot be: decay must be"),
@@ -521,6 +524,7 @@ def check_damaged(kind, folder, seeds):
             assert kind != "zip" or all(torch.equal(x, want[name]) for name, x in got.items()), seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle", "legacy", "config", "index"])
 def test_damaged_files_are_loaded_or_refused(kind, tmp_path):
     check_damaged(kind, tmp_path, range(40))
