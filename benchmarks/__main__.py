@@ -11,6 +11,7 @@ import typer
 
 from benchmarks.compare import compare
 from benchmarks.decode import decode
+from benchmarks.distributed import distributed
 from benchmarks.floor import floor
 from benchmarks.gate import gate
 from benchmarks.layer import layer
@@ -41,6 +42,7 @@ COMMANDS = (
     xformers,
     parity,
     stream,
+    distributed,
     floor,
     gate,
     compare,

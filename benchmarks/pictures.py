@@ -218,6 +218,24 @@ def pretrained(lines: Sequence[Line]) -> Iterator[Picture]:
         yield Picture("A pretrained model with retention, on held-out Python source", [panels], corner(lines[0]))
 
 
+def distributed(lines: Sequence[Line]) -> Iterator[Picture]:
+    """Bytes by the number of tokens, and modelled throughput by the number of processes."""
+    sent = [line for line in lines if line["kind"] == "sent"]
+    modelled = [line for line in lines if line["kind"] == "modelled"]
+    bytes_by_length = Panel(f"sent, {sent[0]['ranks']} processes", "tokens", "bytes a process and layer", "B")
+    for line in sent:
+        curve = bytes_by_length.curves.setdefault(line["side"].partition(",")[0], {})
+        curve[line["length"]] = flat(line["bytes"])
+    panels = [bytes_by_length]
+    for scaling, title in (("weak", "weak scaling, modelled"), ("strong", "strong scaling, modelled")):
+        panel = Panel(f"{title}: 1.3b", "processes", "tokens a second and process", "tokens/s")
+        for line in modelled:
+            if line["scaling"] == scaling and line["preset"] == "1.3b":
+                put(panel, line, "ranks", flat(line["tokens_per_second"] / line["ranks"]))
+        panels.append(panel)
+    yield Picture("A sequence in parts: retention beside attention", [panels], corner(lines[0]))
+
+
 PICTURES: dict[str, Callable[[Sequence[Line]], Iterator[Picture]]] = {
     "op": op,
     "layer": layer,
@@ -226,4 +244,5 @@ PICTURES: dict[str, Callable[[Sequence[Line]], Iterator[Picture]]] = {
     "peers": peers,
     "pretrained": pretrained,
     "vision": vision,
+    "distributed": distributed,
 }

