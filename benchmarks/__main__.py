@@ -13,6 +13,7 @@ from benchmarks.compare import compare
 from benchmarks.decode import decode
 from benchmarks.floor import floor
 from benchmarks.gate import gate
+from benchmarks.gpu_compile import gpu_compile
 from benchmarks.layer import layer
 from benchmarks.measure import keep_freed_memory
 from benchmarks.model import model
@@ -41,6 +42,7 @@ COMMANDS = (
     stream,
     floor,
     gate,
+    gpu_compile,
     compare,
     report,
 )
@@ -63,7 +65,7 @@ def main(
 ) -> None:
     if not fresh_memory:
         keep_freed_memory()
-    if context.invoked_subcommand not in (None, "compare", "report"):
+    if context.invoked_subcommand not in (None, "compare", "report", "gpu-compile"):
         context.with_resource(recording(context.invoked_subcommand, results))
 
 

@@ -40,6 +40,8 @@ DOORS = {
     "matplotlib": "plot",
     "typer": "cli",
     "xformers": "xformers",
+    "triton": "triton",
+    "fla": "fla",
 }
 
 

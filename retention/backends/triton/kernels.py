@@ -29,6 +29,13 @@ from triton import knobs
 
 # The interpreter multiplies the bits of bfloat16 and cuts instead of rounding, so tiles are float32 there.
 INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+SIZES = [
+    "places",
+    "scale",
+    "heads",
+    "groups",
+    "chunks",
+]  # no kernel of its own for a size that is 1 or a multiple of 16
 LOG2_E = tl.constexpr(1.4426950408889634)
 SLOWEST = tl.constexpr(-1e4)  # decays faster than exp(-1e4) are 0 after one token, and -inf * 0 would be NaN
 
@@ -111,6 +118,15 @@ def _pointers(start, stride, base, tokens, columns):
 
 
 @triton.jit
+def _cells(there, columns, N: tl.constexpr, BN: tl.constexpr):
+    """Return which of the cells (tokens, columns) exist; blocks of BN columns that fill N need no mask of columns."""
+    if N % BN == 0:
+        return there[:, None]
+    else:
+        return there[:, None] & (columns < N)[None, :]
+
+
+@triton.jit
 def _rate(log_decay, head):
     """Return log2(gamma) of a head."""
     return tl.maximum(tl.load(log_decay + head).to(tl.float32), SLOWEST) * LOG2_E
@@ -129,14 +145,13 @@ def _write(rate, size, i):
 
 
 @triton.jit
-def _inner(rate, scale, C: tl.constexpr):
+def _inner(rate, scale, i):
     """Return scale gamma^(i - j) for j <= i, else 0, (C, C)."""
-    i = tl.arange(0, C)
     distance = i[:, None] - i[None, :]
     return tl.where(distance >= 0, tl.exp2(rate * tl.maximum(distance, 0)) * scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def one_pass(
     q,
     k,
@@ -174,10 +189,9 @@ def one_pass(
     q_start, k_start = _start(q, row, head), _start(k, row, head // groups)
     v_start, out_start = _start(v, row, head // groups), _start(out, row, head)
     keys, values = tl.arange(0, BK), block * BV + tl.arange(0, BV)
-    real_keys, real_values = (keys < K)[None, :], (values < V)[None, :]
     i = tl.arange(0, C)
     cell = place.to(tl.int64) * (K * V) + keys[:, None] * V + values[None, :]
-    real = (keys < K)[:, None] & real_values
+    real = (keys < K)[:, None] & (values < V)[None, :]
     s = tl.zeros([BK, BV], tl.float32)
     if BEFORE:
         s = _load(before + cell, real).to(tl.float32)
@@ -185,21 +199,22 @@ def one_pass(
         there = c * C + i < size
         n = tl.minimum(size - c * C, C)
         base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
-        q_i = _load(_pointers(q_start, q[3], base, tokens, keys), there[:, None] & real_keys)
-        k_i = _load(_pointers(k_start, k[3], base, tokens, keys), there[:, None] & real_keys)
-        v_i = _load(_pointers(v_start, v[3], base, tokens, values), there[:, None] & real_values)
+        q_i = _load(_pointers(q_start, q[3], base, tokens, keys), _cells(there, keys, K, BK))
+        k_i = _load(_pointers(k_start, k[3], base, tokens, keys), _cells(there, keys, K, BK))
+        v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BV))
+        # c in the argument keeps the compiler from holding these factors in registers through the loop.
+        scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * _inner(rate, scale, c * C + i)
+        scores = _rounded(scores, DTYPE)
         y = tl.dot(_with_state(q_i, DTYPE), _with_state(s, DTYPE), input_precision=PRECISION)
-        y *= _read(rate, scale, i)[:, None]
-        scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * _inner(rate, scale, C)
-        y = tl.dot(_rounded(scores, DTYPE), v_i, y, input_precision=PRECISION)
-        _store(_pointers(out_start, out[3], base, tokens, values), y, there[:, None] & real_values)
+        y = tl.dot(scores, v_i, y * _read(rate, scale, i)[:, None], input_precision=PRECISION)
+        _store(_pointers(out_start, out[3], base, tokens, values), y, _cells(there, values, V, BV))
         v_i = _rounded(v_i * _write(rate, n, i)[:, None], DTYPE)
         s = tl.dot(tl.trans(k_i), v_i, s * tl.exp2(rate * n), input_precision=PRECISION)
     if AFTER:
         _store(after + cell, s, real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def prepare(
     q,
     k,
@@ -256,23 +271,22 @@ def prepare(
         if STATES:
             keys = (part // ((V + BV - 1) // BV)) * BK + tl.arange(0, BK)
             values = (part % ((V + BV - 1) // BV)) * BV + tl.arange(0, BV)
-            real_keys, real_values = (keys < K)[None, :], (values < V)[None, :]
             s = tl.zeros([BK, BV], tl.float32)
             ds = tl.zeros([BK, BV], tl.float32)
             for c in range(tl.cdiv(size, C)):
                 there = c * C + i < size
                 base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
-                k_i = _load(_pointers(k_start, k[3], base, tokens, keys), there[:, None] & real_keys)
-                v_i = _load(_pointers(v_start, v[3], base, tokens, values), there[:, None] & real_values)
+                k_i = _load(_pointers(k_start, k[3], base, tokens, keys), _cells(there, keys, K, BK))
+                v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BV))
                 v_i = _rounded(v_i * _write(rate, size, c * C + i)[:, None], DTYPE)
                 s = tl.dot(tl.trans(k_i), v_i, s, input_precision=PRECISION)
                 if BACKWARD:
-                    q_i = _load(_pointers(q_start, q[3], base, tokens, keys), there[:, None] & real_keys)
-                    do_i = _load(_pointers(do_start, do[3], base, tokens, values), there[:, None] & real_values)
+                    q_i = _load(_pointers(q_start, q[3], base, tokens, keys), _cells(there, keys, K, BK))
+                    do_i = _load(_pointers(do_start, do[3], base, tokens, values), _cells(there, values, V, BV))
                     do_i = _rounded(do_i * _read(rate, scale, c * C + i)[:, None], DTYPE)
                     ds = tl.dot(tl.trans(q_i), do_i, ds, input_precision=PRECISION)
             cell = place.to(tl.int64) * (K * V) + keys[:, None] * V + values[None, :]
-            real = (keys < K)[:, None] & real_values
+            real = (keys < K)[:, None] & (values < V)[None, :]
             _store(states + cell, s, real)
             if BACKWARD:
                 _store(dstates + cell, ds, real)
@@ -284,11 +298,10 @@ def prepare(
             found = tl.zeros([C, C], tl.float32)
             for block in tl.static_range((K + BK - 1) // BK):
                 keys = block * BK + tl.arange(0, BK)
-                real_keys = (keys < K)[None, :]
-                q_i = _load(_pointers(q_start, q[3], base, tokens, keys), there[:, None] & real_keys)
-                k_i = _load(_pointers(k_start, k[3], base, tokens, keys), there[:, None] & real_keys)
+                q_i = _load(_pointers(q_start, q[3], base, tokens, keys), _cells(there, keys, K, BK))
+                k_i = _load(_pointers(k_start, k[3], base, tokens, keys), _cells(there, keys, K, BK))
                 found = tl.dot(q_i, tl.trans(k_i), found, input_precision=PRECISION)
-            inner = _inner(rate, scale, C)
+            inner = _inner(rate, scale, i)
             tile = place.to(tl.int64) * chunks + c
             cell = tile * (C * C) + i[:, None] * C + i[None, :]
             everywhere = (i >= 0)[:, None] & (i >= 0)[None, :]
@@ -297,9 +310,8 @@ def prepare(
                 dfound = tl.zeros([C, C], tl.float32)
                 for block in tl.static_range((V + BV - 1) // BV):
                     values = block * BV + tl.arange(0, BV)
-                    real_values = (values < V)[None, :]
-                    v_i = _load(_pointers(v_start, v[3], base, tokens, values), there[:, None] & real_values)
-                    do_i = _load(_pointers(do_start, do[3], base, tokens, values), there[:, None] & real_values)
+                    v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BV))
+                    do_i = _load(_pointers(do_start, do[3], base, tokens, values), _cells(there, values, V, BV))
                     dfound = tl.dot(do_i, tl.trans(v_i), dfound, input_precision=PRECISION)
                 dfound *= inner
                 _store(dscores + cell, dfound, everywhere)
@@ -308,7 +320,7 @@ def prepare(
                     tl.store(slopes + tile, tl.sum(tl.sum(found * dfound * distance, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def join(
     states,
     dstates,
@@ -391,16 +403,31 @@ def _piece(pointer, place, M: tl.constexpr, N: tl.constexpr, m, n, TRANSPOSED: t
 
 
 @triton.jit
-def _read_piece(y, x_start, stride, base, tokens, there, m, s, M: tl.constexpr, DTYPE, PRECISION: tl.constexpr):
+def _read_piece(
+    y,
+    x_start,
+    stride,
+    base,
+    tokens,
+    there,
+    m,
+    s,
+    M: tl.constexpr,
+    WIDTH: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     """Return y + x S for a piece m of the channels of x."""
-    x = _load(_pointers(x_start, stride, base, tokens, m), there[:, None] & (m < M)[None, :])
+    x = _load(_pointers(x_start, stride, base, tokens, m), _cells(there, m, M, WIDTH))
     return tl.dot(_with_state(x, DTYPE), _with_state(s, DTYPE), y, input_precision=PRECISION)
 
 
 @triton.jit
-def _write_piece(s, carry, l_start, stride, base, tokens, there, m, y, M: tl.constexpr, PRECISION: tl.constexpr):
+def _write_piece(
+    s, carry, l_start, stride, base, tokens, there, m, y, M: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr
+):
     """Return carry S + l^T y for a piece m of the channels of l."""
-    x = _load(_pointers(l_start, stride, base, tokens, m), there[:, None] & (m < M)[None, :])
+    x = _load(_pointers(l_start, stride, base, tokens, m), _cells(there, m, M, WIDTH))
     return tl.dot(tl.trans(x), y, s * carry, input_precision=PRECISION)
 
 
@@ -443,10 +470,10 @@ def _walk(
     matrices: A of the segment, transposed if BACK; before, after: states, (M, N), or (N, M) if TRANSPOSED. The M
     channels of x and l are 1, 2 or 4 pieces of BM.
     """
-    PIECES: tl.constexpr = (M + BM - 1) // BM
+    PIECES: tl.constexpr = 4 if M > 2 * BM else 2 if M > BM else 1
+    WIDTH: tl.constexpr = PIECES * BM
     m = tl.arange(0, BM)
     columns = block * BN + tl.arange(0, BN)
-    real = (columns < N)[None, :]
     i = tl.arange(0, C)
     s0 = tl.zeros([BM, BN], tl.float32)
     s1, s2, s3 = s0, s0, s0
@@ -469,7 +496,7 @@ def _walk(
         there = c * C + i < size
         n = tl.minimum(size - c * C, C)
         base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
-        y_i = _load(_pointers(y_start, y_stride, base, tokens, columns), there[:, None] & real)
+        y_i = _load(_pointers(y_start, y_stride, base, tokens, columns), _cells(there, columns, N, BN))
         if BACK:
             a = _load(matrices + c * (C * C) + i[:, None] + i[None, :] * C, there[:, None] & there[None, :])
             r = _write(rate, n, i)
@@ -479,22 +506,22 @@ def _walk(
             r = _read(rate, scale, i)
             f = _write(rate, n, i)
         z = tl.zeros([C, BN], tl.float32)
-        z = _read_piece(z, x_start, x_stride, base, tokens, there, m, s0, M, DTYPE, PRECISION)
+        z = _read_piece(z, x_start, x_stride, base, tokens, there, m, s0, M, WIDTH, DTYPE, PRECISION)
         if PIECES > 1:
-            z = _read_piece(z, x_start, x_stride, base, tokens, there, BM + m, s1, M, DTYPE, PRECISION)
+            z = _read_piece(z, x_start, x_stride, base, tokens, there, BM + m, s1, M, WIDTH, DTYPE, PRECISION)
         if PIECES > 2:
-            z = _read_piece(z, x_start, x_stride, base, tokens, there, 2 * BM + m, s2, M, DTYPE, PRECISION)
-            z = _read_piece(z, x_start, x_stride, base, tokens, there, 3 * BM + m, s3, M, DTYPE, PRECISION)
+            z = _read_piece(z, x_start, x_stride, base, tokens, there, 2 * BM + m, s2, M, WIDTH, DTYPE, PRECISION)
+            z = _read_piece(z, x_start, x_stride, base, tokens, there, 3 * BM + m, s3, M, WIDTH, DTYPE, PRECISION)
         z = tl.dot(a, y_i, z * r[:, None], input_precision=PRECISION)
-        _store(_pointers(z_start, z_stride, base, tokens, columns), z, there[:, None] & real)
+        _store(_pointers(z_start, z_stride, base, tokens, columns), z, _cells(there, columns, N, BN))
         y_i = _rounded(y_i * f[:, None], DTYPE)
         carry = tl.exp2(rate * n)
-        s0 = _write_piece(s0, carry, l_start, l_stride, base, tokens, there, m, y_i, M, PRECISION)
+        s0 = _write_piece(s0, carry, l_start, l_stride, base, tokens, there, m, y_i, M, WIDTH, PRECISION)
         if PIECES > 1:
-            s1 = _write_piece(s1, carry, l_start, l_stride, base, tokens, there, BM + m, y_i, M, PRECISION)
+            s1 = _write_piece(s1, carry, l_start, l_stride, base, tokens, there, BM + m, y_i, M, WIDTH, PRECISION)
         if PIECES > 2:
-            s2 = _write_piece(s2, carry, l_start, l_stride, base, tokens, there, 2 * BM + m, y_i, M, PRECISION)
-            s3 = _write_piece(s3, carry, l_start, l_stride, base, tokens, there, 3 * BM + m, y_i, M, PRECISION)
+            s2 = _write_piece(s2, carry, l_start, l_stride, base, tokens, there, 2 * BM + m, y_i, M, WIDTH, PRECISION)
+            s3 = _write_piece(s3, carry, l_start, l_stride, base, tokens, there, 3 * BM + m, y_i, M, WIDTH, PRECISION)
     if AFTER:
         pointers, mask = _piece(after, place, M, N, m, columns, TRANSPOSED)
         _store(pointers, s0, mask)
@@ -508,7 +535,7 @@ def _walk(
             _store(pointers, s3, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def core(
     q,
     k,
@@ -588,14 +615,42 @@ def core(
             )
     else:
         _walk(
-            q_start, q[3], k_start, k[3], v_start, v[3], _start(out, row, head), out[3], tiles, before, after, rate,
-            scale, places, place, row, first, size, part,
-            K, V, PK, BV, C, DTYPE, PRECISION, INDEXED, False, False, BEFORE, AFTER,
+            q_start,
+            q[3],
+            k_start,
+            k[3],
+            v_start,
+            v[3],
+            _start(out, row, head),
+            out[3],
+            tiles,
+            before,
+            after,
+            rate,
+            scale,
+            places,
+            place,
+            row,
+            first,
+            size,
+            part,
+            K,
+            V,
+            PK,
+            BV,
+            C,
+            DTYPE,
+            PRECISION,
+            INDEXED,
+            False,
+            False,
+            BEFORE,
+            AFTER,
         )
         # fmt: on
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def slope(
     q,
     k,
@@ -640,8 +695,7 @@ def slope(
     v_start, do_start = _start(v, row, head // groups), _start(do, row, head)
     keys = (part // ((V + BV - 1) // BV)) * BK + tl.arange(0, BK)
     values = (part % ((V + BV - 1) // BV)) * BV + tl.arange(0, BV)
-    real_keys, real_values = (keys < K)[None, :], (values < V)[None, :]
-    real = (keys < K)[:, None] & real_values
+    real = (keys < K)[:, None] & (values < V)[None, :]
     i = tl.arange(0, C)
     cell = place.to(tl.int64) * (K * V) + keys[:, None] * V + values[None, :]
     s = tl.zeros([BK, BV], tl.float32)
@@ -653,10 +707,10 @@ def slope(
         there = c * C + i < size
         n = tl.minimum(size - c * C, C)
         base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
-        q_i = _load(_pointers(q_start, q[3], base, tokens, keys), there[:, None] & real_keys)
-        k_i = _load(_pointers(k_start, k[3], base, tokens, keys), there[:, None] & real_keys)
-        v_i = _load(_pointers(v_start, v[3], base, tokens, values), there[:, None] & real_values)
-        do_i = _load(_pointers(do_start, do[3], base, tokens, values), there[:, None] & real_values)
+        q_i = _load(_pointers(q_start, q[3], base, tokens, keys), _cells(there, keys, K, BK))
+        k_i = _load(_pointers(k_start, k[3], base, tokens, keys), _cells(there, keys, K, BK))
+        v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BV))
+        do_i = _load(_pointers(do_start, do[3], base, tokens, values), _cells(there, values, V, BV))
         x = _with_state(q_i, DTYPE)
         y = tl.dot(x, _with_state(s, DTYPE), input_precision=PRECISION) * (i + 1).to(tl.float32)[:, None]
         y = tl.dot(x, _with_state(derivative, DTYPE), y, input_precision=PRECISION)
@@ -672,7 +726,7 @@ def slope(
     tl.store(slopes + tl.program_id(0), total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def step(
     q,
     k,

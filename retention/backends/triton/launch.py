@@ -97,20 +97,26 @@ def step(x: Inputs, out: Tensor, scale: float) -> None:
     if out.numel() == 0 or x.state is None:
         return
     arguments = _names(x, scale)
-    arguments.update(out=_strided(out), state=x.state, mask=_contiguous(x.mask))
+    arguments.update(out=_strided(out), state=x.state.contiguous(), mask=_contiguous(x.mask))
     keys, values = power(x.q.shape[3]), power(x.v.shape[3])
     block = min(values, max(16, 8192 // keys))
     programs = x.q.shape[0] * x.q.shape[1] * -(-x.v.shape[3] // block)
     _run(Launch("step", programs, {"BK": keys, "BV": block}, 4, 1, 0), arguments)
+    if arguments["state"] is not x.state:
+        x.state.copy_(arguments["state"])
 
 
 def _run(launch: Launch, arguments: dict[str, Any]) -> None:
     """Launch a kernel with those of the arguments that it takes."""
     flags = {flag: arguments.get(name) is not None for name, flag in _FLAGS.items()}
     given = {**arguments, **flags, **launch.blocks}
+    start(launch, {name: given[name] for name in _parameters(launch.kernel)})
+
+
+def start(launch: Launch, arguments: dict[str, Any]) -> None:
+    """Start the programs of a launch. `python -m benchmarks gpu-compile` takes the place of this function."""
     kernel = getattr(kernels, launch.kernel)
-    chosen = {name: given[name] for name in _parameters(launch.kernel)}
-    kernel[(launch.programs,)](**chosen, num_warps=launch.warps, num_stages=launch.stages)
+    kernel[(launch.programs,)](**arguments, num_warps=launch.warps, num_stages=launch.stages)
 
 
 @functools.cache
@@ -125,7 +131,7 @@ def _names(x: Inputs, scale: float) -> dict[str, Any]:
         **dict.fromkeys(("out", "do", "dq", "dk", "dv", "scores", "dscores", "states", "dstates", "slopes")),
         **dict.fromkeys(("before", "after", "dbefore", "dafter")),
         "log_decay": x.log_decay.contiguous(),
-        "scale": scale,
+        "scale": float(scale),
         "heads": x.q.shape[1],
         "groups": x.q.shape[1] // x.k.shape[1],
         "K": x.q.shape[3],

@@ -8,8 +8,7 @@ from torch import Tensor
 from ..operators import differentiable, gradients, outputs
 
 
-@torch.library.custom_op("retention::triton", mutates_args=())
-def fused(
+def fused_now(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -29,6 +28,9 @@ def fused(
     inputs = launch.Inputs(q, k, v, log_decay, state, mask, cu_seqlens)
     launch.forward(inputs, out, final if return_state else None, scale, chunk_size)
     return out, final
+
+
+fused = torch.library.custom_op("retention::triton", fused_now, mutates_args=())
 
 
 @torch.library.custom_op("retention::triton_backward", mutates_args=())
@@ -73,8 +75,7 @@ def fused_backward(
 differentiable(fused, fused_backward)
 
 
-@torch.library.custom_op("retention::triton_step", mutates_args=("state",))
-def fused_step(
+def fused_step_now(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,6 +91,9 @@ def fused_step(
     out, _ = outputs(q, k, v, None, False, out_dtype)
     launch.step(launch.Inputs(q, k, v, log_decay, state, mask, None), out, scale)
     return out
+
+
+fused_step = torch.library.custom_op("retention::triton_step", fused_step_now, mutates_args=("state",))
 
 
 @fused_step.register_fake

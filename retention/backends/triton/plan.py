@@ -113,7 +113,7 @@ def _cut(sizes: Sizes, chunk: int, blocks: int) -> Plan:
     chunks = max(1, -(-sizes.length // chunk))
     programs = (1 if sizes.packed else sizes.sequences) * sizes.heads * blocks
     wanted = max(-(-SIDE_BY_SIDE * sizes.multiprocessors // programs), -(-chunks // MOST_CHUNKS))
-    each = max(-(-chunks // wanted), min(chunks, FEWEST_CHUNKS))
+    each = max(1, chunks // wanted, min(chunks, FEWEST_CHUNKS))
     per = -(-chunks // each)
     segments = sizes.sequences * per
     if sizes.packed and per > 1:
@@ -224,7 +224,11 @@ def _core(sizes: Sizes, backward: bool) -> tuple[int, Config]:
     wide = max(keys, values)
     block = 128 if wide == 128 else 64
     warps = 4 if wide <= 64 else 8
-    return _chunk(sizes, 64), ({**pieces, "BK": min(keys, block), "BV": min(values, block)}, warps, 2 if wide <= 256 else 1)
+    return _chunk(sizes, 64), (
+        {**pieces, "BK": min(keys, block), "BV": min(values, block)},
+        warps,
+        2 if wide <= 256 else 1,
+    )
 
 
 def _prepare(sizes: Sizes) -> Config:
