@@ -24,7 +24,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 
 class Compiled(NamedTuple):
-    """A kernel for one chip, with its registers, bytes spilled, KiB of shared memory, and whether it uses tensor cores."""
+    """A kernel for one chip: registers of a thread, bytes spilled, KiB of shared memory, use of tensor cores."""
 
     kernel: str
     capability: int
@@ -93,7 +93,7 @@ def launches(capability: int, dtype: torch.dtype, key_dim: int, value_dim: int) 
     found: list[tuple[Any, dict[str, Any]]] = []
     with (
         mock.patch.object(launch, "start", lambda *started: found.append(started)),
-        mock.patch.object(launch, "_device", lambda device: (132, capability)),
+        mock.patch.object(launch, "_device", return_value=(132, capability)),
     ):
         for heads, length in ((1, 2048), (512, 64)):  # split into segments, and not
             q, k, v = (
@@ -129,7 +129,7 @@ def _compile(capability: int, launch: Any, arguments: dict[str, Any]) -> Compile
     made = triton.compile(ASTSource(kernel, signature, constants, attributes), target, options.__dict__)
     registers, spilled = _assembled(made.asm["ptx"], capability)
     shown = " ".join(
-        f"{name}={arguments[name]}" for name in ("PK", "PV", "BK", "BV", "C", "BLOCK") if name in arguments
+        f"{name}={arguments[name]}" for name in ("BK", "BV", "BM", "BN", "C", "BLOCK") if name in arguments
     )
     cores = re.search(TENSOR_CORES, made.asm["ptx"]) is not None
     shared = made.metadata.shared / 1024

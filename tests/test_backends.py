@@ -88,7 +88,9 @@ def test_registration_is_never_by_accident(registry):
         retention.register("eager", Refusing())
     with pytest.raises(ValueError, match="before must be one of triton, chunked, eager, xformers, fla; got before 'x'"):
         retention.register("moody", Refusing(), before="x")
-    with pytest.raises(ValueError, match="^name must be one of triton, chunked, eager, xformers, fla; got name 'moody'"):
+    with pytest.raises(
+        ValueError, match="^name must be one of triton, chunked, eager, xformers, fla; got name 'moody'"
+    ):
         retention.unregister("moody")
     retention.register("moody", Refusing())
     retention.unregister("moody")
@@ -106,7 +108,17 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
     monkeypatch.setattr("retention.backends.registry.entry_points", lambda group: found)
     monkeypatch.setattr("retention.backends.registry._plugins_loaded", False)
     with pytest.warns(UserWarning, match="test_backends:refusing is not used: there is a backend 'eager' already"):
-        assert backends.names() == ("triton", "chunked", "eager", "xformers", "fla", "broken", "incomplete", "a_class", "good")
+        assert backends.names() == (
+            "triton",
+            "chunked",
+            "eager",
+            "xformers",
+            "fla",
+            "broken",
+            "incomplete",
+            "a_class",
+            "good",
+        )
     assert "AttributeError" in backends.why_not(Call(**CALL), "incomplete")[0]
     assert "must have the why_not and __call__ of `Backend`" in backends.why_not(Call(**CALL), "a_class")[0]
     assert backends.why_not(Call(**CALL), "broken") == [

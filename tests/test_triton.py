@@ -133,6 +133,7 @@ def test_wrong_results_of_a_device_are_found_at_first_use(gpu):
 
 
 def test_nothing_is_tried_while_a_cuda_graph_is_captured(gpu):
+    gpu.setattr(torch.cuda, "is_initialized", lambda: True)
     gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     gpu.setattr(probe, "_trial", lambda device: pytest.fail("runs in the capture"))
     assert "run the call once before the capture" in backends.why_not(CALL, "triton")[0]
@@ -191,7 +192,7 @@ def of_fla(key_dim, value_dim, chunk=64):
 @pytest.mark.parametrize(
     ("dims", "options", "forward", "backward"),
     [
-        ((64, 64), {"batch": 8, "heads": 64, "length": 4096}, 0.5, 0.7),
+        ((64, 64), {"batch": 8, "heads": 64, "length": 4096}, 0.5, 0.71),
         ((128, 128), {"batch": 8, "heads": 64, "length": 4096}, 0.5, 0.45),
         ((128, 128), {"heads": 16, "length": 16384}, 0.65, 0.45),
         ((256, 256), {"heads": 16, "length": 16384}, 0.6, 0.3),

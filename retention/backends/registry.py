@@ -58,8 +58,8 @@ class Absent:
         raise BackendError(self.reason) from self.cause
 
 
-# In order of preference. xformers is never faster than chunked, and eager can be differentiated any number of times. fla
-# cannot say before a call that it lacks the gradient of log_decay.
+# In order of preference. xformers is never faster than chunked, and eager can be differentiated any number of times.
+# fla cannot say before a call that it lacks the gradient of log_decay.
 _backends: dict[str, Backend] = {
     "triton": triton.backend,
     "chunked": chunked.backend,

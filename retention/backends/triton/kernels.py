@@ -3,18 +3,18 @@
 A segment is a run of tokens of one sequence, and consists of chunks of C tokens, of which the last may be shorter. With
 i = 0 ... n - 1 the tokens of a chunk, a_i = gamma^(i + 1) and w_i = gamma^(n - 1 - i), all four results are one loop:
 
-    y_i = r_i (x_i S) + (A y)_i,    S <- gamma^n S + sum_j l_j^T (f_j y_j)
+    y_i = r_i (x_i S) + (A y)_i,    S <- gamma^n S + sum_j u_j^T (f_j y_j)
 
-    result  x   l   y   A           time      r          f
+    result  x   u   y   A           time      r          f
     out     q   k   v   scores      forward   scale a    w
     dq      do  v   k   dscores     forward   scale a    w
     dk      v   do  q   dscores^T   backward  w          scale a
     dv      k   q   do  scores^T    backward  w          scale a
 
-with scores_ij = scale gamma^(i - j) q_i . k_j and dscores_ij = scale gamma^(i - j) do_i . v_j for j <= i. A program owns
-all channels of x and l and a block of those of y, so that no sums of programs meet and results do not depend on the
-order of execution. `prepare` computes the scores and the state that each segment adds, `join` adds these from segment
-to segment, and `core` runs the loop. `one_pass` computes its scores itself.
+with scores_ij = scale gamma^(i - j) q_i . k_j and dscores_ij = scale gamma^(i - j) do_i . v_j for j <= i. A program
+owns all channels of x and u and a block of those of y, so that no sums of programs meet and results do not depend on
+the order of execution. `prepare` computes the scores and the state that each segment adds, `join` adds these from
+segment to segment, and `core` runs the loop. `one_pass` computes its scores itself.
 
 Arguments: a tensor comes as (pointer, stride of row, stride of head, stride of token), its channels are contiguous;
     `places` says where segments lie, see `_segment`. Products of float32 have the precision PRECISION. Products with a
@@ -147,8 +147,8 @@ def _write(rate, size, i):
 @triton.jit
 def _inner(rate, scale, i):
     """Return scale gamma^(i - j) for j <= i, else 0, (C, C)."""
-    distance = i[:, None] - i[None, :]
-    return tl.where(distance >= 0, tl.exp2(rate * tl.maximum(distance, 0)) * scale, 0.0)
+    age = rate * i
+    return tl.where(i[:, None] >= i[None, :], tl.exp2(age[:, None] - age[None, :]) * scale, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -167,7 +167,7 @@ def one_pass(
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
-    BV: tl.constexpr,
+    BN: tl.constexpr,
     C: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -180,7 +180,7 @@ def one_pass(
 
     before, after: (segments, heads, K, V).
     """
-    BLOCKS: tl.constexpr = (V + BV - 1) // BV
+    BLOCKS: tl.constexpr = (V + BN - 1) // BN
     block = tl.program_id(0) % BLOCKS
     place = tl.program_id(0) // BLOCKS
     segment, head = place // heads, place % heads
@@ -188,11 +188,11 @@ def one_pass(
     rate = _rate(log_decay, head)
     q_start, k_start = _start(q, row, head), _start(k, row, head // groups)
     v_start, out_start = _start(v, row, head // groups), _start(out, row, head)
-    keys, values = tl.arange(0, BK), block * BV + tl.arange(0, BV)
+    keys, values = tl.arange(0, BK), block * BN + tl.arange(0, BN)
     i = tl.arange(0, C)
     cell = place.to(tl.int64) * (K * V) + keys[:, None] * V + values[None, :]
     real = (keys < K)[:, None] & (values < V)[None, :]
-    s = tl.zeros([BK, BV], tl.float32)
+    s = tl.zeros([BK, BN], tl.float32)
     if BEFORE:
         s = _load(before + cell, real).to(tl.float32)
     for c in range(tl.cdiv(size, C)):
@@ -201,13 +201,13 @@ def one_pass(
         base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
         q_i = _load(_pointers(q_start, q[3], base, tokens, keys), _cells(there, keys, K, BK))
         k_i = _load(_pointers(k_start, k[3], base, tokens, keys), _cells(there, keys, K, BK))
-        v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BV))
+        v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BN))
         # c in the argument keeps the compiler from holding these factors in registers through the loop.
         scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * _inner(rate, scale, c * C + i)
         scores = _rounded(scores, DTYPE)
         y = tl.dot(_with_state(q_i, DTYPE), _with_state(s, DTYPE), input_precision=PRECISION)
         y = tl.dot(scores, v_i, y * _read(rate, scale, i)[:, None], input_precision=PRECISION)
-        _store(_pointers(out_start, out[3], base, tokens, values), y, _cells(there, values, V, BV))
+        _store(_pointers(out_start, out[3], base, tokens, values), y, _cells(there, values, V, BN))
         v_i = _rounded(v_i * _write(rate, n, i)[:, None], DTYPE)
         s = tl.dot(tl.trans(k_i), v_i, s * tl.exp2(rate * n), input_precision=PRECISION)
     if AFTER:
@@ -222,7 +222,6 @@ def prepare(
     do,
     log_decay,
     scores,
-    dscores,
     states,
     dstates,
     slopes,
@@ -231,6 +230,7 @@ def prepare(
     heads,
     groups,
     chunks,
+    matrices,
     K: tl.constexpr,
     V: tl.constexpr,
     BK: tl.constexpr,
@@ -248,10 +248,11 @@ def prepare(
     """Compute, for a chunk, its scores; or, for a block of K and of V, the state that a segment adds.
 
     SCORES and STATES say which of the two is wanted, BACKWARD whether dscores and dstates are, and SLOPES whether the
-    part of the decay's gradient is that comes from tokens of one chunk.
+    part of the gradient of the decay is that comes from tokens of one chunk.
 
-    scores, dscores: (segments, heads, chunks, C, C) in the dtype of q; states, dstates: (segments, heads, K, V);
-    slopes: (segments, heads, chunks) float32. chunks: number of chunks of a segment.
+    scores: (segments, heads, chunks, C, C) in the dtype of q; with BACKWARD (3, ...) for dscores, dscores^T and
+    scores^T, each of `matrices` numbers. states, dstates: (segments, heads, K, V); slopes: (segments, heads, chunks)
+    float32. chunks: number of chunks of a segment.
     """
     BLOCKS: tl.constexpr = ((K + BK - 1) // BK) * ((V + BV - 1) // BV) if STATES else 0
     parts = BLOCKS
@@ -305,8 +306,9 @@ def prepare(
             tile = place.to(tl.int64) * chunks + c
             cell = tile * (C * C) + i[:, None] * C + i[None, :]
             everywhere = (i >= 0)[:, None] & (i >= 0)[None, :]
-            _store(scores + cell, found * inner, everywhere)
-            if BACKWARD:
+            if not BACKWARD:
+                _store(scores + cell, found * inner, everywhere)
+            else:
                 dfound = tl.zeros([C, C], tl.float32)
                 for block in tl.static_range((V + BV - 1) // BV):
                     values = block * BV + tl.arange(0, BV)
@@ -314,7 +316,10 @@ def prepare(
                     do_i = _load(_pointers(do_start, do[3], base, tokens, values), _cells(there, values, V, BV))
                     dfound = tl.dot(do_i, tl.trans(v_i), dfound, input_precision=PRECISION)
                 dfound *= inner
-                _store(dscores + cell, dfound, everywhere)
+                turned = tile * (C * C) + i[None, :] * C + i[:, None]
+                _store(scores + cell, dfound, everywhere)
+                _store(scores + matrices + turned, dfound, everywhere)
+                _store(scores + 2 * matrices + turned, found * inner, everywhere)
                 if SLOPES:
                     distance = (i[:, None] - i[None, :]).to(tl.float32)
                     tl.store(slopes + tile, tl.sum(tl.sum(found * dfound * distance, 1), 0))
@@ -369,7 +374,7 @@ def join(
         if BEFORE:
             s = _load(before + mine, real).to(tl.float32)
         for segment in range(start, end):
-            row, first, size = _segment(segment, places, INDEXED, TABLED)
+            _, _, size = _segment(segment, places, INDEXED, TABLED)
             cell = segment * stride + head * CELLS + cells
             added = _load(states + cell, real).to(tl.float32)
             _store(states + cell, s, real)
@@ -383,7 +388,7 @@ def join(
                 ds = _load(dafter + mine, real).to(tl.float32)
             for number in range(start, end):
                 segment = end - 1 - (number - start)
-                row, first, size = _segment(segment, places, INDEXED, TABLED)
+                _, _, size = _segment(segment, places, INDEXED, TABLED)
                 cell = segment * stride + head * CELLS + cells
                 added = _load(dstates + cell, real).to(tl.float32)
                 _store(dstates + cell, ds, real)
@@ -393,146 +398,39 @@ def join(
 
 
 @triton.jit
-def _piece(pointer, place, M: tl.constexpr, N: tl.constexpr, m, n, TRANSPOSED: tl.constexpr):
-    """Return the pointers to cells (m, n) of a state (M, N), or of a state (N, M) if TRANSPOSED, and which exist."""
-    if TRANSPOSED:
-        cell = m[:, None] + n[None, :] * M
+def _real(there, columns, width, EVEN: tl.constexpr):
+    """Return which of the cells (tokens, columns) exist; if EVEN, all columns do."""
+    if EVEN:
+        return there[:, None]
     else:
-        cell = m[:, None] * N + n[None, :]
-    return pointer + place.to(tl.int64) * (M * N) + cell, (m < M)[:, None] & (n < N)[None, :]
+        return there[:, None] & (columns < width)[None, :]
 
 
 @triton.jit
-def _read_piece(
-    y,
-    x_start,
-    stride,
-    base,
-    tokens,
-    there,
-    m,
-    s,
-    M: tl.constexpr,
-    WIDTH: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Return y + x S for a piece m of the channels of x."""
-    x = _load(_pointers(x_start, stride, base, tokens, m), _cells(there, m, M, WIDTH))
-    return tl.dot(_with_state(x, DTYPE), _with_state(s, DTYPE), y, input_precision=PRECISION)
+def _read_piece(z, x, stride, base, tokens, there, m, width, s, EVEN: tl.constexpr, DTYPE, PRECISION: tl.constexpr):
+    """Return z + x S for a piece m of the channels of x."""
+    x_i = _load(_pointers(x, stride, base, tokens, m), _real(there, m, width, EVEN))
+    return tl.dot(_with_state(x_i, DTYPE), _with_state(s, DTYPE), z, input_precision=PRECISION)
 
 
 @triton.jit
-def _write_piece(
-    s, carry, l_start, stride, base, tokens, there, m, y, M: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr
-):
-    """Return carry S + l^T y for a piece m of the channels of l."""
-    x = _load(_pointers(l_start, stride, base, tokens, m), _cells(there, m, M, WIDTH))
-    return tl.dot(tl.trans(x), y, s * carry, input_precision=PRECISION)
+def _write_piece(s, carry, x, stride, base, tokens, there, m, width, y, EVEN: tl.constexpr, PRECISION: tl.constexpr):
+    """Return carry S + u^T y for a piece m of the channels of u."""
+    u_i = _load(_pointers(x, stride, base, tokens, m), _real(there, m, width, EVEN))
+    return tl.dot(tl.trans(u_i), y, s * carry, input_precision=PRECISION)
 
 
 @triton.jit
-def _walk(
-    x_start,
-    x_stride,
-    l_start,
-    l_stride,
-    y_start,
-    y_stride,
-    z_start,
-    z_stride,
-    matrices,
-    before,
-    after,
-    rate,
-    scale,
-    places,
-    place,
-    row,
-    first,
-    size,
-    block,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    C: tl.constexpr,
-    DTYPE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    INDEXED: tl.constexpr,
-    BACK: tl.constexpr,
-    TRANSPOSED: tl.constexpr,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-):
-    """Run the loop of the file over the chunks of a segment, for a block of the N channels of y, and write z.
+def _load_piece(state, m, n, m_stride, n_stride, height, width, given):
+    """Load the cells (m, n) of a state."""
+    there = (m < height)[:, None] & (n < width)[None, :] & given
+    return _load(state + m[:, None] * m_stride + n[None, :] * n_stride, there).to(tl.float32)
 
-    matrices: A of the segment, transposed if BACK; before, after: states, (M, N), or (N, M) if TRANSPOSED. The M
-    channels of x and l are 1, 2 or 4 pieces of BM.
-    """
-    PIECES: tl.constexpr = 4 if M > 2 * BM else 2 if M > BM else 1
-    WIDTH: tl.constexpr = PIECES * BM
-    m = tl.arange(0, BM)
-    columns = block * BN + tl.arange(0, BN)
-    i = tl.arange(0, C)
-    s0 = tl.zeros([BM, BN], tl.float32)
-    s1, s2, s3 = s0, s0, s0
-    if BEFORE:
-        pointers, mask = _piece(before, place, M, N, m, columns, TRANSPOSED)
-        s0 = _load(pointers, mask).to(tl.float32)
-        if PIECES > 1:
-            pointers, mask = _piece(before, place, M, N, BM + m, columns, TRANSPOSED)
-            s1 = _load(pointers, mask).to(tl.float32)
-        if PIECES > 2:
-            pointers, mask = _piece(before, place, M, N, 2 * BM + m, columns, TRANSPOSED)
-            s2 = _load(pointers, mask).to(tl.float32)
-            pointers, mask = _piece(before, place, M, N, 3 * BM + m, columns, TRANSPOSED)
-            s3 = _load(pointers, mask).to(tl.float32)
-    chunks = tl.cdiv(size, C)
-    for step in range(chunks):
-        c = step
-        if BACK:
-            c = chunks - 1 - step
-        there = c * C + i < size
-        n = tl.minimum(size - c * C, C)
-        base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
-        y_i = _load(_pointers(y_start, y_stride, base, tokens, columns), _cells(there, columns, N, BN))
-        if BACK:
-            a = _load(matrices + c * (C * C) + i[:, None] + i[None, :] * C, there[:, None] & there[None, :])
-            r = _write(rate, n, i)
-            f = _read(rate, scale, i)
-        else:
-            a = _load(matrices + c * (C * C) + i[:, None] * C + i[None, :], there[:, None] & there[None, :])
-            r = _read(rate, scale, i)
-            f = _write(rate, n, i)
-        z = tl.zeros([C, BN], tl.float32)
-        z = _read_piece(z, x_start, x_stride, base, tokens, there, m, s0, M, WIDTH, DTYPE, PRECISION)
-        if PIECES > 1:
-            z = _read_piece(z, x_start, x_stride, base, tokens, there, BM + m, s1, M, WIDTH, DTYPE, PRECISION)
-        if PIECES > 2:
-            z = _read_piece(z, x_start, x_stride, base, tokens, there, 2 * BM + m, s2, M, WIDTH, DTYPE, PRECISION)
-            z = _read_piece(z, x_start, x_stride, base, tokens, there, 3 * BM + m, s3, M, WIDTH, DTYPE, PRECISION)
-        z = tl.dot(a, y_i, z * r[:, None], input_precision=PRECISION)
-        _store(_pointers(z_start, z_stride, base, tokens, columns), z, _cells(there, columns, N, BN))
-        y_i = _rounded(y_i * f[:, None], DTYPE)
-        carry = tl.exp2(rate * n)
-        s0 = _write_piece(s0, carry, l_start, l_stride, base, tokens, there, m, y_i, M, WIDTH, PRECISION)
-        if PIECES > 1:
-            s1 = _write_piece(s1, carry, l_start, l_stride, base, tokens, there, BM + m, y_i, M, WIDTH, PRECISION)
-        if PIECES > 2:
-            s2 = _write_piece(s2, carry, l_start, l_stride, base, tokens, there, 2 * BM + m, y_i, M, WIDTH, PRECISION)
-            s3 = _write_piece(s3, carry, l_start, l_stride, base, tokens, there, 3 * BM + m, y_i, M, WIDTH, PRECISION)
-    if AFTER:
-        pointers, mask = _piece(after, place, M, N, m, columns, TRANSPOSED)
-        _store(pointers, s0, mask)
-        if PIECES > 1:
-            pointers, mask = _piece(after, place, M, N, BM + m, columns, TRANSPOSED)
-            _store(pointers, s1, mask)
-        if PIECES > 2:
-            pointers, mask = _piece(after, place, M, N, 2 * BM + m, columns, TRANSPOSED)
-            _store(pointers, s2, mask)
-            pointers, mask = _piece(after, place, M, N, 3 * BM + m, columns, TRANSPOSED)
-            _store(pointers, s3, mask)
+
+@triton.jit
+def _store_piece(state, m, n, width, height, s):
+    """Store the cells (m, n) of a state whose rows have `width` cells."""
+    _store(state + m[:, None] * width + n[None, :], s, (m < height)[:, None] & (n < width)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -547,7 +445,6 @@ def core(
     dv,
     log_decay,
     scores,
-    dscores,
     before,
     after,
     dbefore,
@@ -557,12 +454,11 @@ def core(
     heads,
     groups,
     chunks,
+    matrices,
     K: tl.constexpr,
     V: tl.constexpr,
-    PK: tl.constexpr,
-    PV: tl.constexpr,
-    BK: tl.constexpr,
-    BV: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
     C: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -574,80 +470,110 @@ def core(
     DBEFORE: tl.constexpr,
     DAFTER: tl.constexpr,
 ):
-    """Compute a block of out for a segment; with BACKWARD, a block of dq, dk or dv.
+    """Run the loop of this file over a segment, for a block of out; or, if BACKWARD, for a block of dq, dk or dv.
 
-    PK, PV: channels of a piece of K or V; BK, BV: channels of a block. scores and dscores as `prepare` makes them;
-    before, after, dbefore, dafter: (segments, heads, K, V), the states before and after each segment and their
-    gradients. Forward reads before and writes after; backward reads before and dafter and writes dbefore.
+    BM: channels of x and u in a piece, of which there are 1, 2 or 4; BN: channels of y in a block. scores: as `prepare`
+    makes them, `matrices` numbers for each kind. before, after, dbefore, dafter: (segments, heads, K, V), the states
+    before and after each segment and their gradients. Forward reads before and writes after; backward reads before and
+    dafter and writes dbefore.
     """
-    KEYS: tl.constexpr = (K + BK - 1) // BK if BACKWARD else 0
-    VALUES: tl.constexpr = (V + BV - 1) // BV
-    parts = 2 * KEYS + VALUES
+    MOST: tl.constexpr = V if BACKWARD and V > K else K
+    PIECES: tl.constexpr = 4 if MOST > 2 * BM else 2 if MOST > BM else 1
+    EVEN: tl.constexpr = (K == V or not BACKWARD) and MOST % (PIECES * BM) == 0
+    KEYS: tl.constexpr = (K + BN - 1) // BN if BACKWARD else 0
+    parts = 2 * KEYS + (V + BN - 1) // BN
     part = tl.program_id(0) % parts
     place = tl.program_id(0) // parts
     segment, head = place // heads, place % heads
     row, first, size = _segment(segment, places, INDEXED, TABLED)
     rate = _rate(log_decay, head)
-    tiles = scores + place.to(tl.int64) * chunks * (C * C)
     q_start, k_start, v_start = _start(q, row, head), _start(k, row, head // groups), _start(v, row, head // groups)
+    tiles = scores + place.to(tl.int64) * chunks * (C * C)
+    cells = place.to(tl.int64) * (K * V)
     if BACKWARD:
-        dtiles = dscores + place.to(tl.int64) * chunks * (C * C)
         do_start = _start(do, row, head)
-        dq_start, dk_start, dv_start = _start(dq, row, head), _start(dk, row, head), _start(dv, row, head)
-        # fmt: off
-        if part < KEYS:
-            _walk(
-                do_start, do[3], v_start, v[3], k_start, k[3], dq_start, dq[3], dtiles, before, after, rate, scale,
-                places, place, row, first, size, part,
-                V, K, PV, BK, C, DTYPE, PRECISION, INDEXED, False, True, BEFORE, False,
-            )
-        elif part < 2 * KEYS:
-            _walk(
-                v_start, v[3], do_start, do[3], q_start, q[3], dk_start, dk[3], dtiles, dafter, dbefore, rate, scale,
-                places, place, row, first, size, part - KEYS,
-                V, K, PV, BK, C, DTYPE, PRECISION, INDEXED, True, True, DAFTER, False,
-            )
-        else:
-            _walk(
-                k_start, k[3], q_start, q[3], do_start, do[3], dv_start, dv[3], tiles, dafter, dbefore, rate, scale,
-                places, place, row, first, size, part - 2 * KEYS,
-                K, V, PK, BV, C, DTYPE, PRECISION, INDEXED, True, False, DAFTER, DBEFORE,
-            )
+        back = part >= KEYS  # dk and dv go backward in time
+        keys = part < 2 * KEYS  # dq and dk have the channels of a key, dv those of a value
+        block = part - KEYS * (back.to(tl.int32) + (part >= 2 * KEYS).to(tl.int32))
+        tiles += matrices * (back.to(tl.int64) + (part >= 2 * KEYS).to(tl.int64))
+        height, width = V if keys else K, K if keys else V
+        m_stride, n_stride = 1 if keys else V, V if keys else 1
+        x, x_stride = (v_start if back else do_start), (v[3] if back else do[3])
+        u, u_stride = (do_start if back else v_start), (do[3] if back else v[3])
+        y, y_stride = (q_start if back else k_start), (q[3] if back else k[3])
+        z, z_stride = _start(dq, row, head), dq[3]
+        if back:
+            z, z_stride = _start(dk, row, head), dk[3]
+        if part >= 2 * KEYS:
+            x, x_stride, u, u_stride, y, y_stride = k_start, k[3], q_start, q[3], do_start, do[3]
+            z, z_stride = _start(dv, row, head), dv[3]
     else:
-        _walk(
-            q_start,
-            q[3],
-            k_start,
-            k[3],
-            v_start,
-            v[3],
-            _start(out, row, head),
-            out[3],
-            tiles,
-            before,
-            after,
-            rate,
-            scale,
-            places,
-            place,
-            row,
-            first,
-            size,
-            part,
-            K,
-            V,
-            PK,
-            BV,
-            C,
-            DTYPE,
-            PRECISION,
-            INDEXED,
-            False,
-            False,
-            BEFORE,
-            AFTER,
-        )
-        # fmt: on
+        back, block, height, width, m_stride, n_stride = False, part, K, V, V, 1
+        x, x_stride, u, u_stride, y, y_stride = q_start, q[3], k_start, k[3], v_start, v[3]
+        z, z_stride = _start(out, row, head), out[3]
+    m = tl.arange(0, BM)
+    n = block * BN + tl.arange(0, BN)
+    EVEN_N: tl.constexpr = V % BN == 0 and (K % BN == 0 or not BACKWARD)
+    i = tl.arange(0, C)
+    s0 = tl.zeros([BM, BN], tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    if BEFORE or DAFTER:
+        state, given = before, True
+        if BACKWARD and DAFTER:
+            state, given = dafter, back
+            if BEFORE:
+                state, given = dafter if back else before, True
+        elif BACKWARD:
+            given = part < KEYS
+        s0 = _load_piece(state + cells, m, n, m_stride, n_stride, height, width, given)
+        if PIECES > 1:
+            s1 = _load_piece(state + cells, BM + m, n, m_stride, n_stride, height, width, given)
+        if PIECES > 2:
+            s2 = _load_piece(state + cells, 2 * BM + m, n, m_stride, n_stride, height, width, given)
+            s3 = _load_piece(state + cells, 3 * BM + m, n, m_stride, n_stride, height, width, given)
+    count = tl.cdiv(size, C)
+    # fmt: off
+    for number in range(count):
+        c = count - 1 - number if back else number
+        there = c * C + i < size
+        tokens_here = tl.minimum(size - c * C, C)
+        base, tokens = _tokens(places, row, first + c * C, i, there, INDEXED)
+        r, f = _read(rate, scale, i), _write(rate, tokens_here, i)
+        if BACKWARD:
+            r, f = tl.where(back, f, r), tl.where(back, r, f)
+        y_i = _load(_pointers(y, y_stride, base, tokens, n), _real(there, n, width, EVEN_N))
+        a = tl.load(tiles + c * (C * C) + i[:, None] * C + i[None, :])
+        if INTERPRETED and DTYPE == tl.bfloat16:
+            a = a.to(tl.float32)
+        z_i = tl.zeros([C, BN], tl.float32)
+        z_i = _read_piece(z_i, x, x_stride, base, tokens, there, m, height, s0, EVEN, DTYPE, PRECISION)
+        if PIECES > 1:
+            z_i = _read_piece(z_i, x, x_stride, base, tokens, there, BM + m, height, s1, EVEN, DTYPE, PRECISION)
+        if PIECES > 2:
+            z_i = _read_piece(z_i, x, x_stride, base, tokens, there, 2 * BM + m, height, s2, EVEN, DTYPE, PRECISION)
+            z_i = _read_piece(z_i, x, x_stride, base, tokens, there, 3 * BM + m, height, s3, EVEN, DTYPE, PRECISION)
+        z_i = tl.dot(a, y_i, z_i * r[:, None], input_precision=PRECISION)
+        _store(_pointers(z, z_stride, base, tokens, n), z_i, _real(there, n, width, EVEN_N))
+        y_i = _rounded(y_i * f[:, None], DTYPE)
+        carry = tl.exp2(rate * tokens_here)
+        s0 = _write_piece(s0, carry, u, u_stride, base, tokens, there, m, height, y_i, EVEN, PRECISION)
+        if PIECES > 1:
+            s1 = _write_piece(s1, carry, u, u_stride, base, tokens, there, BM + m, height, y_i, EVEN, PRECISION)
+        if PIECES > 2:
+            s2 = _write_piece(s2, carry, u, u_stride, base, tokens, there, 2 * BM + m, height, y_i, EVEN, PRECISION)
+            s3 = _write_piece(s3, carry, u, u_stride, base, tokens, there, 3 * BM + m, height, y_i, EVEN, PRECISION)
+    # fmt: on
+    if AFTER or DBEFORE:
+        end = after
+        if BACKWARD:
+            end = dbefore
+            height = K if part >= 2 * KEYS else 0  # only dv holds the gradient of a state in its own layout
+        _store_piece(end + cells, m, n, V, height, s0)
+        if PIECES > 1:
+            _store_piece(end + cells, BM + m, n, V, height, s1)
+        if PIECES > 2:
+            _store_piece(end + cells, 2 * BM + m, n, V, height, s2)
+            _store_piece(end + cells, 3 * BM + m, n, V, height, s3)
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -45,7 +45,7 @@ def forward(x: Inputs, out: Tensor, final: Tensor | None, scale: float, chunk_si
     if plan.split:
         arguments["states"] = _states(x, plan)
     if plan.launches[-1].kernel == "core":
-        arguments["scores"] = _scores(x, plan)
+        arguments["scores"] = _scores(x, plan, 1)
     for launch in plan.launches:
         _run(launch, arguments)
         if launch.kernel == "join":
@@ -75,7 +75,7 @@ def backward(
     # Query heads that share a key and a value write their parts side by side.
     parts = grads if groups == 1 else (grads[0], *(_per_head(grad, heads, x.mask) for grad in grads[1:]))
     arguments.update(zip(("dq", "dk", "dv"), map(_strided, parts), strict=True))
-    arguments.update(do=_strided(dout), scores=_scores(x, plan), dscores=_scores(x, plan))
+    arguments.update(do=_strided(dout), scores=_scores(x, plan, 3))
     arguments.update(before=_contiguous(x.state), dafter=_contiguous(dfinal), dbefore=dstate)
     if plan.split:
         arguments.update(states=_states(x, plan), dstates=_states(x, plan))
@@ -128,7 +128,7 @@ def _names(x: Inputs, scale: float) -> dict[str, Any]:
     """Return the arguments that all kernels share."""
     return {
         **{name: _strided(t) for name, t in zip(("q", "k", "v"), x[:3], strict=True)},
-        **dict.fromkeys(("out", "do", "dq", "dk", "dv", "scores", "dscores", "states", "dstates", "slopes")),
+        **dict.fromkeys(("out", "do", "dq", "dk", "dv", "scores", "states", "dstates", "slopes")),
         **dict.fromkeys(("before", "after", "dbefore", "dafter")),
         "log_decay": x.log_decay.contiguous(),
         "scale": float(scale),
@@ -150,6 +150,7 @@ def _arguments(x: Inputs, plan: Plan, scale: float) -> dict[str, Any]:
         "places": (table, index, x.q.shape[2], plan.per_sequence, plan.tokens),
         "borders": borders,
         "chunks": plan.chunks,
+        "matrices": plan.segments * x.q.shape[1] * plan.chunks * plan.chunk**2,
         "C": plan.chunk,
         "INDEXED": index is not None,
         "TABLED": table is not None,
@@ -200,9 +201,9 @@ def _states(x: Inputs, plan: Plan) -> Tensor:
     return x.q.new_empty(plan.segments, x.q.shape[1], x.q.shape[3], x.v.shape[3], dtype=dtype)
 
 
-def _scores(x: Inputs, plan: Plan) -> Tensor:
-    """Allocate the scores of each chunk."""
-    return x.q.new_empty(plan.segments, x.q.shape[1], plan.chunks, plan.chunk, plan.chunk)
+def _scores(x: Inputs, plan: Plan, kinds: int) -> Tensor:
+    """Allocate matrices of each kind for each chunk."""
+    return x.q.new_empty(kinds, plan.segments, x.q.shape[1], plan.chunks, plan.chunk, plan.chunk)
 
 
 def _per_head(grad: Tensor, heads: int, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..operators import differentiable, gradients, outputs
 
@@ -25,12 +26,32 @@ def fused_now(
     from . import launch
 
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
+    if _odd(q, v):
+        wide = _even(q), _even(k), _even(v), log_decay, _even_state(state), mask, cu_seqlens
+        wide_out, wide_final = fused_now(*wide, scale, chunk_size, return_state, out_dtype)
+        out.copy_(wide_out[..., : v.shape[3]])
+        return out, final.copy_(wide_final[..., : q.shape[3], : v.shape[3]]) if return_state else final
     inputs = launch.Inputs(q, k, v, log_decay, state, mask, cu_seqlens)
     launch.forward(inputs, out, final if return_state else None, scale, chunk_size)
     return out, final
 
 
 fused = torch.library.custom_op("retention::triton", fused_now, mutates_args=())
+
+
+def _odd(q: Tensor, v: Tensor) -> bool:
+    """Return whether a head dim is odd in half precision: Triton has compiled loads of such rows to wrong addresses."""
+    return q.element_size() == 2 and (q.shape[3] % 2 == 1 or v.shape[3] % 2 == 1)
+
+
+def _even(x: Tensor) -> Tensor:
+    """Return x (..., D) with 0 to 7 channels of zeros, so that D is a multiple of 8."""
+    return pad(x, (0, -x.shape[-1] % 8))
+
+
+def _even_state(x: Tensor | None) -> Tensor | None:
+    """Return a state (..., K, V) with zeros so that K and V are multiples of 8."""
+    return None if x is None else pad(x, (0, -x.shape[-1] % 8, 0, -x.shape[-2] % 8))
 
 
 @torch.library.custom_op("retention::triton_backward", mutates_args=())
@@ -52,6 +73,13 @@ def fused_backward(
     from . import launch
 
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
+    if _odd(q, v):
+        wide = _even(dout), _even_state(dfinal), _even(q), _even(k), _even(v), log_decay, _even_state(state)
+        found = fused_backward(*wide, mask, cu_seqlens, scale, chunk_size, decay_grad)
+        for grad, x in zip((dq, dk, dv), found, strict=False):
+            grad.copy_(x[..., : grad.shape[3]])
+        dstate = dstate if state is None else dstate.copy_(found[4][..., : q.shape[3], : v.shape[3]])
+        return dq, dk, dv, found[3], dstate
     dtype = q.dtype
     if dtype == torch.float16 and dout.dtype != dtype:  # gradients of sums in float32 may not fit into float16
         q, k, v = q.float(), k.float(), v.float()

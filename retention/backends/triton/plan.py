@@ -88,14 +88,14 @@ def forward_plan(sizes: Sizes) -> Plan:
     """Return the plan of the output and of the state after the last token."""
     one_pass = sizes.key_dim <= ONE_PASS_KEYS
     chunk, config = _core(sizes, backward=False) if not one_pass else _one_pass(sizes)
-    plan = _cut(sizes, chunk, -(-sizes.value_dim // config[0]["BV"]))
+    plan = _cut(sizes, chunk, -(-sizes.value_dim // config[0]["BN"]))
     return plan._replace(launches=tuple(_forward(sizes, plan, one_pass, config)))
 
 
 def backward_plan(sizes: Sizes) -> Plan:
     """Return the plan of the gradients."""
     chunk, config = _core(sizes, backward=True)
-    blocks = 2 * -(-sizes.key_dim // config[0]["BK"]) + -(-sizes.value_dim // config[0]["BV"])
+    blocks = 2 * -(-sizes.key_dim // config[0]["BN"]) + -(-sizes.value_dim // config[0]["BN"])
     plan = _cut(sizes, chunk, blocks)
     return plan._replace(launches=tuple(_backward(sizes, plan, config, blocks)))
 
@@ -136,7 +136,7 @@ def _forward(sizes: Sizes, plan: Plan, one_pass: bool, config: Config) -> Iterat
     if plan.split:
         yield _join(sizes, plan, 1, outer)
     blocks, warps, stages = config
-    parts = -(-sizes.value_dim // blocks["BV"])
+    parts = -(-sizes.value_dim // blocks["BN"])
     moved = read + wrote + (0 if one_pass else matrices) + (_states(sizes, plan) if plan.split else outer)
     yield Launch("one_pass" if one_pass else "core", places * parts, blocks, warps, stages, moved)
 
@@ -144,7 +144,7 @@ def _forward(sizes: Sizes, plan: Plan, one_pass: bool, config: Config) -> Iterat
 def _backward(sizes: Sizes, plan: Plan, config: Config, parts: int) -> Iterator[Launch]:
     tokens = _tokens(sizes) * sizes.heads * sizes.item
     read = _inputs(sizes) + sizes.value_dim * tokens
-    wrote, matrices = (2 * sizes.key_dim + sizes.value_dim) * tokens, 2 * _matrices(sizes, plan)
+    wrote, matrices = (2 * sizes.key_dim + sizes.value_dim) * tokens, 3 * _matrices(sizes, plan)
     places, states, outer = plan.segments * sizes.heads, 2 * _states(sizes, plan), _outer(sizes, plan)
     blocks, warps, stages = _prepare(sizes)
     yield Launch(
@@ -212,23 +212,20 @@ def _chunk(sizes: Sizes, most: int) -> int:
 def _one_pass(sizes: Sizes) -> tuple[int, Config]:
     keys, values = power(sizes.key_dim), power(sizes.value_dim)
     if sizes.item == 4:
-        return _chunk(sizes, 32), ({"BK": keys, "BV": min(values, 32 if keys == 128 else 64)}, 4, 1)
-    return _chunk(sizes, 64), ({"BK": keys, "BV": min(values, 64)}, 4, 2)
+        return _chunk(sizes, 32), ({"BK": keys, "BN": min(values, 32 if keys == 128 else 64)}, 4, 1)
+    return _chunk(sizes, 64), ({"BK": keys, "BN": min(values, 64)}, 8 if keys == 128 else 4, 2)
 
 
 def _core(sizes: Sizes, backward: bool) -> tuple[int, Config]:
-    keys, values = power(sizes.key_dim), power(sizes.value_dim)
-    pieces = {"PK": min(keys, 128), "PV": min(values, 128)}
+    pieces = power(max(sizes.key_dim, sizes.value_dim) if backward else sizes.key_dim)
+    columns = power(max(sizes.key_dim, sizes.value_dim) if backward else sizes.value_dim)
+    piece = min(pieces, 128)
     if sizes.item == 4:
-        return _chunk(sizes, 32), ({**pieces, "BK": min(keys, 32), "BV": min(values, 32)}, 4, 1)
-    wide = max(keys, values)
-    block = 128 if wide == 128 else 64
-    warps = 4 if wide <= 64 else 8
-    return _chunk(sizes, 64), (
-        {**pieces, "BK": min(keys, block), "BV": min(values, block)},
-        warps,
-        2 if wide <= 256 else 1,
-    )
+        return _chunk(sizes, 32), ({"BM": piece, "BN": min(columns, 32)}, 4, 1)
+    if pieces <= 64:
+        return _chunk(sizes, 64), ({"BM": piece, "BN": min(columns, 64)}, 4, 2)
+    block = 128 if pieces == 128 else 64
+    return _chunk(sizes, 64), ({"BM": piece, "BN": min(columns, block)}, 8, 2 if pieces <= 256 else 1)
 
 
 def _prepare(sizes: Sizes) -> Config:

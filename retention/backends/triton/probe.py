@@ -19,7 +19,7 @@ _causes: dict[str, BaseException] = {}
 def trouble(device: str) -> str | None:
     """Return why the kernels cannot run on `device`, with the remedy; None if they can. They are tested once."""
     if device not in _answers:
-        if device == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        if device == "cuda" and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             return "was not tried before this CUDA graph is captured; run the call once before the capture"
         _answers[device] = _trouble(device)
     return _answers[device]
