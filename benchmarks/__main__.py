@@ -1,7 +1,7 @@
-"""`python -m benchmarks NAME`: one command for each claim about speed, memory or quality.
+"""`python -m benchmarks NAME` measures speed, memory or quality; each claim of the documents has a command.
 
-Each records what it measured as JSON lines, with machine, versions and commit. `compare` shows the differences of two
-such files, and `report` writes the recorded results into the documents.
+A command records its measurements as JSON lines, with machine, versions and commit. `compare` shows the differences of
+two such files, and `report` writes the recorded results into the documents.
 """
 
 from pathlib import Path
@@ -56,11 +56,15 @@ for command in COMMANDS:
 def main(
     context: typer.Context,
     results: Annotated[
-        Path | None, typer.Option(help="File for the JSON lines; pictures go beside it. [default: in runs/benchmarks/]")
+        Path | None,
+        typer.Option(help="File for the JSON lines; pictures go beside it. Default: a new file in runs/benchmarks/."),
     ] = None,
     fresh_memory: Annotated[
         bool,
-        typer.Option("--fresh-memory", help="Leave malloc as it is. Without this, on Linux, it keeps freed memory."),
+        typer.Option(
+            "--fresh-memory",
+            help="Let malloc return freed memory. Default: on Linux, it keeps freed memory, for steadier times.",
+        ),
     ] = False,
 ) -> None:
     if not fresh_memory:

@@ -1,4 +1,4 @@
-"""What retention is compared with: softmax attention with rotary positions, as strong as is usual today."""
+"""Softmax attention with rotary positions, the layer and the model that retention is compared with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from retention.rotary import frequencies, rotate, rotation, rotation_table
 
 
 class Attention(nn.Module):
-    """Causal attention; `step` decodes with a cache of all keys and values, in memory that is there from the start."""
+    """Causal attention; `step` decodes with a cache of all keys and values, whose memory is allocated beforehand."""
 
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
@@ -24,7 +24,13 @@ class Attention(nn.Module):
         return self._output(F.scaled_dot_product_attention(q, k, v, is_causal=True))
 
     def step(self, x: Tensor, cache: Tensor, position: int) -> Tensor:
-        """x (B, 1, dim); cache (2, B, heads, length, head_dim) with the keys and values of what came before."""
+        """Decode one token.
+
+        Args:
+            x: (B, 1, dim), the token.
+            cache: (2, B, heads, length, head_dim), the keys and values of all tokens; the token writes its own.
+            position: the index of the token.
+        """
         q, k, v = self._project(x, rotation(torch.tensor([position], device=x.device), self.freqs, x.dtype))
         cache[0, :, :, position], cache[1, :, :, position] = k[:, :, 0], v[:, :, 0]
         return self._output(F.scaled_dot_product_attention(q, *cache[:, :, :, : position + 1]))
@@ -38,7 +44,7 @@ class Attention(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The blocks of RetNet with attention; the weights retention has more of are in the feed-forward."""
+    """RetNet with attention in each block, and a wider feed-forward, so that both have as many parameters."""
 
     def __init__(self, vocab_size: int, dim: int, num_layers: int, num_heads: int, ffn_dim: int):
         super().__init__()

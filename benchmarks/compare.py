@@ -19,10 +19,14 @@ LEAST = 0.1  # a smaller change is noise, however narrow the quartiles: two runs
 
 @dataclass(frozen=True)
 class Entry:
-    """One side of a case, or a ratio that a bound is set for.
+    """One side of a case, or a ratio that has a bound.
 
-    text: what to show of it. value: median and quartiles, of seconds or of the ratio; none if it failed. relative: the
-    same of seconds relative to the yardstick's, which took turns with it. words: for a smaller and a larger value.
+    Attributes:
+        text: the value as it is shown.
+        value: median and quartiles of the seconds or of the ratio; None if the side failed.
+        relative: median and quartiles of the seconds relative to those of the yardstick in the same rounds.
+        words: the verdicts on a smaller and on a larger value.
+        memory: peak of extra memory, in bytes.
     """
 
     text: str
@@ -37,14 +41,14 @@ Entries = dict[Key, Entry]
 
 
 def compare(
-    before: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines of a run.")],
-    after: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines of another.")],
-    everything: Annotated[bool, typer.Option("--all", help="Show what did not move, too.")] = False,
+    before: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines of the earlier run.")],
+    after: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON lines of the later run.")],
+    everything: Annotated[bool, typer.Option("--all", help="Also show the cases that did not change.")] = False,
 ) -> None:
-    """Show what differs beyond noise: quartiles that do not overlap, and medians at least 10 % apart.
+    """Show the differences of two runs that exceed the noise: quartiles do not overlap, and medians differ by 10 %.
 
-    Times are compared relative to a side that is not ours and ran in turns with it, such as attention, so that the
-    speed of the machine does not count. Without such a side, they are compared as they are.
+    Times are compared relative to those of another library's side, such as attention, which was measured in the same
+    rounds, so that the speed of the machine cancels. Without such a side, the times themselves are compared.
     """
     (header, old), (new_header, new) = read(before), read(after)
     warn(header, new_header)
@@ -62,7 +66,7 @@ def compare(
 
 
 def read(file: Path) -> tuple[dict[str, Any], Entries]:
-    """The header, and what was measured by what it is.
+    """Return the header, and each measured case or ratio by its key.
 
     Raises: typer.BadParameter if the file is not one of these benchmarks'.
     """
@@ -116,7 +120,7 @@ def _commit(header: dict[str, Any]) -> str:
 
 
 def judge(before: Entry | None, after: Entry | None) -> tuple[str, list[str]]:
-    """A word on what moved, empty if nothing did; and the cells of a row."""
+    """Return a word for the change, "" without one, and the cells of the row."""
     if before is None or after is None:
         there = before or after
         assert there is not None
@@ -139,14 +143,14 @@ def judge(before: Entry | None, after: Entry | None) -> tuple[str, list[str]]:
 
 
 def comparable(before: Entry, after: Entry) -> tuple[Quartiles, Quartiles] | None:
-    """What is compared: both relative to the yardstick if both have one, else as they are; None if one failed."""
+    """Return both values, relative to the yardstick if both entries have one; None if one failed."""
     if before.relative and after.relative:
         return before.relative, after.relative
     return (before.value, after.value) if before.value and after.value else None
 
 
 def _apart(a: Quartiles, b: Quartiles) -> bool:
-    """Whether the quartiles do not overlap."""
+    """Tell whether the quartiles do not overlap."""
     (_, low_a, high_a), (_, low_b, high_b) = a, b
     return high_a < low_b or high_b < low_a
 

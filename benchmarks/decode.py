@@ -1,4 +1,4 @@
-"""Decoding: time and memory of one more token, by the number of tokens before it."""
+"""Time and memory of a decoding step, by the number of tokens before it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,18 @@ Found = dict[tuple[str, int, int], tuple[dict[str, Measured], dict[str, int]]]  
 
 def decode(
     length: Lengths = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeat it for several.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Batch size; repeat the option for several. Default: 1 and 8.")
+    ] = None,
     models: Annotated[bool, typer.Option(help="Also time whole models: a RetNet and a GPT-2.")] = True,
     device: Device = "cpu",
     limit: Limit = 3.0,
     quick: Quick = False,
 ) -> None:
-    """Time one more token after many others: layers of width 512 and whole models, with the size of their caches.
+    """Time a decoding step after many tokens, and measure the cache: layers of width 512, and whole models.
 
-    The attention layer writes into memory that is allocated already. GPT-2 (25 M parameters and its learnt positions)
-    has transformers' DynamicCache, beside a RetNet of 28 M.
+    The attention layer writes into a cache that is allocated beforehand. GPT-2 (25 M parameters, and its learnt
+    positions) uses transformers' DynamicCache; the RetNet has 28 M parameters.
     """
     lengths = length or ([64, 4096] if quick else [64, 1024, 8192, 65536])
     batches = batch or ([1] if quick else [1, 8])

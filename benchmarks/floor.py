@@ -14,13 +14,14 @@ from benchmarks.record import Result, show, show_results, spread
 from retention import MultiScaleRetention, backends, retain
 from retention.arguments import describe
 from retention.backends.chunked import CHUNK_SIZE
+from retention.call import Inputs, Options
 
 
 def floor(
-    chunks: Annotated[bool, typer.Option(help="Also compare sizes of chunks.")] = False,
-    rounds: Annotated[int, typer.Option(help="Rounds that each side runs.")] = 9,
+    chunks: Annotated[bool, typer.Option(help="Also compare chunk sizes.")] = False,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; each side runs once per round.")] = 9,
 ) -> None:
-    """Check bounds of the backend `chunked`: against SDPA, a matrix product, its time per token, and its memory.
+    """Check bounds of the backend `chunked`: its time beside SDPA, a matrix product and shorter calls, and its memory.
 
     float32, batch 1, 8 heads, key dim 64, value dim 128.
     """
@@ -82,7 +83,7 @@ def _memory() -> Result:
 
 
 def steps(batch: int, positions: tuple[int, ...]) -> list[Run]:
-    """A decoding step of the layer at each position."""
+    """Return a decoding step of the layer for each position."""
     layer, x = MultiScaleRetention(DIM, HEADS).eval(), torch.randn(batch, 1, DIM)
 
     def at(position: int) -> Run:
@@ -105,10 +106,10 @@ def _decoding(rounds: int) -> list[Result]:
 
 
 def _overhead(length: int) -> Result:
-    """What `retain` takes beyond the backend that it calls."""
+    """Return the time of `retain` minus that of the backend that it calls, in microseconds."""
     case = op.Case("forward", length)
     tensors, log_decay = case.tensors(), case.log_decay()
-    backend, call = backends.choose(describe(*tensors, log_decay))
+    backend, call = backends.choose(describe(Inputs(*tensors, log_decay), Options()))
     sides = {
         "retain": lambda: retain(*tensors, log_decay),
         "backend": lambda: backend(call, *tensors, log_decay, None, None, None),

@@ -1,4 +1,4 @@
-"""The bounds that CI checks: ratios, which hold on any machine and break if code becomes twice as slow."""
+"""The bounds that CI checks: ratios of times, which any machine keeps and which code of half the speed breaks."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from benchmarks.floor import steps
 from benchmarks.measure import Run, extra_memory, ratio, take_turns
 from benchmarks.record import Result, show_results
 
-Planted = Callable[[Run], Run]  # a run of ours, made slower
+Planted = Callable[[Run], Run]  # takes a run of ours and returns a slower one
 
 ATTEMPTS = 3
 
 
 def gate(
-    plant: Annotated[int, typer.Option(help="Run our side this many times; every check must then fail.")] = 1,
+    plant: Annotated[
+        int,
+        typer.Option(
+            help="Number of times that our side runs in place of once, to test the gate: with 2, every check must fail."
+        ),
+    ] = 1,
 ) -> None:
-    """Check ratios against bounds that noise does not reach, but a loss of a factor of two does. On one thread."""
+    """Check ratios against bounds that noise does not break, and code of half the speed does. Runs on one thread."""
 
-    torch.set_num_threads(1)  # with more, another process that runs takes from the two sides unequally
+    torch.set_num_threads(1)  # with more threads, another process slows the two sides differently
 
     def planted(run: Run) -> Run:
         return run if plant == 1 else lambda: [run() for _ in range(plant)]
@@ -39,7 +44,7 @@ def gate(
 
 
 def attempt(check: Callable[[Planted], Result], planted: Planted) -> Result:
-    """The first result that holds, of at most three: a disturbance seldom meets the same side three times."""
+    """Repeat a check up to three times until it holds: another process seldom disturbs the same side each time."""
     for _ in range(ATTEMPTS):
         if (result := check(planted)).holds():
             break
@@ -63,7 +68,7 @@ def against_attention(planted: Planted, way: str, bound: float) -> Result:
 
 
 def against_length(planted: Planted) -> Result:
-    """Long calls cost no more a token."""
+    """Check that the time per token does not grow with the length."""
     short, long = (op.retention(op.Case("forward", length), "chunked", "chunkwise") for length in (1024, 8192))
     seconds = take_turns({"short": lambda: [short() for _ in range(8)], "long": planted(long)}, 5)
     return Result(

@@ -1,4 +1,4 @@
-"""The layer beside an attention layer."""
+"""Time and memory of the layer beside those of an attention layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,15 @@ DIM, HEADS = 512, 8
 
 @dataclass(frozen=True)
 class Layer:
-    """make: the function of x (1, T, 512) for T tokens, and the module whose weights learn."""
+    """A layer to be timed.
+
+    Attributes:
+        make: returns, for T tokens, the function of x (1, T, 512) and the module that holds its weights.
+        longest: largest number of tokens to try.
+    """
 
     make: Callable[[int], tuple[Callable[[Tensor], Tensor], nn.Module]]
-    longest: int = 2**20  # beyond which it is not tried
+    longest: int = 2**20
 
     def side(self, way: str, length: int, device: str) -> Side:
         long = "" if length <= self.longest else f"not tried beyond {self.longest:,} tokens"
@@ -49,7 +54,7 @@ Found = dict[tuple[str, int], dict[str, Measured]]  # by pass and length, then b
 def layer(
     length: Lengths = None,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend to time; repeat it for several. Default: all.")
+        list[str] | None, typer.Option(help="Backend to time; repeat the option for several. Default: all.")
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Also time the layers under torch.compile.")] = False,
     device: Device = "cpu",
@@ -87,7 +92,7 @@ def attention(compiled: bool = False) -> Layer:
 
 
 def projections() -> Layer:
-    """The matrix products of retention's five projections, and nothing else."""
+    """Return a layer that computes the matrix products of retention's five projections and nothing else."""
 
     def make(_: int) -> tuple[Callable[[Tensor], Tensor], nn.Module]:
         module = MultiScaleRetention(DIM, HEADS)
@@ -104,7 +109,7 @@ def projections() -> Layer:
 
 
 class Products(torch.autograd.Function):
-    """x times four matrices, of which only the third product is handed on; backward takes the others' products too."""
+    """Multiply x by four matrices and return the third product; the backward pass computes all eight products."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *weights: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -115,7 +120,7 @@ class Products(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dv: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
         x, *rest = ctx.saved_tensors
-        weights, grads = rest[:4], [*rest[4:6], dv, rest[7]]  # any numbers do for the products that went nowhere
+        weights, grads = rest[:4], [*rest[4:6], dv, rest[7]]  # the gradients of unused products may hold any numbers
         dx = sum(grad @ weight for grad, weight in zip(grads, weights, strict=True))
         return dx, *(grad.flatten(0, 1).T @ x.flatten(0, 1) for grad in grads)
 
@@ -132,7 +137,7 @@ def measure(layers: Mapping[str, Layer], lengths: Iterable[int], device: str, li
 
 
 def show_layers(title: str, found: Found) -> None:
-    """Against `attention`, and against `projections`, which is the floor."""
+    """Show the times relative to those of `attention`, and to those of `projections`, a lower bound."""
     rows, refused = [], []
     for (way, length), sides in found.items():
         for name, one in sides.items():

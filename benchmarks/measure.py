@@ -1,4 +1,4 @@
-"""Time and memory on machines that are noisy: the sides of a comparison take turns in one process."""
+"""Measures time and memory on noisy machines: the sides of a comparison take turns in one process."""
 
 from __future__ import annotations
 
@@ -24,17 +24,20 @@ Run = Callable[[], object]
 Seconds = dict[str, list[float]]
 Quartiles = tuple[float, float, float]  # the median first
 
-TURN = 0.02  # seconds that a turn takes at least, of as many runs as that needs
-LONG = 2.0  # seconds of a run that is not warmed up
-NEW_MEMORY = 2000  # page faults that a round may have: 8 MB, some milliseconds
+TURN = 0.02  # least number of seconds of a turn, which repeats short runs
+LONG = 2.0  # seconds; longer runs are not warmed up
+NEW_MEMORY = 2000  # largest number of page faults of a warm round: 8 MB, some milliseconds
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
 class Side:
-    """One side of a comparison. prepare: makes the inputs, and returns what is timed.
+    """One side of a comparison.
 
-    needs: bytes, roughly, where that may be more than there are. why_not: what stands against it, if known beforehand.
+    Attributes:
+        prepare: makes the inputs and returns the function to be timed.
+        needs: rough number of bytes that it needs, if these may exceed the memory.
+        why_not: the reason why it cannot run; "" if none is known beforehand.
     """
 
     prepare: Callable[[], Run]
@@ -44,7 +47,13 @@ class Side:
 
 @dataclass
 class Measured:
-    """Of one side: seconds of a run in each round, and the peak of its memory in bytes; or why there are none."""
+    """The result of one side.
+
+    Attributes:
+        seconds: time of a run in each round.
+        memory: peak of its extra memory, in bytes.
+        failure: the reason why there are no times.
+    """
 
     seconds: list[float] = field(default_factory=list)
     memory: int | None = None
@@ -56,10 +65,10 @@ class Measured:
 
 
 def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> dict[str, Measured]:
-    """Measure all sides against each other, in some `limit` seconds, but three rounds at least.
+    """Measure all sides for about `limit` seconds, and at least three rounds.
 
-    A round is a turn of each side, so seconds of one round were measured side by side. What takes more than twice the
-    limit by itself is not measured.
+    In each round, every side has one turn, so that times of the same round can be compared. A side whose single run
+    takes more than twice the limit is not measured.
     """
     found, runs = {name: Measured() for name in sides}, {}
     for name, side in sides.items():
@@ -72,7 +81,7 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
             if once > 2 * limit:
                 raise TimeoutError(f"takes {once:.1f} s; the limit for all sides is {limit:g} s")
             found[name].memory = extra_memory(run, device)
-        except Exception as error:  # whatever it is, it is the result of this side
+        except Exception as error:  # any error is the result of this side
             found[name].failure = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
             runs[name] = run
@@ -84,7 +93,7 @@ def race(sides: Mapping[str, Side], limit: float = 3.0, device: str = "cpu") -> 
 
 
 def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -> Seconds:
-    """Seconds of a run of each side in each round, once they have settled."""
+    """Return the seconds of a run of each side in each round, after warming up."""
     _give_back_memory()
     numbers = {name: _runs_a_turn(run, device) for name, run in sides.items()}
     _settle(sides, numbers, device)
@@ -92,7 +101,7 @@ def take_turns(sides: Mapping[str, Run], rounds: int = 9, device: str = "cpu") -
 
 
 def _settle(sides: Mapping[str, Run], numbers: Mapping[str, int], device: str) -> float:
-    """Rounds until one touches hardly any new memory, four at most; seconds of the last."""
+    """Run up to four rounds, until one touches hardly any new memory, and return the seconds of the last."""
     for _ in range(4):
         start, before = clock(), _page_faults()
         _rounds(sides, numbers, 1, device)
@@ -117,10 +126,10 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep what is freed, as jemalloc does, for the rest of the process.
+    """Let glibc keep freed memory for the rest of the process, as jemalloc does.
 
-    Otherwise the system hands out large tensors anew each time, page by page. That can take longer than the operation,
-    and how long is chance: it depends on all that the process, and other machines on the same hardware, did before.
+    Otherwise the system allocates large tensors anew each time, page by page. That can take longer than the operation,
+    and the time varies: it depends on earlier allocations of this process and of others on the same hardware.
     """
     if hasattr(_libc, "mallopt"):
         _libc.mallopt(M_MMAP_MAX, 0)
@@ -128,7 +137,7 @@ def keep_freed_memory() -> None:
 
 
 def _give_back_memory() -> None:
-    """What was kept of an earlier comparison, and may lie in pieces too small for the next."""
+    """Return memory to the system that an earlier comparison freed, as its pieces may be too small for the next one."""
     if hasattr(_libc, "malloc_trim"):
         _libc.malloc_trim(0)
 
@@ -139,10 +148,10 @@ def _runs_a_turn(run: Run, device: str) -> int:
 
 
 def _turn(run: Run, number: int, device: str) -> float:
-    """Seconds of one of `number` runs, by torch's clock.
+    """Return the mean seconds of `number` runs, by torch's clock.
 
-    As with torch's Timer, runs warm up before each turn, for the other side has taken the cache and the memory that was
-    touched; without, a layer of 300 ms takes 25 % longer. Only very long ones do not.
+    A run warms up each turn, as in torch's Timer, because the other side has replaced the contents of the caches;
+    without it, a layer of 300 ms takes 25 % longer. Runs of more than `LONG` seconds are not warmed up.
     """
     start = clock()
     run()
@@ -161,12 +170,12 @@ def _turn(run: Run, number: int, device: str) -> float:
 
 
 def ratio(above: list[float], below: list[float]) -> Quartiles:
-    """Median of the ratios of each round, and their quartiles."""
+    """Return median and quartiles of the ratios of all rounds."""
     return quartiles([a / b for a, b in zip(above, below, strict=True)])
 
 
 def quartiles(values: list[float]) -> Quartiles:
-    """The median, then the lower and the upper quartile."""
+    """Return the median, the lower quartile and the upper quartile."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return middle, low, high
 
@@ -183,7 +192,7 @@ def _check_room(side: Side, device: str) -> None:
 
 
 def extra_memory(run: Run, device: str = "cpu") -> int:
-    """Bytes of tensors that `run` holds at its peak, beyond those that were there before."""
+    """Return the peak number of bytes of the tensors that `run` allocates."""
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -203,7 +212,7 @@ def extra_memory(run: Run, device: str = "cpu") -> int:
 
 
 def process_growth(prepare: Callable[..., Run], *args: object) -> int:
-    """Bytes by which `prepare(*args)()`, without what `prepare` takes, raises the peak of a fresh process."""
+    """Return the bytes by which the run that `prepare(*args)` returns raises the peak memory of a new process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_process_growth, (prepare, *args))
 
@@ -216,7 +225,7 @@ def _process_growth(prepare: Callable[..., Run], *args: object) -> int:
 
 
 def _peak() -> int:
-    """Bytes. From /proc where there is one: ru_maxrss of a child begins at that of its parent."""
+    """Return the peak memory of this process in bytes, from /proc if possible, as ru_maxrss starts at the parent's."""
     status = Path("/proc/self/status")
     if status.exists():
         return int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0]) * 1024
@@ -228,13 +237,13 @@ def _peak() -> int:
 
 @dataclass(frozen=True)
 class Rates:
-    """flops: of a product of 2048 x 2048 matrices, a second; bytes: read and written by a copy, a second."""
+    """Rates of the machine per second: `flops` of a product of 2048 x 2048 matrices, `bytes` that a copy moves."""
 
     flops: float
     bytes: float
 
     def floor(self, flops: float, moved: float) -> float:
-        """Seconds below which nothing can be that does so many operations and moves so many bytes."""
+        """Return a lower bound of the seconds for this many operations and moved bytes."""
         return max(flops / self.flops, moved / self.bytes)
 
 

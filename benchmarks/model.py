@@ -1,4 +1,4 @@
-"""Whole language models: a prompt, and a training step."""
+"""Time and memory of whole language models, for a prompt and for a training step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def retnet(_: int) -> Any:
 
 def gpt2(length: int) -> Any:
     sizes = dict(n_embd=512, n_layer=8, n_head=8, n_positions=length)
-    rates = dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # the others have none; SDPA would keep all scores
+    rates = dict(
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )  # RetNet and Llama have no dropout; with it, SDPA would store all scores
     return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, bos_token_id=0, eos_token_id=0, **sizes, **rates))
 
 
@@ -41,7 +43,7 @@ MODELS: dict[str, Callable[[int], Any]] = {"RetNet": retnet, "GPT-2": gpt2, "Lla
 
 def model(
     length: Lengths = None,
-    batch: Annotated[int, typer.Option(help="Batch size.")] = 1,
+    batch: Annotated[int, typer.Option(help="Number of sequences in the batch.")] = 1,
     device: Device = "cpu",
     limit: Limit = 20.0,
     quick: Quick = False,

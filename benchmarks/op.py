@@ -1,4 +1,4 @@
-"""The operation in every backend and form: time and memory by length, beside SDPA and an estimate of the least time."""
+"""Time and memory of the operation by backend, form and length, beside SDPA and an estimate of the least time."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from benchmarks.record import Device, Lengths, Limit, Quick, add_case, duration,
 from retention import backends, retain
 from retention.arguments import describe
 from retention.backends.chunked import CHUNK_SIZE
+from retention.call import Inputs, Options
 from retention.decay import HeadDecay
 
 PASSES = ("forward", "forward+backward")
@@ -27,7 +28,7 @@ BOUNDS = {"float64": 1e-10, "float32": 1e-4, "float16": 4e-3, "bfloat16": 4e-3} 
 
 @dataclass(frozen=True)
 class Case:
-    """One call, to be run by every side. way: of PASSES."""
+    """The sizes of a call that every side runs; `way` is one of PASSES."""
 
     way: str
     length: int
@@ -46,11 +47,11 @@ class Case:
         return q, k, v
 
     def log_decay(self) -> Tensor:
-        """As a layer gives it."""
+        """Return the log-decays that a layer passes."""
         return HeadDecay("paper", self.heads)(torch.device(self.device))
 
     def work(self) -> tuple[float, float]:
-        """Operations of the chunkwise form, and bytes that come in and go out; backward has 2.5 times as many."""
+        """Return operations of the chunkwise form, and bytes of inputs and outputs; backward counts 2.5 times."""
         tokens, times = self.batch * self.heads * self.length, 1.0 if self.way == "forward" else 3.5
         flops = tokens * (
             2 * min(CHUNK_SIZE, self.length) * (self.key_dim + self.value_dim) + 4 * self.key_dim * self.value_dim
@@ -62,15 +63,16 @@ class Case:
 def op(
     length: Lengths = None,
     dtype: Annotated[
-        list[str] | None, typer.Option(help="Type of the inputs, float16 to float64; repeat it for several.")
+        list[str] | None, typer.Option(help="Type of the inputs, float16 to float64; repeat the option for several.")
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeat it for several.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; repeat the option for several.")] = None,
     head_dims: Annotated[
-        list[str] | None, typer.Option(help="Width of a key and of a value, such as 64x128; repeat it for several.")
+        list[str] | None,
+        typer.Option(help="Width of a key and of a value, such as 64x128; repeat the option for several."),
     ] = None,
     heads: int = 8,
     backend: Annotated[
-        list[str] | None, typer.Option(help="Backend to time; repeat it for several. Default: all.")
+        list[str] | None, typer.Option(help="Backend to time; repeat the option for several. Default: all.")
     ] = None,
     device: Device = "cpu",
     limit: Limit = 3.0,
@@ -98,11 +100,11 @@ def op(
     bar.close()
 
 
-Slow = dict[tuple[str, str], str]  # why not to try it with more tokens; by pass and side
+Slow = dict[tuple[str, str], str]  # by pass and side, why it is not tried with more tokens
 
 
 def sides(case: Case, names: list[str], slow: Slow) -> dict[str, Side]:
-    """By backend and form, and softmax attention."""
+    """Return one side per backend and form, and softmax attention."""
     ways = {f"{name}, {form}": (name, form) for form in backends.FORMS for name in names}
     able = {side: Side(partial(retention, case, *way), *obstacles(case, *way)) for side, way in ways.items()}
     able |= {baseline(case): Side(partial(attention, case))}
@@ -119,8 +121,8 @@ def baseline(case: Case) -> str:
 
 
 def obstacles(case: Case, name: str, form: str) -> tuple[float, str]:
-    """The bytes it needs where these grow with more than the length, and every reason why it cannot run."""
-    call = describe(*case.tensors(), case.log_decay(), form=form)
+    """Return the bytes that the form needs beyond a fixed number per token, and the reasons why it cannot run."""
+    call = describe(Inputs(*case.tensors(), case.log_decay()), Options(form=form))
     copies = {"parallel": (5, 8), "chunkwise": (0, 0), "recurrent": (0, 2)}[form][case.way != "forward"]
     cells = case.length if form == "parallel" else case.key_dim * case.value_dim
     return 4.0 * copies * case.batch * case.heads * case.length * cells, "; ".join(backends.why_not(call, name))
@@ -132,7 +134,7 @@ def retention(case: Case, name: str, form: str) -> Run:
 
 
 def attention(case: Case) -> Run:
-    """Its values are as wide as its keys, as usual."""
+    """Return a run of softmax attention, whose values are as wide as its keys."""
     tensors = case.tensors(case.key_dim)
     return timed(case, tensors, lambda: F.scaled_dot_product_attention(*tensors, is_causal=True))
 
@@ -145,7 +147,7 @@ def timed(case: Case, tensors: tuple[Tensor, ...], run: Callable[[], Any]) -> Ru
 
 
 def check(case: Case, found: dict[str, Measured]) -> dict[str, float]:
-    """How far each side is from float64; one that is too far has failed, whatever its speed."""
+    """Return the deviation of each side from float64; a side beyond the bound counts as failed."""
     torch.manual_seed(0)
     tensors, log_decay = replace(case, way="forward").tensors(), case.log_decay()
     short = case.length <= 1024
@@ -166,7 +168,7 @@ def check(case: Case, found: dict[str, Measured]) -> dict[str, float]:
 
 
 def show_cases(cases: dict[Case, dict[str, Measured]], deviations: dict[Case, dict[str, float]]) -> None:
-    """One table, for cases that differ in nothing but pass and length."""
+    """Show one table of cases that differ only in pass and length."""
     rows, refused = [], {}
     for case, found in cases.items():
         base = found[baseline(case)]
@@ -188,5 +190,5 @@ def show_cases(cases: dict[Case, dict[str, Measured]], deviations: dict[Case, di
 
 
 def floor(case: Case) -> float:
-    """Seconds, at the rate of a large matrix product and the bandwidth of a copy, measured in this run."""
+    """Return the least seconds, at the rates of a large matrix product and of a copy, measured in this run."""
     return rates(case.device, getattr(torch, case.dtype)).floor(*case.work())

@@ -14,7 +14,7 @@ from tests import cases, oracle
 
 
 def parity(examples: Annotated[int, typer.Option(help="Number of random calls.")] = 1000) -> None:
-    """Measure the largest deviation from a float64 loop over tokens, by form, backend and dtype."""
+    """Measure the largest deviation from a float64 loop over the tokens, by form, backend and dtype."""
     worst: dict[tuple[str, str, torch.dtype], float] = {}
     counts: dict[tuple[str, str, torch.dtype], int] = {}
 

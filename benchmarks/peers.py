@@ -1,4 +1,4 @@
-"""Other implementations of the retention layer beside ours."""
+"""Time of other implementations of the retention layer beside ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.measure import Measured, Side, race, ratio
 from benchmarks.record import Device, Lengths, Limit, Quick, Result, add_case, duration, show, show_results, spread
 from retention import MultiScaleRetention
 
-CHUNK = 512  # torchscale's; yet-another-retnet leaves it to its caller
+CHUNK = 512  # chunk size of torchscale; in yet-another-retnet, the caller chooses it
 STEP = "one more token"
 LENGTHS = [16, 64, 512, 2048, 8192]
 
@@ -28,8 +28,8 @@ Function = Callable[[Tensor], Tensor]
 def peers(length: Lengths = None, device: Device = "cpu", limit: Limit = 10.0, quick: Quick = False) -> None:
     """Time torchscale, yet-another-retnet and flash-linear-attention beside ours, by length, and check bounds.
 
-    Install the first two with `pip install --no-deps -r tests/peers.txt`; a library that is missing is a row that says
-    so. yet-another-retnet has values as wide as its keys, so it is compared with ours of that width.
+    Install the first two with `pip install --no-deps -r tests/peers.txt`; the table names libraries that are missing.
+    yet-another-retnet has values as wide as its keys, so it is compared with our layer of the same width.
     """
     layers = {
         "retention": retention(),
@@ -90,7 +90,7 @@ def flash_linear_attention(_: int) -> tuple[Function, nn.Module]:
 
 
 def one_token(device: str, limit: float) -> dict[str, Measured]:
-    """One more token in the recurrent forms; for attention, the 65th."""
+    """Time a decoding step of the recurrent forms, and of attention after 64 tokens."""
     x = torch.randn(1, 1, DIM, device=device)
     steps = {
         "retention": ours(2 * DIM),
@@ -141,12 +141,12 @@ def attention_step(device: str) -> Function:
 
 def quietly(name: str) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the libraries that they are written for
+        warnings.simplefilter("ignore")  # the peers use deprecated functions
         return import_module(name)
 
 
 def floors(found: Found) -> list[Result]:
-    """Of what was measured; the sides of a ratio took turns."""
+    """Return the ratios of the measured sides that have a bound."""
     results = []
 
     def add(way: str, length: int, above: str, below: str, sign: str, bound: float) -> None:

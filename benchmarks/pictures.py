@@ -1,4 +1,4 @@
-"""The pictures of each benchmark, from the lines that it recorded: they can be drawn again without measuring again."""
+"""Draws the pictures of each benchmark from its recorded lines, without measuring again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def read(file: Path) -> list[Line]:
 
 
 def pictures(lines: Sequence[Line]) -> list[Picture]:
-    """Of a recorded run; none for commands that have no curves."""
+    """Return the pictures of a recorded run; none for commands without curves."""
     header = lines[0]
     words = [header["benchmark"]] if "benchmark" in header else header["command"]
     make = next((PICTURES[word] for word in words if word in PICTURES), None)
@@ -40,7 +40,7 @@ def file_name(stem: str, number: int) -> str:
 
 
 def corner(header: Line) -> str:
-    """Where, when and by which code the lines were recorded."""
+    """Return the text of the corner: machine, versions, date and commit of the recorded lines."""
     changed = ", with uncommitted changes" if header["changed"] else ""
     threads = f"{header['threads']} thread{'s' if header['threads'] > 1 else ''}"
     torch = f"torch {header['versions']['torch'].partition('+')[0]}"
@@ -49,7 +49,7 @@ def corner(header: Line) -> str:
 
 
 def measured(lines: Sequence[Line], **wanted: Any) -> Iterator[Line]:
-    """The cases that ran and have these values."""
+    """Yield the cases that ran and have these values."""
     for line in lines:
         ran = line["kind"] == "case" and line["seconds"] and not line["failure"]
         if ran and all(line[name] == value for name, value in wanted.items()):
@@ -65,7 +65,7 @@ def times(line: Line, factor: float = 1.0) -> Quartiles:
 
 
 def flat(value: float) -> Quartiles:
-    """Of a value that has no spread."""
+    """Return the quartiles of a single value."""
     return value, value, value
 
 
@@ -73,7 +73,7 @@ def flat(value: float) -> Quartiles:
 
 
 def op(lines: Sequence[Line]) -> Iterator[Picture]:
-    """A picture for each dtype, batch and size of heads: time and memory of a token."""
+    """Yield a picture for each dtype, batch and head size: time and memory per token."""
     sizes = ("dtype", "batch", "heads", "key_dim", "value_dim")
     for group in dict.fromkeys(tuple(line[name] for name in sizes) for line in measured(lines)):
         dtype, batch, heads, key_dim, value_dim = group
@@ -100,7 +100,7 @@ def op(lines: Sequence[Line]) -> Iterator[Picture]:
 
 
 def layer(lines: Sequence[Line]) -> Iterator[Picture]:
-    """Times relative to the attention layer."""
+    """Yield the picture of the speeds relative to the attention layer."""
     title = (
         "Layers of width 512, 8 heads; retention has values of 1,024 and five projections, attention has four of 512"
     )
@@ -109,7 +109,7 @@ def layer(lines: Sequence[Line]) -> Iterator[Picture]:
 
 
 def _relative(lines: Sequence[Line], base: str, sides: Sequence[str]) -> list[Panel]:
-    """How many times as fast as `base` each of `sides` is, and its memory."""
+    """Return the panels of the speed of `sides` relative to `base`, and of their memory."""
     seconds = {(line["way"], line["length"]): line["seconds"] for line in measured(lines, side=base)}
     panels = []
     for way in dict.fromkeys(line["way"] for line in measured(lines)):
@@ -126,7 +126,7 @@ def _relative(lines: Sequence[Line], base: str, sides: Sequence[str]) -> list[Pa
 
 
 def peers(lines: Sequence[Line]) -> Iterator[Picture]:
-    """Others beside ours of the same width: torchscale's values are 1,024 wide, yet-another-retnet's 512."""
+    """Yield the picture of the peers beside our layer of the same width: 1,024 for torchscale, 512 for the other."""
     rows = []
     for base, theirs in (("retention", "torchscale"), ("retention, values of 512", "yet-another-retnet")):
         sides = [line["side"] for line in measured(lines) if line["side"].startswith(theirs)]
@@ -139,7 +139,7 @@ def peers(lines: Sequence[Line]) -> Iterator[Picture]:
 
 
 def decode(lines: Sequence[Line]) -> Iterator[Picture]:
-    """One more token: first whole models with a batch of one, then everything."""
+    """Yield the pictures of a decoding step: first whole models with batch 1, then all cases."""
     batches = list(dict.fromkeys(line["batch"] for line in measured(lines)))
     kinds = {
         "layers": "layers of width 512, 8 heads",

@@ -1,4 +1,4 @@
-"""How a picture of a benchmark looks: curves with quartiles, ticks with units, and where and when it was measured."""
+"""Draws pictures of benchmarks: curves with quartiles, ticks with units, and a corner with machine and date."""
 
 from __future__ import annotations
 
@@ -22,10 +22,14 @@ Curve = Mapping[int, Quartiles]  # median and quartiles by x
 
 @dataclass
 class Panel:
-    """Curves against x. unit: of y, "s", "B", "tokens/s" or "x".
+    """Curves against x.
 
-    dashed: curves that are references and no competitors. linear: y begins at 0, for values that lie close together;
-    otherwise both axes are logarithmic.
+    Attributes:
+        title, x, y: the title and the labels of the axes.
+        unit: unit of y: "s", "B", "tokens/s" or "x".
+        curves: the compared curves by name: median and quartiles by x.
+        dashed: reference curves.
+        linear: y starts at 0, for values that lie close together; otherwise both axes are logarithmic.
     """
 
     title: str
@@ -39,7 +43,7 @@ class Panel:
 
 @dataclass
 class Picture:
-    """Rows of panels. title: what is compared, with sizes. corner: machine, versions, date."""
+    """Rows of panels, with a title that names the compared sizes, and a corner with machine, versions and date."""
 
     title: str
     rows: Sequence[Sequence[Panel]]
@@ -47,7 +51,7 @@ class Picture:
 
 
 def draw(picture: Picture, file: Path) -> None:
-    """As a PNG. A side has the same colour and marker in all panels."""
+    """Write the picture as a PNG. A side has the same colour and marker in all panels."""
     count, height = max(map(len, picture.rows)), len(picture.rows)
     figure = Figure(figsize=(1 + 4.6 * count, 1.6 + 3.5 * height), layout="constrained")
     figure.suptitle(picture.title, fontsize="medium")
@@ -103,7 +107,7 @@ def _logarithmic(axes: Axes) -> None:
 
 
 def with_unit(value: float, unit: str) -> str:
-    """0.002 s is "2 ms"; 1.5x is "1.5x"."""
+    """Return a value with its unit: "2 ms" for 0.002 s, "1.5x" for 1.5."""
     if unit not in PREFIXES:
         return f"{value:,.10g}{'' if unit == 'x' else ' '}{unit}"
     size, name = next(((size, name) for size, name in PREFIXES[unit] if value >= 0.9999 * size), PREFIXES[unit][-1])
@@ -111,7 +115,7 @@ def with_unit(value: float, unit: str) -> str:
 
 
 def _handles(figure: Figure) -> tuple[list, list]:
-    """Of all panels, each once."""
+    """Return the legend entries of all panels, each once."""
     found = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

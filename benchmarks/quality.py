@@ -19,15 +19,16 @@ from retention.integrations.transformers.training.texts import read_texts
 
 
 def quality(
-    steps: int = 2000,
-    context: int = 64,
-    batch: int = 12,
-    dim: int = 128,
-    layers: int = 4,
+    steps: Annotated[int, typer.Option(help="Number of optimiser steps.")] = 2000,
+    context: Annotated[int, typer.Option(help="Length of a sequence, in bytes.")] = 64,
+    batch: Annotated[int, typer.Option(help="Number of sequences per step.")] = 12,
+    dim: Annotated[int, typer.Option(help="Width of the models.")] = 128,
+    layers: Annotated[int, typer.Option(help="Number of layers of the models.")] = 4,
     lr: Annotated[
-        list[float] | None, typer.Option(help="Peak learning rate; repeat it for several. Each model keeps its best.")
+        list[float] | None,
+        typer.Option(help="Highest learning rate; repeat the option for several. The best one of each model counts."),
     ] = None,
-    seeds: int = 1,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; the table shows the mean loss and its range.")] = 1,
     paper: Annotated[
         bool, typer.Option("--paper", help="Also train a RetNet with the layer's defaults, which are the paper's.")
     ] = False,
@@ -63,7 +64,7 @@ def quality(
 
 
 def _equal_ffn(dim: int) -> int:
-    """Width of the transformer's feed-forward for as many parameters as RetNet: 8 + 3 F/d = 4 + 3 F'/d."""
+    """Return the feed-forward width F' that gives the transformer the parameters of RetNet: 8 + 3 F/d = 4 + 3 F'/d."""
     ours = math.ceil(dim * 4 / 3 / 16) * 16
     return ours + dim * 4 // 3
 
@@ -87,7 +88,7 @@ def _learn(
 
 
 def _batches(text: Tensor, steps: int, context: int, batch: int) -> Iterator[Tensor]:
-    """The same places of the text for every model."""
+    """Yield the same random sequences of the text for every model."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         starts = torch.randint(len(text) - context, (batch, 1), generator=generator)

@@ -1,4 +1,4 @@
-"""What was measured, where and by which code: tables to read and JSON lines to keep."""
+"""Records measurements with machine, versions and commit: as tables to read and as JSON lines to keep."""
 
 from __future__ import annotations
 
@@ -25,14 +25,16 @@ from benchmarks.measure import Measured
 from benchmarks.pictures import draw_pictures
 
 console = Console(width=None if sys.stdout.isatty() else 140)
-_files: list[TextIO] = []  # of the command that runs, if it is recorded
-_RESULTS = "benchmarks/results"  # what a run before this one has written there is no change of the code
+_files: list[TextIO] = []  # file of the running command, if it is recorded
+_RESULTS = "benchmarks/results"  # results of earlier runs do not count as changes of the code
 _LIBRARIES = ("transformers", "timm", "xformers", "triton", "torchscale", "yet-another-retnet")
 
 Quick = Annotated[bool, typer.Option("--quick", help="Run fewer and smaller cases, in about a minute.")]
 Device = Annotated[str, typer.Option(help="Device to run on: cpu or cuda.")]
-Limit = Annotated[float, typer.Option(help="Seconds for all sides of a case together; at least three rounds run.")]
-Lengths = Annotated[list[int] | None, typer.Option("--length", help="Number of tokens; repeat it for several.")]
+Limit = Annotated[
+    float, typer.Option(help="Seconds for all sides of a case together. At least three rounds run in any case.")
+]
+Lengths = Annotated[list[int] | None, typer.Option("--length", help="Number of tokens; repeat the option for several.")]
 
 
 class Result(NamedTuple):
@@ -49,9 +51,11 @@ class Result(NamedTuple):
 
 @contextmanager
 def recording(command: str, file: Path | None) -> Iterator[Path]:
-    """Keep all that is added and shown as JSON lines. What was measured before an interruption stays, in FILE.part.
+    """Record all that is added and shown as JSON lines. After an interruption, FILE.part holds the lines so far.
 
-    file: by default, one under runs/benchmarks/ that is named for the command and the time.
+    Args:
+        command: name of the benchmark.
+        file: the file. Default: a file in runs/benchmarks/, named after the command and the time.
     """
     now = datetime.now(timezone.utc)
     file = file or Path("runs/benchmarks") / f"{command}-{now:%Y%m%d-%H%M%S}.jsonl"
@@ -63,7 +67,7 @@ def recording(command: str, file: Path | None) -> Iterator[Path]:
             said = {"benchmark": command, "command": sys.argv[1:], "time": now.isoformat(timespec="seconds")}
             add({"kind": "run", **said, **surroundings()})
             yield file
-        except typer.Exit:  # a bound that is missed is a result like any other
+        except typer.Exit:  # a missed bound is a result too
             _keep(part, file)
             raise
         finally:
@@ -72,13 +76,16 @@ def recording(command: str, file: Path | None) -> Iterator[Path]:
 
 
 def _keep(part: Path, file: Path) -> None:
+    if len(part.read_text(encoding="utf-8").splitlines()) < 2:  # only the header, as after --help
+        part.unlink()
+        return
     part.replace(file)
     pictures = draw_pictures(file)
     console.print("kept in", ", ".join(map(str, [file, *pictures])), style="dim")
 
 
 def surroundings() -> dict[str, Any]:
-    """Machine, versions and commit."""
+    """Return machine, versions and commit."""
     return {
         "machine": machine(),
         "threads": torch.get_num_threads(),
@@ -120,9 +127,13 @@ def add(line: Mapping[str, Any]) -> None:
 
 
 def add_case(case: Mapping[str, Any], found: Mapping[str, Measured], yardstick: str, **more: Mapping[str, Any]) -> None:
-    """case: what the sides have in common. yardstick: the side that is not ours, for `compare`.
+    """Add a line for each side of a case.
 
-    more: values by side, beyond those measured.
+    Args:
+        case: the options that all sides share.
+        found: the measurement of each side.
+        yardstick: the side of another library, to which `compare` relates the times.
+        more: further values, by side.
     """
     for side, measured in found.items():
         extra = {name: values[side] for name, values in more.items() if side in values}
@@ -139,7 +150,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> N
 
 
 def show_results(title: str, results: Sequence[Result]) -> bool:
-    """Whether all bounds are kept."""
+    """Show the results, and return whether all bounds hold."""
     rows = []
     for result in results:
         value, low, high = result.value
@@ -153,7 +164,7 @@ def show_results(title: str, results: Sequence[Result]) -> bool:
 
 
 def spread(value: tuple[float, float, float], digits: int = 2) -> str:
-    """A ratio with its quartiles."""
+    """Return the text of a ratio with its quartiles."""
     middle, low, high = (f"{x:.{digits}f}" for x in value)
     return f"{middle} ({low} to {high})"
 

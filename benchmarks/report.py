@@ -1,4 +1,4 @@
-"""Figures and pictures of the documents, from the recorded runs in benchmarks/results: none of them is typed."""
+"""Writes figures and pictures of the documents from the recorded runs in benchmarks/results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- recorded: (\S+) -->\n).*?(<!-- end of recorded -->)",
 
 
 def report() -> None:
-    """Write the recorded results into the documents: into blocks between `recorded` marks, and as pictures."""
+    """Write the recorded results into the documents, between their `recorded` marks, and draw the pictures."""
     for file in sorted(RESULTS.glob("*.jsonl")):
         draw_pictures(file, PICTURE_FOLDER)
     for file in documents():
@@ -31,18 +31,18 @@ def report() -> None:
 
 
 def documents() -> list[Path]:
-    """Those that have blocks."""
+    """Return the documents that have `recorded` marks."""
     files = [ROOT / "README.md", *sorted((ROOT / "docs/pages").rglob("*.md"))]
     return [file for file in files if BLOCK.search(file.read_text(encoding="utf-8"))]
 
 
 def fill(text: str) -> str:
-    """The text with its blocks as the files have them."""
+    """Return a text whose blocks hold the recorded results."""
     return BLOCK.sub(lambda block: f"{block[1]}\n{recorded(block[2])}\n{block[3]}", text)
 
 
 def recorded(name: str) -> str:
-    """The figures of the README, or all that a file of results holds."""
+    """Return the figures of the README, or all tables and pictures of a file of results."""
     if name == "figures":
         return figures()
     lines = read(RESULTS / f"{name}.jsonl")
@@ -50,7 +50,7 @@ def recorded(name: str) -> str:
 
 
 def source(header: Line) -> str:
-    """The command, and where it ran."""
+    """Return the command of a run, its machine and its versions."""
     changed = " **It was recorded with uncommitted changes.**" if header["changed"] else ""
     versions = ", ".join(
         f"{name} {version.partition('+')[0]}" for name, version in list(header["versions"].items())[:3]
@@ -63,7 +63,7 @@ def source(header: Line) -> str:
 
 
 def images(name: str, lines: Sequence[Line]) -> list[str]:
-    """Links to the pictures of a file; of `decode` the last, which holds the first."""
+    """Return links to the pictures of a file; for `decode` only the last, which contains the first."""
     found = [(file_name(name, number), picture.title) for number, picture in enumerate(pictures(lines))]
     return [f"![{title}](pictures/{file})\n" for file, title in (found[-1:] if name == "decode" else found)]
 
@@ -93,7 +93,7 @@ def spread(value: Quartiles | None, digits: int = 3) -> str:
 def compared(
     lines: Sequence[Line], above: str | None, below: str | None, x: str = "length", **wanted: object
 ) -> Callable[[str], dict[tuple[str, int], Quartiles]]:
-    """Ratios of a side by way and x: the time of `above` to the side's own, or the side's own to that of `below`."""
+    """Return ratios by way and x: the time of `above` over the side's own, or the side's own over that of `below`."""
     seconds = {(line["way"], line[x], line["side"]): line["seconds"] for line in measured(lines, **wanted)}
 
     def of(side: str) -> dict[tuple[str, int], Quartiles]:
@@ -108,7 +108,7 @@ def compared(
 
 
 def rows_of(columns: Sequence[dict[tuple[str, int], Quartiles]]) -> list[list[str]]:
-    """A row for each way and length of which some column knows something."""
+    """Return a row for each way and length that some column has."""
     keys = sorted({key for column in columns for key in column})
     return [[way, f"{length:,}", *(spread(column.get((way, length))) for column in columns)] for way, length in keys]
 
@@ -214,7 +214,7 @@ OWN = {
 
 
 def figures() -> str:
-    """The five rows of the README: RetNet beside GPT-2, and what replacing attention costs."""
+    """Return the five rows of the README: RetNet beside GPT-2, and the loss after replacing attention."""
     models, decoding, swapped = (read(RESULTS / f"{name}.jsonl") for name in ("model", "decode", "swap-gpt2"))
     rows = [
         ["prompt of 2,048 tokens", *speeds(models, "prompt"), command(models)],
@@ -240,7 +240,7 @@ def speeds(lines: Sequence[Line], way: str) -> list[str]:
 
 
 def over_contexts(lines: Sequence[Line], cell: Callable[[Line], str]) -> list[str]:
-    """A cell for each model: what `cell` says after so many tokens, once if it is the same."""
+    """Return a cell for each model: the text after 1k, 8k and 64k tokens, or one text if all are equal."""
     cases = [line for line in lines if line["kind"] == "case" and line["kind_of"] == "models"]
     found = ([cell(pick(cases, side, batch=1, context=n)) for n in (1024, 8192, 65536)] for side in ("RetNet", "GPT-2"))
     return [" / ".join(dict.fromkeys(cells)) for cells in found]
@@ -251,7 +251,7 @@ def size_of(line: Line) -> str:
 
 
 def losses(lines: Sequence[Line]) -> list[str]:
-    """Relative to the teacher's, after training on a tenth of its tokens: without and with a window."""
+    """Return the losses relative to the teacher's after a tenth of its training, without and with a window."""
     rows = {row[0]: row[-1] for row in next(line["rows"] for line in lines if line["kind"] == "table")}
     near = next(name for name in rows if re.fullmatch(r"all layers, window \d+", name))
     window = near.removeprefix("all layers, window ")

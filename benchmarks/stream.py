@@ -1,11 +1,13 @@
-"""Decoding of a very long stream."""
+"""Memory and accuracy of decoding a very long text."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+import typer
 from tqdm.auto import trange
 from transformers import DynamicCache
 
@@ -17,8 +19,8 @@ from retention.integrations.transformers.compat import CACHE
 VOCAB = 256
 
 
-def stream(tokens: int = 100_000) -> None:
-    """Decode a long stream token by token: memory on the way, and its logits beside those of one chunkwise pass."""
+def stream(tokens: Annotated[int, typer.Option(help="Number of tokens to decode.")] = 100_000) -> None:
+    """Decode a long text token by token, and compare the logits with those of one chunkwise pass."""
     torch.manual_seed(0)
     text = torch.randint(VOCAB, (1, tokens))
     places = torch.arange(tokens // 100 - 1, tokens, tokens // 100)
@@ -37,7 +39,7 @@ def stream(tokens: int = 100_000) -> None:
 
 
 def _model() -> RetNetForCausalLM:
-    """As large weights as make it remember: deviations then have something to grow on."""
+    """Return a model with large weights, which keeps much in its state, so that rounding errors can grow."""
     torch.manual_seed(1)
     model = RetNetForCausalLM(RetNetConfig(vocab_size=VOCAB, dim=64, num_layers=2, num_heads=4)).eval()
     with torch.no_grad():
@@ -49,7 +51,7 @@ def _model() -> RetNetForCausalLM:
 
 @torch.inference_mode()
 def _logits(text: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """At `places`, and the bytes of the cache."""
+    """Return the logits at `places`, and the size of the cache in bytes."""
     torch.set_num_threads(1)  # steps this small are quicker so
     model = _model()
     cache, wanted, found = DynamicCache(config=model.config), set(places.tolist()), []
@@ -61,7 +63,7 @@ def _logits(text: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, int
 
 
 def _decode(text: torch.Tensor) -> Callable[[], object]:
-    """To be measured in a process of its own, warmed up."""
+    """Warm up, and return the decoding to be measured; it runs in a process of its own."""
     _logits(text[:, :500], torch.tensor([499]))
     gc.collect()
     return lambda: _logits(text, torch.tensor([text.shape[1] - 1]))

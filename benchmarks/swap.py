@@ -1,4 +1,4 @@
-"""What becomes of a trained transformer when retention takes the place of its attention."""
+"""Loss, texts and decoding of a trained transformer before and after its attention is replaced by retention."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from benchmarks.record import show
 from retention.integrations.swap import Swapped, replace_attention
 from retention.integrations.transformers import RetentionCacheLayer
 from retention.integrations.transformers.compat import CACHE
-from retention.integrations.transformers.distill import TRANSFER, Recovery, recover
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
+from retention.integrations.transformers.training.distill import TRANSFER, Recovery, recover
 from retention.integrations.transformers.training.progress import Batch, Progress, SaveOnInterrupt
 from retention.integrations.transformers.training.resumable import ResumableTrainer
 from retention.integrations.transformers.training.saving import last_checkpoint, step_of
 from retention.integrations.transformers.training.swapping import StageProgress
 from retention.integrations.transformers.training.train import device_arguments, quiet
-from retention.integrations.transformers.writing import stream
 
 CONTEXT = 256
 TEACHER_BATCH, BATCH = 16, 4
@@ -48,19 +48,23 @@ GRAM, LOOP, PERIOD = 6, 96, 32  # bytes
 
 
 def swap(
-    host: Annotated[str, typer.Option(help="gpt2, or llama with grouped heads.")] = "gpt2",
-    steps: Annotated[int, typer.Option(help="Of the teacher's training.")] = 5000,
-    share: Annotated[float, typer.Option(help="Of the teacher's tokens, for all that comes after.")] = 0.1,
+    host: Annotated[
+        str, typer.Option(help="Model to train and replace: gpt2, or llama, whose heads are grouped.")
+    ] = "gpt2",
+    steps: Annotated[int, typer.Option(help="Number of steps of the teacher's training.")] = 5000,
+    share: Annotated[
+        float, typer.Option(help="Fraction of the teacher's tokens that each replaced model is trained on.")
+    ] = 0.1,
     window: Annotated[
-        int, typer.Option(help="Of exact attention beside retention; all is run without and with it.")
+        int, typer.Option(help="Number of the last tokens that keep exact attention, in the models with a window.")
     ] = 64,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints; what is there is not trained again.")] = Path(
-        "runs/benchmarks/swap"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for checkpoints. Finished trainings in it are not repeated.")
+    ] = Path("runs/benchmarks/swap"),
 ) -> None:
-    """Train a transformer, replace all or half of its attention, without and with a window, and train on.
+    """Train a transformer, replace all or half of its attention, without and with a window, and distil the result.
 
-    What comes out: losses, texts and decoding, before and after.
+    The tables compare the losses, the generated texts and the decoding of all models.
     """
     quiet()
     corpus = read_corpus([], load_codec(""), CONTEXT)
@@ -88,15 +92,15 @@ def swap(
 def both_ways(
     teacher: Any, corpus: Corpus, steps: int, out: Path, options: dict[str, Any]
 ) -> dict[str, tuple[Any, Recovery]]:
-    """The teacher with all of its layers replaced, and with half of them; each trained on for so many steps."""
+    """Replace all layers of the teacher, and half of them, and distil each model for `steps` steps."""
     kind = "".join(f", {name} {value}" for name, value in options.items())
     folder = folder_of(options)
     transfer, tuning, taught = steps * 3 // 10, steps * 7 // 10, out / f"all{folder}"
     every = with_retention(teacher, range(4), corpus, options)
-    lr = 1.5e-4 if options else 3e-4  # with a window, less is left to learn, and as much to spoil
+    lr = 1.5e-4 if options else 3e-4  # with a window, less is left to learn
     recovery = recovered(every, teacher, corpus, transfer, tuning, lr, taught)
     half = easiest(teacher, corpus, options, taught)
-    some = with_retention(teacher, half, corpus, options, taught)  # these have been taught already
+    some = with_retention(teacher, half, corpus, options, taught)  # from the first stage of `every`
     return {
         f"all layers{kind}": (every, recovery),
         f"half, {half}{kind}": (some, recovered(some, teacher, corpus, 0, tuning, 1.5e-4, out / f"half{folder}")),
@@ -104,12 +108,12 @@ def both_ways(
 
 
 def folder_of(options: dict[str, Any]) -> str:
-    """What tells the folders apart."""
+    """Return the part of a folder's name that tells the options of its model."""
     return "".join(f"-{name}-{value}" for name, value in options.items())
 
 
 def new_host(name: str, positions: int = CONTEXT) -> Any:
-    """A transformer of some 0.8 M parameters that reads bytes, with new weights."""
+    """Return a new transformer of about 0.8 M parameters that reads bytes."""
     set_seed(0)
     common: dict[str, Any] = dict(vocab_size=256, bos_token_id=0, eos_token_id=0)
     if name == "gpt2":
@@ -126,7 +130,7 @@ def new_host(name: str, positions: int = CONTEXT) -> Any:
 
 
 def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
-    """Train on the text, or go on from where an earlier run ended. -> the validation loss."""
+    """Train on the text, or continue an earlier run, and return the validation loss."""
     tenth = max(steps // 10, 1)
     args = TrainingArguments(
         output_dir=str(out),
@@ -163,7 +167,7 @@ def learn(model: Any, corpus: Corpus, steps: int, out: Path) -> float:
 
 
 class Learner(ResumableTrainer):
-    """Evaluates by the mean over what is predicted; transformers' own divides by one more for each sequence."""
+    """Evaluates by the mean loss of the predicted tokens; the Trainer's own mean counts one more token per sequence."""
 
     def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
         with torch.no_grad():
@@ -173,9 +177,14 @@ class Learner(ResumableTrainer):
 def with_retention(
     teacher: Any, layers: Iterable[int], corpus: Corpus, options: dict[str, Any], taught: Path | None = None
 ) -> Any:
-    """A copy of the teacher with layers replaced.
+    """Return a copy of the teacher with some layers replaced.
 
-    options: of `HostedRetention`. taught: folder of a recovery from whose first stage they come.
+    Args:
+        teacher: the original model.
+        layers: numbers of the layers to replace.
+        corpus: its first examples calibrate the layers.
+        options: options of `HostedRetention`.
+        taught: folder of an earlier `recover`; the layers get their weights from its first stage.
     """
     model = copy.deepcopy(teacher).requires_grad_(True)
     batch = torch.stack([corpus.train[i]["input_ids"] for i in range(8)])
@@ -192,7 +201,7 @@ def with_retention(
 
 
 def easiest(teacher: Any, corpus: Corpus, options: dict[str, Any], taught: Path) -> list[int]:
-    """The half of the layers that, each replaced alone after the first stage, cost the model least."""
+    """Return the two layers whose replacement alone, after the first stage, raises the loss least."""
     batches = torch.stack([corpus.valid[i]["input_ids"] for i in range(0, len(corpus.valid), 4)]).split(TEACHER_BATCH)
     costs = []
     for layer in range(4):
@@ -203,7 +212,7 @@ def easiest(teacher: Any, corpus: Corpus, options: dict[str, Any], taught: Path)
 
 
 def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: int, lr: float, out: Path) -> Recovery:
-    """transfer, tuning: steps of both stages. lr: of the second; less where less is replaced."""
+    """Run both stages of `recover`: `transfer` and `tuning` steps, with learning rate `lr` in the second."""
     set_seed(0)
     eighth = max((transfer + tuning) // 8, 1)
     batch = Batch(BATCH, 1, 1, CONTEXT, corpus.unit)
@@ -255,7 +264,7 @@ def show_losses(host: str, losses: dict[str, float], recoveries: dict[str, Recov
 
 @dataclass
 class Text:
-    """Byte n-grams: those of the training text, sorted, and the shares of 3-grams in the real continuations."""
+    """The sorted n-grams of the training text, and the shares of the 3-grams of the real continuations."""
 
     known: np.ndarray
     shares: np.ndarray
@@ -284,7 +293,7 @@ def write(model: Any, prompts: Tensor, temperature: float) -> Tensor:
 
 
 def statistics(texts: Tensor, text: Text) -> list[str]:
-    """Share of n-grams that the training text has; Jensen-Shannon distance of 3-grams; share that ends in a loop."""
+    """Return the share of n-grams in the training text, the Jensen-Shannon distance of 3-grams, the share of loops."""
     found = np.concatenate([grams(row, GRAM) for row in texts.numpy()])
     known = np.isin(found, text.known).mean()
     mine, theirs = trigrams(texts), text.shares
@@ -294,31 +303,31 @@ def statistics(texts: Tensor, text: Text) -> list[str]:
 
 
 def grams(text: np.ndarray, n: int) -> np.ndarray:
-    """Every n bytes in a row, as one number."""
+    """Return each n-gram of the bytes as one number."""
     windows = np.lib.stride_tricks.sliding_window_view(text.astype(np.uint64), n)
     return windows @ (np.uint64(256) ** np.arange(n, dtype=np.uint64))
 
 
 def trigrams(texts: Tensor) -> np.ndarray:
-    """Share of each of 256^3 in the texts."""
+    """Return the share of each of the 256^3 3-grams in the texts."""
     counts = np.bincount(np.concatenate([grams(row, 3) for row in texts.numpy()]).astype(np.int64), minlength=256**3)
     return counts / counts.sum()
 
 
 def _entropy(shares: np.ndarray) -> float:
-    """In bits."""
+    """Return the entropy in bits."""
     some = shares[shares > 0]
     return float(-(some * np.log2(some)).sum())
 
 
 def loops(row: Tensor) -> bool:
-    """Whether the last bytes are one piece again and again."""
+    """Tell whether the last LOOP bytes repeat with a period of at most PERIOD bytes."""
     end = row[-LOOP:]
     return any(torch.equal(end[period:], end[:-period]) for period in range(1, PERIOD + 1))
 
 
 def agreement(texts: Tensor, others: Tensor) -> str:
-    """Bytes before they part, the mean."""
+    """Return the mean number of bytes that both texts have in common from the start."""
     same = (texts == others).cumprod(dim=1).sum(dim=1).float().mean().item()
     return f"{same:.0f}"
 
@@ -327,7 +336,7 @@ def agreement(texts: Tensor, others: Tensor) -> str:
 
 
 def show_decoding(host: str, window: int, context: int = 8192, batch: int = 8, rounds: int = 15) -> None:
-    """One more token after `context`, before and after; weights do not matter for that."""
+    """Time a decoding step after `context` tokens with and without retention; untrained weights do for that."""
     models = {"attention": new_host(host, positions=context + 1000).eval()}
     for options, kind in (({}, ""), ({"window": window}, f", window {window}")):
         for name, layers in (("half the layers", [0, 1]), ("all layers", None)):
@@ -353,7 +362,7 @@ def show_decoding(host: str, window: int, context: int = 8192, batch: int = 8, r
 
 @torch.inference_mode()
 def filled(model: Any, context: int, batch: int) -> DynamicCache:
-    """What a prompt would leave behind, without waiting for all of it."""
+    """Return a cache as after a prompt of `context` tokens; most keys and values are random, to save time."""
     cache = DynamicCache(config=model.config)
     model(torch.randint(256, (batch, 300)), **{CACHE: cache})
     for layer in cache.layers:
@@ -364,6 +373,6 @@ def filled(model: Any, context: int, batch: int) -> DynamicCache:
 
 
 def cache_size(cache: DynamicCache) -> int:
-    """In bytes."""
+    """Return the size of a cache in bytes."""
     kept = (vars(x.state if isinstance(x, RetentionCacheLayer) else x).values() for x in cache.layers)
     return sum(part.nbytes for parts in kept for part in parts if isinstance(part, Tensor))

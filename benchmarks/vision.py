@@ -1,4 +1,4 @@
-"""timm's ViT with retention and with attention: accuracy on digits, and the cost of large images."""
+"""Accuracy on digits, and cost of large images, of timm's ViT with retention and with attention."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from retention.integrations.swap import replace_attention
 from retention.integrations.timm import retention_layer
 
 SIZES = (224, 384, 512, 768, 1024)
-# As the retentive models have it, without the gate, so that the rest is the same.
+# Options of the retentive models, without the gate, so that all else equals the attention layer.
 SIDES: dict[str, dict[str, Any]] = {
     "attention": {},
     "1-D retention": {"attn_layer": retention_layer(features=False, gate=None, grid=False)},
@@ -35,11 +35,11 @@ TUNED = 0.2  # of the epochs, after the swap
 
 
 def vision(
-    digits: Annotated[bool, typer.Option(help="Measure accuracies on scikit-learn's digits.")] = True,
-    images: Annotated[bool, typer.Option(help="Measure time and memory by the size of the image.")] = True,
-    grids: Annotated[bool, typer.Option(help="Compare the forms of 2-D decay by the size of the grid.")] = True,
-    epochs: int = 60,
-    seeds: int = 3,
+    digits: Annotated[bool, typer.Option(help="Measure the accuracies on scikit-learn's digits.")] = True,
+    images: Annotated[bool, typer.Option(help="Measure time and memory for images of several sizes.")] = True,
+    grids: Annotated[bool, typer.Option(help="Compare the forms of 2-D decay for grids of several sizes.")] = True,
+    epochs: Annotated[int, typer.Option(help="Number of epochs on the digits.")] = 60,
+    seeds: Annotated[int, typer.Option(help="Number of seeds; the table shows each accuracy and the mean.")] = 3,
     limit: Limit = 10.0,
     quick: Quick = False,
 ) -> None:
@@ -58,7 +58,7 @@ Digits = tuple[Tensor, Tensor, Tensor, Tensor]  # images and classes to learn, i
 
 
 def _digits(epochs: int, seeds: int) -> None:
-    """The same images, order, optimiser and number of epochs for all; another split and other weights for each seed."""
+    """Train all models on the same images, in the same order; each seed has its own split and initial weights."""
     tuned = round(TUNED * epochs)
     accuracies: dict[str, list[float]] = {}
     for seed in range(seeds):
@@ -102,7 +102,7 @@ def _small(seed: int, **options: Any) -> VisionTransformer:
 
 
 def _learn(model: nn.Module, data: Digits, epochs: int, seed: int, name: str) -> float:
-    """Accuracy in percent."""
+    """Train a model and return its accuracy in percent."""
     x, y, tested, classes = data
     order, steps = torch.Generator().manual_seed(seed), len(x) // 64
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.05)
@@ -185,7 +185,7 @@ def _results(found: Found, way: str, sizes: Sequence[int]) -> list[Result]:
 
 
 def _grids(sides: Sequence[int], rounds: int) -> None:
-    """What form="auto" goes by, and the size of the tiles."""
+    """Show the times from which form="auto" and the size of the tiles were chosen."""
     ways: dict[str, dict[str, Any]] = {
         "chunkwise": dict(form="chunkwise"),
         "parallel": dict(form="parallel"),

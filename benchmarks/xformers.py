@@ -1,4 +1,4 @@
-"""The backend xformers beside the others."""
+"""Time and memory of the backend xformers beside those of the other backends."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ ROUGH = 1e-4
 
 
 def xformers(
-    rounds: Annotated[int, typer.Option(help="Rounds that each side runs.")] = 9,
-    blocks: Annotated[bool, typer.Option(help="Also compare sizes of blocks.")] = False,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; each side runs once per round.")] = 9,
+    blocks: Annotated[bool, typer.Option(help="Also compare block sizes.")] = False,
 ) -> None:
     """Time the backend xformers beside chunked and eager, forward + backward.
 
@@ -43,14 +43,14 @@ CASE = op.Case("forward+backward", 4096)
 
 
 def both(length: int, decay: str = "paper", **options: Any) -> Run:
-    """Forward and backward."""
+    """Return a forward and backward pass of `retain`."""
     case = replace(CASE, length=length)
     tensors, log_decay = case.tensors(), torch.tensor(log_decays(decay, case.heads))
     return op.timed(case, tensors, lambda: retain(*tensors, log_decay, **options))
 
 
 def attention() -> tuple[str, Run]:
-    """Softmax attention, forward and backward, and what runs it: xformers' own where it takes the call."""
+    """Return the implementation of softmax attention that takes the call, and a forward and backward pass of it."""
     tensors = CASE.tensors(CASE.key_dim)
     label = choose(*tensors, causal=True).label
     return label, op.timed(CASE, tensors, lambda: attend(*tensors, causal=True)[0])
@@ -72,7 +72,7 @@ def _dense(rounds: int) -> list[Result]:
 
 
 def documents(count: int = 32, length: int = 16384) -> Tensor:
-    """cu_seqlens of so many documents of random length, `length` tokens in all."""
+    """Return the cu_seqlens of `count` documents of random length with `length` tokens in all."""
     cuts = torch.randperm(length - 1, generator=torch.Generator().manual_seed(0))[: count - 1] + 1
     return torch.cat([torch.tensor([0]), cuts.sort().values, torch.tensor([length])]).int()
 
@@ -87,7 +87,7 @@ def _packed(rounds: int) -> Result:
 
 
 def _memory() -> list[Result]:
-    """Peak extra memory of forward + backward relative to the size of q, k and v."""
+    """Measure the peak extra memory of forward + backward relative to the size of q, k and v."""
     row = 4 * CASE.heads * (2 * CASE.key_dim + CASE.value_dim)
     short, long = (extra_memory(both(length, backend="xformers")) / (row * length) for length in (8192, 32768))
     return [
@@ -97,7 +97,7 @@ def _memory() -> list[Result]:
 
 
 def _parallel(rounds: int) -> None:
-    """Against eager in the parallel form."""
+    """Show the times of the parallel form relative to those of eager."""
     register("rough", XFormers(eps=ROUGH))
     cases: dict[str, tuple[int, dict[str, Any]]] = {
         "causal, 1024 tokens": (1024, {}),
@@ -125,7 +125,7 @@ def _parallel(rounds: int) -> None:
 
 
 def _feed_forward(rounds: int) -> None:
-    """xformers' swiglu against the same in torch."""
+    """Show the times of xformers' swiglu relative to those of the same computation in torch."""
     rows = []
     for dim, tokens in ((256, 2048), (512, 1024), (512, 1)):
         sides = {

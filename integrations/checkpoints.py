@@ -29,10 +29,10 @@ from .transformers import RetNetConfig, RetNetForCausalLM, RetNetModel
 from .transformers.sharing import CODE
 from .weights import SUFFIXES, read, write
 
-__all__ = ["convert", "load", "read_json", "torchscale_options", "torchscale_tensors"]
+__all__ = ["Model", "convert", "load", "read_json", "torchscale_options", "torchscale_tensors"]
 
 Model = RetNetForCausalLM | RetNetModel
-TARGETS = ("retention", "torchscale")
+_TARGETS = ("retention", "torchscale")
 
 # Options with which torchscale, in evaluation, drops no token at its experts, as this library.
 _NONE_DROPPED = {"moe_eval_capacity_token_fraction": 1.0, "moe_second_expert_policy": "all"}
@@ -97,8 +97,8 @@ def convert(
         convert("torchscale.pt", "runs/converted", config={"decoder_retention_heads": 4})
     """
     source, out = Path(source), Path(out)
-    if target not in (*TARGETS, None):
-        raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}")
+    if target not in (*_TARGETS, None):
+        raise ValueError(f"the target must be one of {', '.join(_TARGETS)}; got {target!r}")
     if os.path.lexists(out):
         raise FileExistsError(f"{out} exists; name another place")
     model, found = _load(source, format, config)

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
+__all__ = ["check_file", "listed", "one_line", "read_json", "refused"]
+
 _LARGEST_JSON = 64 * 2**20  # bytes; the index of a thousand shards has less than a tenth of it
 _DEEPEST_JSON = 32  # levels of nested objects and lists; configs of composed models have about five
 _LARGEST_INTEGER = 2**63 - 1

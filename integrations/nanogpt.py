@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from .swap import Adapter, Heads
 
+__all__ = ["NanoGPTAttention"]
+
 
 class NanoGPTAttention(Adapter):
     """Adapter for causal attention with `c_attn` for q, k and v, `c_proj`, `n_head` and `n_embd`; forward(x) -> y.

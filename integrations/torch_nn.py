@@ -18,6 +18,8 @@ from retention.options import shown
 
 from .swap import Adapter, Heads, register_adapter, replaced_by
 
+__all__ = ["MultiheadAttention"]
+
 
 class MultiheadAttention(Adapter):
     """Adapter for `nn.MultiheadAttention` as self-attention.

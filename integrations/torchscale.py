@@ -21,6 +21,8 @@ from retention.state import RetentionState
 
 from .formats import TORCHSCALE, constants, same
 
+__all__ = ["ACTIVATIONS", "RetNetConfig", "RetNetDecoder"]
+
 _ABSENT = ("multiway", "use_xmoe", "xpos_rel_pos", "rel_pos_buckets", "max_rel_pos", "fsdp")
 _RATES = ("dropout", "activation_dropout", "drop_path_rate")
 _SAME_NAME = (*_RATES, "no_scale_embedding", "layernorm_embedding", "moe_freq", "moe_expert_count", "moe_top1_expert")

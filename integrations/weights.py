@@ -18,6 +18,8 @@ from retention.arguments import DTYPES
 
 from .files import check_file, listed, one_line, read_json, refused
 
+__all__ = ["SUFFIXES", "Tensors", "read", "write"]
+
 Tensors = dict[str, Tensor]
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")

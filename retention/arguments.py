@@ -9,107 +9,56 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .call import FORMS, Call
+from .call import FORMS, Call, Inputs, Options, ScoreNorm
 from .constants import is_constant, traced
 from .errors import ShapeError
-from .normalisers import ScoreNorm
 from .options import DTYPES, check_flags, check_whole, is_whole, number, shown
 from .state import RetentionState, state_dtype
 
 
-def describe(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    *,
-    state: RetentionState | None = None,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    causal: bool = True,
-    grid: tuple[int, int] | None = None,
-    decay_norm: bool = False,
-    score_norm: ScoreNorm = False,
-    out_dtype: torch.dtype | None = None,
-    chunk_size: int | None = None,
-    form: str = "auto",
-    return_state: bool = False,
-    in_place: bool = False,
-) -> Call:
-    """Check the arguments of `retain` and describe them in a `Call`. in_place: the state is to be overwritten.
+def describe(inputs: Inputs, options: Options) -> Call:
+    """Check the arguments of `retain` and describe them in a `Call`.
 
-    Shapes: as in `retain`.
     Raises: ShapeError, ValueError or TypeError that names the argument, its value and the values allowed.
     """
+    q, k, v, log_decay, state, mask, cu_seqlens = inputs
     _check_tensors(q, k, v, log_decay)
-    check_form(form)
-    if chunk_size is not None:
-        check_whole("chunk_size", chunk_size, optional=True)
-    if scale is not None and not abs(number(scale)) < math.inf:
-        raise ValueError(f"scale must be a finite number, or None; got scale {shown(scale)}")
-    if not (type(causal) is type(decay_norm) is type(return_state) is bool):
-        check_flags(causal=causal, decay_norm=decay_norm, return_state=return_state)
-    check_score_norm(score_norm)
     batch, heads, length, key_dim = q.shape
+    causal, grid, form, score_norm = options.causal, options.grid, options.form, options.score_norm
+    check_form(form)
+    if options.chunk_size is not None:
+        check_whole("chunk_size", options.chunk_size, optional=True)
+    if options.scale is not None and not abs(number(options.scale)) < math.inf:
+        raise ValueError(f"scale must be a finite number, or None; got scale {shown(options.scale)}")
+    if not (type(causal) is type(options.decay_norm) is type(options.return_state) is bool):
+        check_flags(causal=causal, decay_norm=options.decay_norm, return_state=options.return_state)
+    check_score_norm(score_norm)
     if mask is not None or cu_seqlens is not None or grid is not None:
         check_places(batch, length, q.device, mask=mask, cu_seqlens=cu_seqlens, grid=grid, causal=causal)
         check_contents(length, mask, cu_seqlens)
-    if not causal and (state is not None or return_state):
+    if not causal and (state is not None or options.return_state):
         raise ValueError("a state needs causal=True; got causal=False with state or return_state; leave both out")
-    if out_dtype not in (None, v.dtype, state_dtype(v.dtype)):
+    if options.out_dtype not in (None, v.dtype, state_dtype(v.dtype)):
         wide = state_dtype(v.dtype)
-        raise ValueError(f"out_dtype must be {v.dtype}, as v, or {wide}; got out_dtype {shown(out_dtype)}")
+        raise ValueError(f"out_dtype must be {v.dtype}, as v, or {wide}; got out_dtype {shown(options.out_dtype)}")
     if state is not None:
         rows = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
         check_state(state, (rows, heads, key_dim, v.shape[3]), q.dtype, q.device, score_norm)
     if score_norm == "absolute":
-        if form not in ("auto", "parallel") or state is not None or return_state or cu_seqlens is not None:
+        if form not in ("auto", "parallel") or state is not None or options.return_state or cu_seqlens is not None:
             raise ValueError(
                 "score_norm 'absolute' exists only in the parallel form, without state and cu_seqlens; "
                 f"got form {form!r}; use score_norm=True for the one that every form has"
             )
-        form = "parallel"
-    return described(
-        q,
-        k,
-        v,
-        log_decay,
-        state=state,
-        scale=scale,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
-        causal=causal,
-        grid=grid,
-        out_dtype=out_dtype,
-        chunk_size=chunk_size,
-        form=form,
-        return_state=return_state,
-        in_place=in_place,
-    )
+        options = options._replace(form="parallel")
+    return described(inputs, options)
 
 
-def described(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    *,
-    state: RetentionState | None = None,
-    scale: float | None = None,
-    mask: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    causal: bool = True,
-    grid: tuple[int, int] | None = None,
-    out_dtype: torch.dtype | None = None,
-    chunk_size: int | None = None,
-    form: str = "auto",
-    return_state: bool = False,
-    in_place: bool = False,
-) -> Call:
+def described(inputs: Inputs, options: Options) -> Call:
     """Make the `Call` of arguments that have been checked."""
+    q, k, v, log_decay, state, mask, cu_seqlens = inputs
     batch, heads, length, key_dim = q.shape
-    inputs = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state.kv)
+    learnt = (q, k, v, log_decay) if state is None else (q, k, v, log_decay, state.kv)
     return Call(
         batch=batch,
         heads=heads,
@@ -119,19 +68,19 @@ def described(
         value_dim=v.shape[3],
         dtype=q.dtype,
         device=q.device.type,
-        scale=key_dim**-0.5 if scale is None else float(scale),
-        out_dtype=v.dtype if out_dtype is None else out_dtype,
-        form=form,
-        causal=causal,
+        scale=key_dim**-0.5 if options.scale is None else float(options.scale),
+        out_dtype=v.dtype if options.out_dtype is None else options.out_dtype,
+        form=options.form,
+        causal=options.causal,
         masked=mask is not None,
         packed=cu_seqlens is not None,
         has_state=state is not None,
-        return_state=return_state,
-        in_place=in_place,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in inputs),
+        return_state=options.return_state,
+        in_place=options.in_place,
+        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in learnt),
         transformed=_transformed(),
-        chunk_size=chunk_size,
-        grid=None if grid is None else (grid[0], grid[1]),
+        chunk_size=options.chunk_size,
+        grid=None if options.grid is None else (options.grid[0], options.grid[1]),
     )
 
 
@@ -234,8 +183,7 @@ def _transformed() -> bool:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
-    tensors = {"q": q, "k": k, "v": v, "log_decay": log_decay}
-    for name, x in tensors.items():
+    for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor; got {name} {type(x).__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
@@ -267,7 +215,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
             f"log_decay must be float32 or float64, half precision rounds slow decays to none; got {log_decay.dtype}"
         )
     if not q.device == k.device == v.device == log_decay.device:
-        devices = ", ".join(f"{name} {x.device}" for name, x in tensors.items())
+        devices = f"q {q.device}, k {k.device}, v {v.device}, log_decay {log_decay.device}"
         raise ValueError(f"q, k, v and log_decay must be on one device; got {devices}")
     _check_log_decay(log_decay)
 

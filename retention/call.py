@@ -1,16 +1,57 @@
-"""The contract between `retain` and its backends: the description of a call, and the methods of a backend."""
+"""A call of `retain`: its tensors, its options, their description for the backends, and the methods of a backend.
+
+`retain` makes `Inputs` and `Options` from its arguments. `arguments.describe` checks them and makes a `Call`, by which
+a backend is chosen and run.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .state import RetentionState
+
 FORMS = ("parallel", "chunkwise", "recurrent")
+ScoreNorm = bool | Literal["absolute"]
 
 
-class Call(NamedTuple):  # takes about a microsecond to make; a frozen dataclass takes longer
+class Inputs(NamedTuple):
+    """The tensors of a call, as in `retain`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor
+    state: RetentionState | None = None
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+class Options(
+    NamedTuple
+):  # takes less than a microsecond to make, in each decoding step; a frozen dataclass takes longer
+    """The options of a call, as in `retain`.
+
+    Attributes:
+        in_place: whether the state is to be overwritten, as in `step`.
+    """
+
+    scale: float | None = None
+    causal: bool = True
+    grid: tuple[int, int] | None = None
+    decay_norm: bool = False
+    score_norm: ScoreNorm = False
+    out_dtype: torch.dtype | None = None
+    chunk_size: int | None = None
+    backend: str = "auto"
+    form: str = "auto"
+    return_state: bool = False
+    in_place: bool = False
+
+
+class Call(NamedTuple):
     """The sizes and options of a call of `retain`: all that a backend decides by. It holds no values of tensors.
 
     So the choice of a backend can be tested without the device of the call.

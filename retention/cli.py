@@ -1,6 +1,6 @@
-"""The `retention` command: train a language model, let it write, swap attention, convert checkpoints.
+"""The `retention` command trains RetNet language models, replaces attention, generates text and converts checkpoints.
 
-Exit codes: 0 all went well; 1 failure, such as a full disk or a divergence;
+Exit codes: 0 success; 1 failure, such as a full disk or a training that diverges;
 2 wrong usage; 130 Ctrl-C; 143 SIGTERM; 129 SIGHUP.
 """
 
@@ -40,11 +40,59 @@ TRACEBACK = "RETENTION_TRACEBACK"  # an environment variable: show tracebacks
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Backend = Annotated[str, typer.Option(help="auto, or a name that `python -m retention` lists.")]
-Form = Annotated[str, typer.Option(help="auto, parallel, chunkwise or recurrent.")]
-Seed = Annotated[int, typer.Option(help="Of everything that is left to chance.")]
-ReportTo = Annotated[str, typer.Option(help="none, all, or an experiment tracker: tensorboard, wandb, ...")]
+Files = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Training text: text files, folders of text files, or a folder that `save_to_disk` of datasets wrote. "
+        "Default: the source of Python's standard library, which needs no download."
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume", help="Continue the run in --out from its last checkpoint, with the settings it started with."
+    ),
+]
+TextColumn = Annotated[
+    str,
+    typer.Option(
+        help="Column of a saved dataset, with texts or token ids. If there is no column text, input_ids is used."
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Seed of the random numbers: initial weights, order of the sequences, sampled tokens. Change it to repeat "
+        "a run with other draws."
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda or mps. auto takes the accelerator of this machine, or else the CPU.")
+]
+TrainingDtype = Annotated[
+    str,
+    typer.Option(
+        help="float32, bfloat16 or float16. The latter two train in mixed precision, which is faster and takes less "
+        "memory on a GPU; prefer bfloat16, whose range is that of float32."
+    ),
+]
+Backend = Annotated[
+    str,
+    typer.Option(
+        help="Backend that computes retention. `python -m retention` lists those of this machine. auto takes the first "
+        "one that can run the call."
+    ),
+]
+Form = Annotated[
+    str,
+    typer.Option(
+        help="Form of retention: parallel, chunkwise or recurrent. All give the same result. auto takes the form that "
+        "suits the backend and the length."
+    ),
+]
+ReportTo = Annotated[
+    str, typer.Option(help="Experiment tracker that receives the losses: tensorboard, wandb, ...; all or none of them.")
+]
 
 
 def _show_version(asked: bool) -> None:
@@ -65,39 +113,86 @@ def _command(
 @app.command()
 def train(
     command: typer.Context,
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(help="Texts, folders of texts, or a saved dataset. Default: Python's own source."),
+    files: Files = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run: checkpoints, the model, and losses.png, the plot of the losses.")
+    ] = Path("runs/retnet"),
+    resume: Resume = False,
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=f"Size of the model: {', '.join(PRESETS)}. The sizes from 300m on are those of the paper; the smaller "
+            "ones train on a CPU."
+        ),
+    ] = "tiny",
+    config: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with options of RetNetConfig, instead of --preset, for a model of another size."),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the model and a plot.")] = Path("runs/retnet"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its settings.")] = False,
-    preset: Annotated[str, typer.Option(help=f"Size: {', '.join(PRESETS)}.")] = "tiny",
-    config: Annotated[Path | None, typer.Option(help="Instead: options of RetNetConfig, a JSON file.")] = None,
-    tokenizer: Annotated[str, typer.Option(help="Folder, tokenizer.json or name on the hub. Default: bytes.")] = "",
-    text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 1200,
-    batch: Annotated[int, typer.Option(help="Sequences at a time on each process.")] = 16,
-    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = 1,
-    context: Annotated[int, typer.Option(help="Tokens per sequence; bytes without a tokenizer.")] = 128,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; falls as a cosine.")] = 4e-3,
-    warmup: Annotated[int | None, typer.Option(help="Steps to the peak. Default: a tenth, at most 100.")] = None,
-    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a tokenizer, a tokenizer.json, or a name on the Hugging Face Hub. Default: none; each byte "
+            "is a token."
+        ),
+    ] = "",
+    text_column: TextColumn = "text",
+    steps: Annotated[
+        int,
+        typer.Option(help="Number of optimiser steps. The default takes a few minutes for the tiny model on a CPU."),
+    ] = 1200,
+    batch: Annotated[
+        int, typer.Option(help="Number of sequences in a batch of one process. Lower it if memory runs out.")
+    ] = 16,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            help="Number of batches whose gradients add up to one step. Raise it for a larger step in the same memory."
+        ),
+    ] = 1,
+    context: Annotated[int, typer.Option(help="Length of a sequence, in tokens. Decoding may go beyond it.")] = 128,
+    lr: Annotated[
+        float,
+        typer.Option(
+            help="Highest learning rate of AdamW; it falls to 0 as a cosine. The default suits the small presets; "
+            "larger models need a lower one, such as 3e-4."
+        ),
+    ] = 4e-3,
+    warmup: Annotated[
+        int | None,
+        typer.Option(
+            help="Number of steps in which the learning rate rises from 0. Default: a tenth of --steps, at most 100."
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay of AdamW. Raise it, to 0.1 for example, for long runs.")
+    ] = 0.01,
     seed: Seed = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 250,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
+    eval_every: Annotated[int, typer.Option(help="Number of steps between two evaluations on held-out text.")] = 250,
+    save_every: Annotated[
+        int, typer.Option(help="Number of steps between two checkpoints. The last two checkpoints are kept.")
+    ] = 250,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+        ),
     ] = False,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = "float32",
+    dtype: TrainingDtype = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
     report_to: ReportTo = "none",
-    sample: Annotated[int, typer.Option(min=0, help="Tokens to write at the end; bytes without a tokenizer.")] = 400,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Number of tokens to generate and print after the training; 0 for none.")
+    ] = 400,
 ) -> None:
-    """Train a RetNet language model, then write a sample. Ctrl-C, SIGTERM and SIGHUP save; --resume goes on.
+    """Train a RetNet language model and print a sample of its text.
 
-    On many devices: torchrun --nproc_per_node N -m retention.cli train ...
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint before the command ends; --resume continues from it.
+
+    On several devices: torchrun --nproc_per_node N -m retention.cli train ...
     """
     _say("loading the libraries", err=True)
     with _told(), _stopping("train", out):
@@ -114,51 +209,141 @@ def train(
 @app.command()
 def swap(
     command: typer.Context,
-    model: Annotated[str, typer.Argument(help="A model of transformers: a folder, or a name on the hub.")] = "",
-    files: Annotated[
-        list[str] | None,
-        typer.Argument(help="Texts, folders of texts, or a saved dataset. Default: Python's own source."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for checkpoints, the model and a plot.")] = Path("runs/swap"),
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out, with its settings.")] = False,
-    layers: Annotated[str, typer.Option(help="Which, such as 0,2,-1. Default: all.")] = "",
+    model: Annotated[
+        str,
+        typer.Argument(help="Language model of transformers: a folder, or a name on the Hugging Face Hub."),
+    ] = "",
+    files: Files = None,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run: checkpoints, the model, and losses.png, the plot of the losses.")
+    ] = Path("runs/swap"),
+    resume: Resume = False,
+    layers: Annotated[
+        str,
+        typer.Option(
+            help="Numbers of the layers to replace, from 0, separated by commas; -1 is the last. Default: all layers. "
+            "Fewer layers lose less quality and save less memory."
+        ),
+    ] = "",
     allow_lost: Annotated[
-        bool, typer.Option("--allow-lost", help="Also layers that do what retention will not, such as a window.")
+        bool,
+        typer.Option(
+            "--allow-lost",
+            help="Also replace layers with a feature that retention does not have, such as a sliding window. Without "
+            "it, such a layer is an error that names the feature.",
+        ),
     ] = False,
-    decay: Annotated[str, typer.Option(help="short, log_linear or paper; learnt from there.")] = "short",
-    features: Annotated[bool, typer.Option(help="Learn a feature map of q and k.")] = True,
+    decay: Annotated[
+        str,
+        typer.Option(
+            help="Initial decays of the heads: short, log_linear or paper. They are trained. short, whose memory is "
+            "the shortest, suits contexts of a few hundred tokens."
+        ),
+    ] = "short",
+    features: Annotated[
+        bool,
+        typer.Option(
+            help="Train a feature map of queries and keys, and divide by the sum of the scores, as the softmax does. "
+            "Without it, queries and keys are used as they are."
+        ),
+    ] = True,
     window: Annotated[
-        int | None, typer.Option(help="Tokens that are still attended to exactly, the newest; retention has the rest.")
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of the last tokens that keep exact attention; retention covers the tokens before them. "
+            "A window loses less quality, for a state that also holds that many keys and values; 0 is no window. "
+            "Default: 64; with --no-features 0.",
+        ),
     ] = None,
-    gate: Annotated[str, typer.Option(help="silu, gelu, relu, sigmoid or none.")] = "silu",
+    sinks: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Number of the first tokens that keep exact attention. Pretrained models put much of their attention "
+            "on the first token, and a state that decays cannot hold it. Default: 4; with --no-features 0.",
+        ),
+    ] = None,
+    gate: Annotated[
+        str,
+        typer.Option(help="Activation of the output gate of the new layers: silu, gelu, relu, sigmoid; or none."),
+    ] = "silu",
     scales: Annotated[
-        int | None, typer.Option(help="Retentions, each with its decays, to a head. Default: 2, without features 1.")
+        int | None,
+        typer.Option(help="Number of decays per head; their scores are added. Default: 2; with --no-features 1."),
     ] = None,
-    parts: Annotated[int, typer.Option(help="Replace the layers in so many parts, one after another.")] = 1,
-    text_column: Annotated[str, typer.Option(help="Of a saved dataset; texts or token ids.")] = "text",
-    transfer_steps: Annotated[int, typer.Option(help="In which layers learn what their attention gave.")] = 600,
-    tuning_steps: Annotated[int, typer.Option(help="In which the model learns from the one it was.")] = 1400,
-    batch: Annotated[int, typer.Option(help="Sequences of a step.")] = 4,
-    context: Annotated[int | None, typer.Option(help="Tokens per sequence. Default: 256, if the model can.")] = None,
+    parts: Annotated[
+        int,
+        typer.Option(
+            help="Number of parts in which the layers are replaced and trained, one part after another. The steps of "
+            "both stages are divided among them."
+        ),
+    ] = 1,
+    text_column: TextColumn = "text",
+    transfer_steps: Annotated[
+        int,
+        typer.Option(
+            help="Number of steps of the first stage, which fits each new layer to the output of the attention it "
+            "replaces. 0 skips the stage."
+        ),
+    ] = 600,
+    tuning_steps: Annotated[
+        int,
+        typer.Option(
+            help="Number of steps of the second stage, which distils the whole model from the original. More steps "
+            "close more of the gap. 0 skips the stage."
+        ),
+    ] = 1400,
+    batch: Annotated[int, typer.Option(help="Number of sequences per step. Lower it if memory runs out.")] = 4,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of a sequence, in tokens. Default: 256, or the model's number of positions if lower."
+        ),
+    ] = None,
     transfer_lr: Annotated[
-        float, typer.Option(help="Peak learning rate of new layers; their projections, a tenth.")
+        float,
+        typer.Option(
+            help="Highest learning rate of the first stage, for the parameters of retention; the projections take a "
+            "tenth of it."
+        ),
     ] = 4e-2,
-    tuning_lr: Annotated[float, typer.Option(help="The same of the whole model, in the tuning.")] = 3e-4,
-    label_weight: Annotated[float, typer.Option(min=0, help="Of the text itself, beside what the model was.")] = 0.0,
+    tuning_lr: Annotated[
+        float,
+        typer.Option(
+            help="Highest learning rate of the second stage, for all weights. Lower it with a window: less is left to "
+            "learn."
+        ),
+    ] = 3e-4,
+    label_weight: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Factor of the cross-entropy of the text, which the second stage adds to the divergence from the "
+            "original's probabilities. 0 trains on the original alone; raise it for text unlike the original's.",
+        ),
+    ] = 0.0,
     seed: Seed = 0,
-    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 100,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    eval_every: Annotated[int, typer.Option(help="Number of steps between two evaluations on held-out text.")] = 100,
+    save_every: Annotated[
+        int, typer.Option(help="Number of steps between two checkpoints. The last two of each stage are kept.")
+    ] = 100,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16 (mixed precision).")] = "float32",
+    dtype: TrainingDtype = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
     report_to: ReportTo = "none",
-    sample: Annotated[int, typer.Option(min=0, help="Tokens to write at the end; bytes without a tokenizer.")] = 200,
+    sample: Annotated[
+        int, typer.Option(min=0, help="Number of tokens to generate and print after the training; 0 for none.")
+    ] = 200,
 ) -> None:
-    """Put retention where a model has attention, and train it until it is as good as it was.
+    """Replace the attention of a language model by retention, and train it to the quality of the original.
 
-    First each new layer learns what its attention gave, then the whole model what it said before. Ctrl-C, SIGTERM and
-    SIGHUP save; --resume goes on. One process.
+    Training has two stages: each new layer is first fitted to the output of the attention it replaces; then the whole
+    model is distilled from the original.
+
+    Ctrl-C, SIGTERM and SIGHUP save a checkpoint before the command ends; --resume continues from it. The command runs
+    on one process.
     """
     _say("loading the libraries", err=True)
     with _told(), _stopping("swap", out):
@@ -180,18 +365,39 @@ def generate(
     model: Annotated[Path, typer.Option(help="Folder that `retention train` or `retention swap` wrote.")],
     prompt: Annotated[
         str | None,
-        typer.Option(help="What the text begins with; '' begins a document. Default: 'def '; with a tokenizer, ''."),
+        typer.Option(
+            help="Beginning of the text; '' begins a new document. Default: 'def ' for a model of bytes, '' for one "
+            "with a tokenizer."
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to write; bytes without a tokenizer.")] = 400,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among the likeliest K tokens only.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Number of tokens to generate; a token is a byte if there is no tokenizer.")
+    ] = 400,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Divisor of the logits. Lower values give likelier and less varied text; 0 always takes the likeliest "
+            "token.",
+        ),
+    ] = 0.8,
+    top_k: Annotated[
+        int | None,
+        typer.Option(min=1, help="Draw each token from the K likeliest ones only. Default: from all tokens."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="Type of the weights and of the computation: float32, bfloat16 or float16. The latter two take half "
+            "the memory."
+        ),
+    ] = "float32",
     backend: Backend = "auto",
     form: Form = "auto",
 ) -> None:
-    """Let a trained model continue a text, token by token, from a state of constant size."""
+    """Generate text with a trained model, token by token, from a state of constant size."""
     with _told():
         from .integrations.transformers.modeling import AutoModelForCausalLM
         from .integrations.transformers.training.settings import check_device, check_dtype, codec_of
@@ -230,16 +436,39 @@ def generate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A file of weights, or a folder that holds one or its shards.")],
-    out: Annotated[Path, typer.Argument(help="A folder for a model of ours; a .safetensors or .pt for torchscale's.")],
-    format: Annotated[str | None, typer.Option("--from", help="Whose checkpoint it is. Default: recognised.")] = None,
-    target: Annotated[str | None, typer.Option("--to", help="retention, or torchscale: default for ours.")] = None,
-    config: Annotated[Path | None, typer.Option(help="JSON file of options that the weights do not tell.")] = None,
+    source: Annotated[
+        Path, typer.Argument(help="Checkpoint to read: a file of weights, or a folder that holds one or its shards.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Result to write: a folder for a model of this library; a .safetensors or .pt file for torchscale."
+        ),
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="Library that wrote the checkpoint. Default: recognised by the names of the weights."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="retention or torchscale. Default: torchscale for a checkpoint of this library, else retention.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON file with options that the weights do not determine. They override the config.json beside them."
+        ),
+    ] = None,
 ) -> None:
-    """Convert a checkpoint: of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch, or ours.
+    """Convert a checkpoint of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch or this library.
 
-    What stands beside the weights, such as the tokenizer, comes along into a folder. A mixture of experts gives the
-    logits of torchscale with the options that are printed, with which no token is left out.
+    Other files beside the weights, such as the tokenizer, are copied if the result is a folder. For a mixture of
+    experts, the command prints the options with which torchscale gives the same logits: those that drop no token.
     """
     with _told():
         from .integrations import checkpoints
@@ -259,7 +488,7 @@ def convert(
 
 
 def _settings(command: typer.Context, out: Path) -> Settings:
-    """Of a new run, or of the one in `out` that is resumed."""
+    """Return the settings of a new run, or those of the run in `out` that is resumed."""
     from .integrations.transformers.training.settings import Settings, read_config
 
     given, options = command.params, dict[str, Any]()
@@ -276,7 +505,7 @@ def _settings(command: typer.Context, out: Path) -> Settings:
 
 
 def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
-    """What `SwapSettings` has otherwise than the command line."""
+    """Return the options that `SwapSettings` holds in another form than the command line."""
     try:
         layers = [int(number) for number in given["layers"].split(",")] if given["layers"] else None
     except ValueError:
@@ -286,13 +515,16 @@ def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
     model = str(Path(given["model"]).resolve()) if Path(given["model"]).exists() else given["model"]
     files = [str(Path(file).resolve()) for file in given["files"] or []]
     gate = None if given["gate"] == "none" else given["gate"]
-    return {"layers": layers, "model": model, "files": files, "gate": gate}
+    kept = {"window": 64, "sinks": 4} if given["features"] else {"window": 0, "sinks": 0}
+    window, sinks = (kept[name] if given[name] is None else given[name] for name in ("window", "sinks"))
+    return {"layers": layers, "model": model, "files": files, "gate": gate, "window": window or None, "sinks": sinks}
 
 
 def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]) -> K:
-    """Settings of a new run, or those with which the run in `out` began: what the user gives anew must be the same.
+    """Return the settings of a new run, or those of the run in `out`, which the options given now must not contradict.
 
-    read: what has another form than on the command line.
+    Args:
+        read: the options that have another form than on the command line.
     """
     from .integrations.transformers.training.saving import check_folder, holds_run
 
@@ -323,20 +555,20 @@ def _sample(run: Run | Swap, out: Path, tokens: int, seed: int) -> None:
     tokens = int(min(tokens, _room(model, codec, codec.opening)))
     try:
         _write(model, codec, codec.opening, tokens, temperature=0.8, seed=seed)
-    except Exception as error:  # the model is saved, which was the work of the command
+    except Exception as error:  # the model is saved already
         if TRACEBACK in os.environ:
             raise
         typer.secho(f"no sample: {type(error).__name__}: {error}", fg="red", err=True)
 
 
 def _room(model: Any, codec: Codec, prompt: str) -> float:
-    """How many tokens may follow the prompt."""
+    """Return the number of positions that the model has left after the prompt."""
     return getattr(model.config, "max_position_embeddings", math.inf) - len(codec.prompt(prompt))
 
 
 def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **options: Any) -> None:
-    """Print the prompt and what the model adds to it, as it comes."""
-    from .integrations.transformers.writing import stream
+    """Print the prompt, then the text of each token as the model generates it."""
+    from .integrations.transformers.decoding import stream
 
     start = codec.prompt(prompt)
     chance = torch.Generator(model.device).manual_seed(seed)
@@ -347,9 +579,9 @@ def _write(model: Any, codec: Codec, prompt: str, tokens: int, *, seed: int, **o
     typer.echo()
 
 
-def _process(rank: str) -> int:
-    """RANK or LOCAL_RANK, of this process among those of torchrun; 0 if it is alone."""
-    return int(os.environ.get(rank, 0))
+def _process(variable: str) -> int:
+    """Return a variable that torchrun sets, such as RANK or WORLD_SIZE; 0 without torchrun."""
+    return int(os.environ.get(variable, 0))
 
 
 def _say(line: str, err: bool = False) -> None:
@@ -359,7 +591,7 @@ def _say(line: str, err: bool = False) -> None:
 
 @contextmanager
 def _stopping(name: str, out: Path) -> Iterator[None]:
-    """A signal ends a run with its own exit code, and with the command that continues it."""
+    """End a run that a signal stopped with the exit code of the signal, and print the command that continues it."""
     from .integrations.transformers.training.progress import Stopped
     from .integrations.transformers.training.settings import Kept
 
@@ -377,11 +609,11 @@ def _stopping(name: str, out: Path) -> Iterator[None]:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    """Errors of the user's making, and those of a run, are one line, without a traceback."""
+    """Print a wrong option or a failed run as one line without a traceback, and exit with its code."""
     try:
         yield
     except (ValueError, ImportError, OSError, BackendError, FloatingPointError) as error:
-        if _process("LOCAL_RANK") > 0:  # the first says it for all, if torchrun does not end it before
+        if _process("LOCAL_RANK") > 0:  # the first process prints it; torchrun ends the others meanwhile
             time.sleep(10)
         else:
             typer.secho(f"error: {error}", fg="red", err=True)
@@ -389,13 +621,13 @@ def _told() -> Iterator[None]:
 
 
 def _is_failure(error: Exception) -> bool:
-    """Whether it is none of the user's making: a training that diverged, or a disk that is full or broken."""
+    """Tell a failure from wrong usage: a training that diverged, or a disk that is full or broken."""
     broken = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
     return broken or isinstance(error, (FloatingPointError, NotSavedError))
 
 
 def main() -> None:
-    """The command. An error that nobody foresaw is one line too; with RETENTION_TRACEBACK set, it has its traceback."""
+    """Run the command. Unforeseen errors are one line too; with RETENTION_TRACEBACK set, they show their traceback."""
     try:
         app()
     except Exception as error:

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import backends
 from .arguments import describe
-from .call import Call
+from .call import Call, Inputs, Options, ScoreNorm
 from .errors import ShapeError
-from .normalisers import ScoreNorm, score_divisor, total_decay
+from .normalisers import score_divisor, total_decay
 from .options import check_device, check_dtype, check_flags, check_whole
 from .scores import scores as retention_scores
 from .state import RetentionState, state_dtype
@@ -91,25 +91,20 @@ def retain(
                   [1.5000],
                   [1.7500]]]])
     """
-    call = describe(
-        q,
-        k,
-        v,
-        log_decay,
-        state=state,
+    inputs = Inputs(q, k, v, log_decay, state, mask, cu_seqlens)
+    options = Options(
         scale=scale,
-        mask=mask,
-        cu_seqlens=cu_seqlens,
         causal=causal,
         grid=grid,
         decay_norm=decay_norm,
         score_norm=score_norm,
         out_dtype=out_dtype,
         chunk_size=chunk_size,
+        backend=backend,
         form=form,
         return_state=return_state,
     )
-    out, new = _run(call, backend, q, k, v, log_decay, state, mask, cu_seqlens, decay_norm, score_norm)
+    out, new = _run(describe(inputs, options), inputs, options)
     return out if new is None else (out, new)
 
 
@@ -155,32 +150,29 @@ def step(
     """
     if state is None:  # `retain` takes None for the beginning of a sequence
         raise TypeError("state must be a RetentionState; got NoneType; `initial_state` makes an empty one")
-    options: dict[str, Any] = dict(
-        scale=scale, mask=mask, decay_norm=decay_norm, score_norm=score_norm, out_dtype=out_dtype
+    inputs = Inputs(q, k, v, log_decay, state, mask)
+    options = Options(
+        scale=scale,
+        decay_norm=decay_norm,
+        score_norm=score_norm,
+        out_dtype=out_dtype,
+        backend=backend,
+        form="recurrent",
+        in_place=True,
     )
-    call = describe(q, k, v, log_decay, state=state, form="recurrent", in_place=True, **options)
+    call = describe(inputs, options)
     if call.length != 1:
         raise ShapeError(f"step takes one token, q (batch, heads, 1, key_dim); got q {tuple(q.shape)}; use retain")
     if call.needs_grad:
         raise ValueError("step overwrites the state and has no gradient; call it under torch.no_grad(), or use retain")
-    return stepped(call, backend, q, k, v, log_decay, state, mask, decay_norm, score_norm)
+    return stepped(call, inputs, options)
 
 
-def stepped(
-    call: Call,
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: RetentionState,
-    mask: Tensor | None,
-    decay_norm: bool,
-    score_norm: ScoreNorm,
-) -> Tensor:
+def stepped(call: Call, inputs: Inputs, options: Options) -> Tensor:
     """Run `step` for arguments that have been checked and are described in `call`."""
-    out, _ = _run(call, backend, q, k, v, log_decay, state, mask, None, decay_norm, score_norm)
-    state.time += 1 if mask is None else counts(call, mask, None, q.device)
+    out, _ = _run(call, inputs, options)
+    if inputs.state is not None:
+        inputs.state.time += 1 if inputs.mask is None else counts(call, inputs)
     return out
 
 
@@ -215,11 +207,14 @@ def scores(
                 [0.5000, 1.0000, 0.0000],
                 [0.2500, 0.5000, 1.0000]])
     """
-    options: dict[str, Any] = dict(scale=scale, mask=mask, causal=causal, grid=grid, decay_norm=decay_norm)
-    call = describe(q, k, k, log_decay, score_norm=score_norm, form="parallel", **options)
-    found = retention_scores(q, k, log_decay, scale=call.scale, causal=causal, mask=mask, grid=call.grid)
+    inputs = Inputs(q, k, k, log_decay, mask=mask)
+    options = Options(
+        scale=scale, causal=causal, grid=grid, decay_norm=decay_norm, score_norm=score_norm, form="parallel"
+    )
+    call = describe(inputs, options)
+    found = _scores(call, inputs)
     if decay_norm:
-        found = found / total_decay(call, log_decay, None, mask, None).sqrt()[..., None]
+        found = found / total_decay(call, inputs).sqrt()[..., None]
     if score_norm:
         found = found / score_divisor(
             found.abs().sum(-1, True) if score_norm == "absolute" else found.sum(-1, True), score_norm
@@ -285,29 +280,20 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
         >>> print(retention.explain(x, x, x, torch.tensor([-0.1])).splitlines()[2])
           chunkwise  chunked    can, and is chosen
     """
-    if "in_place" in options:
-        raise TypeError("explain() takes the arguments of `retain`; got in_place")
-    return backends.explain(describe(q, k, v, log_decay, **options), backend)
+    tensors = {name: options.pop(name) for name in ("state", "mask", "cu_seqlens") if name in options}
+    if unknown := [name for name in options if name == "in_place" or name not in Options._fields]:
+        raise TypeError(f"explain() takes the arguments of `retain`; got {', '.join(unknown)}")
+    call = describe(Inputs(q, k, v, log_decay, **tensors), Options(**options))
+    return backends.explain(call, backend)
 
 
-def _run(
-    call: Call,
-    name: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    state: RetentionState | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    decay_norm: bool,
-    score_norm: ScoreNorm,
-) -> tuple[Tensor, RetentionState | None]:
+def _run(call: Call, inputs: Inputs, options: Options) -> tuple[Tensor, RetentionState | None]:
     """Choose a backend, run it outside of autocast, apply the normalisers and make the new state."""
-    out_dtype = call.out_dtype
+    q, k, v, log_decay, state, mask, cu_seqlens = inputs
+    decay_norm, score_norm, out_dtype = options.decay_norm, options.score_norm, call.out_dtype
     if decay_norm or score_norm:  # sums may exceed the range of half precision, the normalised output does not
         call = call._replace(out_dtype=state_dtype(call.dtype))
-    backend, call = backends.choose(call, name)
+    backend, call = backends.choose(call, options.backend)
 
     def run(values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if call.device == "meta" or not torch.is_autocast_enabled(call.device):
@@ -318,13 +304,12 @@ def _run(
     out, kv = run(v, None if state is None else state.kv)
     mass = k_sum = None
     if score_norm == "absolute":
-        scores = retention_scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)
-        mass = scores.detach().abs().sum(-1, keepdim=True)
+        mass = _scores(call, inputs).detach().abs().sum(-1, keepdim=True)
     elif score_norm:  # sum_i R_ni is the retention of values that are all 1
         before = None if state is None or state.k_sum is None else state.k_sum[..., None]
         mass, k_sum = run(torch.ones_like(v[..., :1]), before)
 
-    decay = total_decay(call, log_decay, state, mask, cu_seqlens).sqrt()[..., None] if decay_norm else None
+    decay = total_decay(call, inputs).sqrt()[..., None] if decay_norm else None
     if mass is not None:
         out = out / score_divisor(mass if decay is None else mass / decay, score_norm)
     if decay is not None:
@@ -333,6 +318,11 @@ def _run(
         out = out.to(out_dtype)
     if not call.return_state or kv is None:
         return out, None
-    time = counts(call, mask, cu_seqlens, q.device)
+    time = counts(call, inputs)
     time = time if state is None else state.time + time
     return out, RetentionState(kv, time, None if k_sum is None else k_sum[..., 0])
+
+
+def _scores(call: Call, inputs: Inputs) -> Tensor:
+    q, k, _, log_decay, _, mask, _ = inputs
+    return retention_scores(q, k, log_decay, scale=call.scale, causal=call.causal, mask=mask, grid=call.grid)

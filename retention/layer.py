@@ -22,12 +22,11 @@ from .arguments import (
     described,
     weight_of,
 )
-from .call import FORMS
+from .call import FORMS, Inputs, Options, ScoreNorm
 from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, stepped
 from .norm import HeadNorm
-from .normalisers import ScoreNorm
 from .options import (
     check_choice,
     check_device,
@@ -317,11 +316,16 @@ class MultiScaleRetention(HasBackend):
             if rotation is None:
                 rotation = self._rotation(x, mask=mask, state=state)
             q, k, v = self._project(x, x, x, rotation)
-            log_decay = self.decay(q.device, state_dtype(q.dtype))
-            options: dict[str, Any] = dict(scale=self.scale, mask=mask, form="recurrent", in_place=True)
-            call = described(q, k, v, log_decay, state=state, out_dtype=self._sum_dtype(v), **options)
-            out = stepped(call, "auto", q, k, v, log_decay, state, mask, self.decay_norm, self.score_norm)
-            return self._output(out, x, v.dtype)
+            inputs = Inputs(q, k, v, self.decay(q.device, state_dtype(q.dtype)), state, mask)
+            options = Options(
+                scale=self.scale,
+                decay_norm=self.decay_norm,
+                score_norm=self.score_norm,
+                out_dtype=self._sum_dtype(v),
+                form="recurrent",
+                in_place=True,
+            )
+            return self._output(stepped(described(inputs, options), inputs, options), x, v.dtype)
 
     def scores(self, x: Tensor, *, mask: Tensor | None = None, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the retention scores R by which the parallel form weighs the values, (B, num_heads, T, T).

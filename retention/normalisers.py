@@ -6,38 +6,32 @@ Source: Sun et al. 2023, arXiv:2307.08621, Section 2.2.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Inputs, ScoreNorm
 from .decay import geometric_sum
-from .state import RetentionState, state_dtype
+from .state import state_dtype
 from .times import counts, token_times
 
-ScoreNorm = bool | Literal["absolute"]
 
-
-def total_decay(
-    call: Call, log_decay: Tensor, state: RetentionState | None, mask: Tensor | None, cu_seqlens: Tensor | None
-) -> Tensor:
+def total_decay(call: Call, inputs: Inputs) -> Tensor:
     """Return the divisor of decay_norm before its square root, sum_i D_ni of each token n, (B, H, T) or (1, H, T).
 
     With t tokens before n and, without causality, L tokens in all: sum_{i=0}^{t} gamma^i + sum_{i=1}^{L-1-t} gamma^i.
 
-    Shapes: log_decay (H,); mask (B, T) bool; cu_seqlens (N + 1,); the time of the state (B,) or (N,).
     """
+    _, _, _, log_decay, state, mask, cu_seqlens = inputs
     wide = state_dtype(call.dtype)
     if call.grid is not None:  # sum_i D_ni is the sum over rows times the sum over columns
         sides = (call._replace(batch=1, length=n, grid=None) for n in call.grid)
-        rows, columns = (total_decay(side, log_decay, None, None, None) for side in sides)
+        rows, columns = (total_decay(side, inputs) for side in sides)
         return (rows[..., :, None] * columns[..., None, :]).flatten(2)
     times = token_times(call.batch, call.length, log_decay.device, state, mask, cu_seqlens)
     rate = log_decay.to(wide)[:, None]
     behind = geometric_sum(rate, (times + 1)[:, None].to(wide))  # (B or 1, H, T): token n and those before it
     if call.causal:
         return behind
-    lengths = counts(call, mask, cu_seqlens, log_decay.device)[:, None]
+    lengths = counts(call, inputs)[:, None]
     if cu_seqlens is not None:
         lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
     ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))  # token n and those after it

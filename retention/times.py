@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, Inputs
 from .state import RetentionState
 
 
@@ -37,10 +37,10 @@ def token_times(
     return index if state is None else index + state.time[:, None]
 
 
-def counts(call: Call, mask: Tensor | None, cu_seqlens: Tensor | None, device: torch.device) -> Tensor:
+def counts(call: Call, inputs: Inputs) -> Tensor:
     """Return the number of real tokens in each row or segment of the call, (B,) or (N,) int64."""
-    if cu_seqlens is not None:
-        return cu_seqlens.diff().long()
-    if mask is not None:
-        return mask.sum(1)
-    return torch.full((call.batch,), call.length, device=device)
+    if inputs.cu_seqlens is not None:
+        return inputs.cu_seqlens.diff().long()
+    if inputs.mask is not None:
+        return inputs.mask.sum(1)
+    return torch.full((call.batch,), call.length, device=inputs.q.device)

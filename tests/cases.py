@@ -4,6 +4,8 @@ import torch
 from hypothesis import strategies as st
 
 import retention
+from retention.arguments import describe
+from retention.call import Inputs, Options
 
 # Relative to the largest value, for float32 and float64; relative RMS for half precision.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
@@ -61,10 +63,11 @@ def calls(draw, dtypes=tuple(BOUNDS), causal=None, kinds=("dense", "masked", "pa
 def runnable(args, options):
     """Every (backend, form, chunk size) that says it can run the call."""
     found = []
-    asked = {key: value for key, value in options.items() if key != "decay_norm"}
+    tensors = {name: options.get(name) for name in ("state", "mask", "cu_seqlens")}
+    asked = {name: value for name, value in options.items() if name not in tensors}
     for form in FORMS:
         for size in (None, 1, 5, 8, 16) if form == "chunkwise" else (None,):
-            call = retention.arguments.describe(*args, form=form, chunk_size=size, **asked)
+            call = describe(Inputs(*args, **tensors), Options(form=form, chunk_size=size, **asked))
             names = [name for name in retention.backends.names() if not retention.backends.why_not(call, name)]
             found += [{"backend": name, "form": form, "chunk_size": size} for name in names]
     return found

@@ -16,8 +16,9 @@ ROOT = Path(__file__).parents[1]
 FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT / top).rglob("*.py"))]
 # Each may import those to its left.
 LEVELS = (
-    ("version", "errors", "constants", "options", "call"),
+    ("version", "errors", "constants", "options"),
     ("decay", "rotary", "state"),
+    ("call",),
     ("times", "scores"),
     ("normalisers",),
     ("arguments",),
@@ -135,6 +136,47 @@ def test_backends_do_not_import_each_other():
                 if t[:2] == ("retention", "backends") and len(t) > 2
             }
             assert not found & (names - {own})
+
+
+def undeclared(source):
+    """Names that a file defines, and neither lists in `__all__` nor marks as private."""
+    tree = ast.parse(source)
+    listed, defined = set(), set()
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            # timm adds the models that it registers
+            defined |= set() if "register_model" in map(ast.unparse, node.decorator_list) else {node.name}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            found = [name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+            names = {name.id for name in found if isinstance(name.ctx, ast.Store)}
+            if names == {"__all__"}:
+                listed = set(ast.literal_eval(node.value))
+            defined |= names
+    return {name for name in defined - listed if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.relative_to(ROOT).parts[0] == "integrations" and path.parent.name != "swap"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_a_name_is_public_by_all_or_private_by_an_underscore(path):
+    assert undeclared(path.read_text()) == set()
+
+
+def test_undeclared_names_are_found():
+    assert undeclared("__all__ = ['a']\na = b, c = 1, 2\n_d: int = 3\ndef e(): pass\nclass _F: pass") == {"b", "c", "e"}
+    assert undeclared("@register_model\ndef model(): pass") == set()
+
+
+def test_training_imports_the_models_and_not_the_other_way_round():
+    room = ("retention", "integrations", "transformers", "training")
+    folder = ROOT / "integrations/transformers"
+    found = {path.name: [*imports(path.relative_to(ROOT), path.read_text())] for path in sorted(folder.glob("*.py"))}
+    assert [name for name, modules in found.items() if any(module[:4] == room for module in modules)] == []
+    train = folder / "training/train.py"
+    assert room[:3] in {module[:3] for module in imports(train.relative_to(ROOT), train.read_text())}
 
 
 def test_every_package_is_shipped():

@@ -24,6 +24,13 @@ def run(*arguments, code=0):
     return done.output
 
 
+def test_help_records_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for command in COMMANDS:
+        assert "Usage" in run(command.__name__, "--help")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
 def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 

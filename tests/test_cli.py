@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -61,6 +62,24 @@ def test_an_error_that_nobody_foresaw_is_one_line_unless_its_traceback_is_asked_
         assert result.returncode == 1
         assert ("Traceback" in result.stderr) == shown
         assert ("error: KeyError: 'key'\nRETENTION_TRACEBACK=1 shows" in result.stderr) != shown
+
+
+def options_of_commands():
+    """Each option of each command with a help text."""
+    for command in cli.app.registered_commands:
+        hints = get_type_hints(command.callback, include_extras=True)
+        for name, hint in hints.items():
+            kind, *metadata = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+            if metadata:
+                yield command.callback.__name__, name, kind, metadata[0].help
+
+
+@pytest.mark.parametrize(("command", "name", "kind", "text"), [*options_of_commands()])
+def test_help_is_sentences_and_a_number_says_what_it_counts(command, name, kind, text):
+    assert text.endswith(".")
+    assert len(text.split()) >= 5
+    if kind in (int, float, int | None):
+        assert re.match(r"(Number of|Length|Highest learning rate|Weight decay|Factor|Divisor|Seed|Draw each)", text)
 
 
 def test_version():

@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 import retention
 from retention import BackendError, RetentionState, ShapeError, functional, initial_state, retain, step
+from retention.arguments import describe
+from retention.call import Inputs, Options
 
 LOG_DECAY = torch.tensor([-0.01, -0.3], dtype=torch.float64)
 
@@ -507,7 +509,7 @@ def test_operators_give_0_where_no_segment_is(borders, causal):
     inside[max(borders[0], 0) : max(min(max(borders[: i + 1]), 10) for i in range(len(borders)))] = True
     options = dict(mask=None, cu_seqlens=torch.tensor(borders))
     backends = retention.backends
-    call = retention.arguments.describe(q, k, v, LOG_DECAY, form="chunkwise", causal=causal)._replace(packed=True)
+    call = describe(Inputs(q, k, v, LOG_DECAY), Options(form="chunkwise", causal=causal))._replace(packed=True)
     for backend, form in (
         (backends.chunked, "chunkwise"),
         (backends.xformers, "chunkwise"),

@@ -20,8 +20,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
-from retention.integrations.swap import replace_attention
-from retention.integrations.transformers.distill import recover
+from retention.integrations.swap import recover, replace_attention
 
 SHOWN = 64  # tokens of a map
 
@@ -116,20 +115,27 @@ def retention_maps(model: torch.nn.Module, layer: torch.nn.Module, text: torch.T
     """
     seen = {}
 
-    def keep(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def keep_call(_: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         seen["args"], seen["kwargs"] = args, kwargs
 
-    hook = layer.retention.register_forward_pre_hook(keep, with_kwargs=True)
+    def keep_output(_: torch.nn.Module, args: tuple, y: torch.Tensor) -> None:  # before gain and gate
+        seen["y"] = y  # (1, length, heads, channels)
+
+    hooks = [
+        layer.retention.register_forward_pre_hook(keep_call, with_kwargs=True),
+        layer.retention.norm.register_forward_hook(keep_output),
+    ]
     model.eval()(text, use_cache=False)
-    hook.remove()
-    x, q, k, v = seen["args"]
+    (x, q, k, v), kwargs = seen["args"], seen["kwargs"]
     units = torch.eye(v.shape[2]).split(v.shape[3], dim=1)  # as many at a time as a value has channels
     columns = []
     for part in units:
         values = torch.zeros_like(v)
         values[..., : part.shape[1]] = part
-        out, _ = layer.retention.gather(x, q, k, values, **seen["kwargs"])  # (1, length, heads, channels)
-        columns.append(out[0, ..., : part.shape[1]].transpose(0, 1))
+        layer.retention(x, q, k, values, **kwargs)
+        columns.append(seen["y"][0, ..., : part.shape[1]].transpose(0, 1))
+    for hook in hooks:
+        hook.remove()
     return torch.cat(columns, dim=-1)
 
 

@@ -131,7 +131,7 @@ TORCHSCALE = Format(
     prepare=_gated,
 )
 
-SYNCDOTH = Format(
+_SYNCDOTH = Format(
     "syncdoth",
     marks=("model.layers.*.retention_layer_norm.weight",),
     rules=(
@@ -146,7 +146,7 @@ SYNCDOTH = Format(
     prepare=lambda tensors: tied(_todays(tensors)),
 )
 
-YET_ANOTHER_RETNET = Format(
+_YET_ANOTHER_RETNET = Format(
     "yet-another-retnet",
     marks=("decoder.layers.*.linear1.weight",),
     rules=(
@@ -179,7 +179,7 @@ YET_ANOTHER_RETNET = Format(
     },
 )
 
-JAMIE_STIRLING = Format(
+_JAMIE_STIRLING = Format(
     "jamie-stirling",
     marks=("retentions.*.W_G",),
     rules=(
@@ -209,7 +209,7 @@ JAMIE_STIRLING = Format(
     prepare=_one_matrix_for_all_heads,
 )
 
-RETNET_PYTORCH = Format(
+_RETNET_PYTORCH = Format(
     "retnet-pytorch",
     marks=("layers.*.0.o_proj.weight",),
     rules=(
@@ -242,7 +242,7 @@ RETNET_PYTORCH = Format(
     },
 )
 
-RETENTION = Format(
+_RETENTION = Format(
     "retention",
     marks=("model.backbone.blocks.*.retention.q_proj.weight", "backbone.blocks.*.retention.q_proj.weight"),
     rules=(
@@ -255,7 +255,8 @@ RETENTION = Format(
 )
 
 FORMATS = {
-    known.name: known for known in (TORCHSCALE, SYNCDOTH, YET_ANOTHER_RETNET, JAMIE_STIRLING, RETNET_PYTORCH, RETENTION)
+    known.name: known
+    for known in (TORCHSCALE, _SYNCDOTH, _YET_ANOTHER_RETNET, _JAMIE_STIRLING, _RETNET_PYTORCH, _RETENTION)
 }
 
 

@@ -13,6 +13,8 @@ from retention.rotary import frequencies, pair_decays
 
 from ..files import listed
 
+__all__ = ["Tensors", "constants", "described", "positions", "same"]
+
 Tensors = dict[str, Tensor]
 
 

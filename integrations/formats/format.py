@@ -15,7 +15,9 @@ from retention.model import RetNetBackbone
 from ..files import one_line
 from .facts import Tensors, described, positions
 
-Rules = tuple[tuple[str, str], ...]
+__all__ = ["OPTIONS", "Format", "flat"]
+
+_Rules = tuple[tuple[str, str], ...]
 
 _BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype", "retention"}
 _LAYER = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
@@ -42,7 +44,7 @@ class Format:
 
     name: str
     marks: tuple[str, ...]
-    rules: Rules
+    rules: _Rules
     defaults: dict[str, Any] = field(default_factory=dict)
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
     prepare: Callable[[Tensors], Tensors] = dict
@@ -131,7 +133,7 @@ def _pattern(text: str) -> re.Pattern[str]:
     return re.compile(inner + "(.+)" if text.endswith("*") else inner)
 
 
-def _renamed(key: str, rules: Rules) -> str | None:
+def _renamed(key: str, rules: _Rules) -> str | None:
     for old, new in rules:
         if found := _pattern(old).fullmatch(key):
             for part in found.groups():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from retention.state import RetentionState
 
 from .retention import HostedRetention
 
@@ -26,52 +26,58 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, A
         batch: the calibration batch, as keyword arguments of `model`.
     Raises: ValueError if the batch does not reach a layer, or leads to values in a layer that are not finite.
     """
-    probes = {name: _Probe(layer.retention) for name, layer in layers.items()}
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for name, layer in layers.items():
-            layer.retention = probes[name]
-        model.eval()
+    with measured(layers) as probes, _evaluation(model):
         model(**batch)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for name, layer in layers.items():
-            layer.retention = probes[name].measured
     gains = {name: probe.gain(name) for name, probe in probes.items()}
     for name, layer in layers.items():
         layer.retention.gain.copy_(gains[name][:, None].expand_as(layer.retention.gain))
 
 
-class _Probe(nn.Module):
-    """Stands in for a layer's retention: returns the output of attention and measures the size of both outputs."""
+@contextmanager
+def measured(layers: Mapping[str, Any]) -> Iterator[dict[str, Probe]]:
+    """Let replaced layers return the output of their attention, and measure it and that of retention.
+
+    Compiled models run without compilation, as their code may ignore hooks that come or go.
+
+    Args:
+        layers: the replaced layers by name.
+    """
+    probes = {name: Probe(layer.retention) for name, layer in layers.items()}
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield probes
+    finally:
+        for probe in probes.values():
+            probe.remove()
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class Probe:
+    """Hooks on a layer's retention that replace its output by that of attention and measure the size of both."""
 
     def __init__(self, retention: HostedRetention):
-        super().__init__()
-        self.measured, self.causal = retention, retention.causal
+        self.signature = inspect.signature(retention.forward)
         self.squares: list[Tensor] = []  # per call, (2, H): sums of squares of retention's and of attention's output
+        self.y: Tensor | None = None  # the output of retention before gain and gate
+        self.hooks = [
+            retention.norm.register_forward_hook(self._keep),
+            retention.register_forward_hook(self._measure, with_kwargs=True),
+        ]
 
-    def forward(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        causal: bool = True,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        **others: Any,
-    ) -> tuple[Tensor, RetentionState | None]:
-        options: dict[str, Any] = dict(scale=scale, causal=causal, mask=mask, cu_seqlens=cu_seqlens)
-        y, state = self.measured.gather(x, q, k, v, **options, **others)
-        causal = causal or self.measured.causal is True
-        wanted = _attend(q, k, v, scale, causal, mask, cu_seqlens)
-        if mask is not None:
-            y, wanted = (z.masked_fill(~mask[:, :, None, None], 0) for z in (y, wanted))
-        self.squares.append(torch.stack([z.double().square().sum(dim=(0, 1, 3)) for z in (y, wanted)]))
-        return wanted, state
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for hook in self.hooks:
+            hook.remove()
 
     def gain(self, name: str) -> Tensor:
         """Return the gain of each head, (H,); `name` is the layer's name for errors."""
@@ -81,6 +87,22 @@ class _Probe(nn.Module):
         if not (have.isfinite().all() and want.isfinite().all()):
             raise ValueError(f"calibrate_on gives values in {name} that are not finite; look for NaN or infinity in it")
         return (want / have.clamp(min=1e-30)).sqrt()
+
+    def _keep(self, norm: nn.Module, args: tuple[Any, ...], y: Tensor) -> None:
+        self.y = y
+
+    def _measure(self, retention: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: tuple[Tensor, Any]) -> Any:
+        call = self.signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        mask, y = given["mask"], self.y
+        assert y is not None  # the norm runs in every call
+        causal = given["causal"] or retention.causal is True
+        wanted = _attend(given["q"], given["k"], given["v"], given["scale"], causal, mask, given["cu_seqlens"])
+        if mask is not None:
+            y, wanted = (z.masked_fill(~mask[:, :, None, None], 0) for z in (y, wanted))
+        self.squares.append(torch.stack([z.double().square().sum(dim=(0, 1, 3)) for z in (y, wanted)]))
+        return wanted, out[1]
 
 
 def _attend(

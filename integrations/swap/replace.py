@@ -49,6 +49,8 @@ class SwapReport:
         lost: features of the attention that retention does not have, by the layer's name.
         parameters_before, parameters_after: numbers of parameters of the model.
         already: names of the layers in `replaced` that had retention before the call.
+        state_bytes: memory in bytes of the state of one sequence, of all layers in `replaced` together, for the parts
+            "window", "sinks" and "retention". Layers that see both ways have no state.
     """
 
     replaced: list[str]
@@ -57,12 +59,15 @@ class SwapReport:
     parameters_before: int
     parameters_after: int
     already: list[str] = field(default_factory=list)
+    state_bytes: dict[str, int] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"retention in {len(self.replaced)} layers: {', '.join(self.replaced) or 'none'}"]
         lines += [f"already there, and left as they are: {', '.join(self.already)}"] if self.already else []
         lines += [f"kept {name}: {why}" for name, why in self.kept.items()]
         lines += [f"lost in {name}: {', '.join(what)}" for name, what in self.lost.items()]
+        parts = ", ".join(f"{part} {_kilobytes(size)}" for part, size in self.state_bytes.items() if size)
+        lines += [f"state of a sequence: {_kilobytes(sum(self.state_bytes.values()))}: {parts}"] if parts else []
         return "\n".join([*lines, f"parameters: {self.parameters_before:,} before, {self.parameters_after:,} after"])
 
 
@@ -248,6 +253,8 @@ def _planned(
     there = {name: place for place in chosen.values() for name in place.names[:1]}
     already = [name for name, place in there.items() if isinstance(place.attention, Swapped)]
     new = [_build(place.attention, options, device="meta") for name, place in there.items() if name not in already]
+    stateful = [place.attention for place in there.values() if _has_state(place.attention, options)]
+    parts = [_build(attention, options, device="meta").state_bytes() for attention in stateful]
     report = SwapReport(
         list(there),
         {place.names[0]: place.kept for place in places if place.kept},
@@ -255,6 +262,7 @@ def _planned(
         before,
         before + sum(p.numel() for module in new for p in module.parameters()),
         already,
+        {part: sum(sizes[part] for sizes in parts) for part in (parts[0] if parts else ())},
     )
     return report, list(chosen.values())
 
@@ -300,8 +308,9 @@ def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[
     reasons = adapter.why_not(attention, model)
     if _weight(attention) is None:
         reasons = [*reasons, "has no floating-point parameters, as when it is quantised; replace first, then quantise"]
-    if options.get("window") and not options.get("causal") and adapter.both_ways(attention):
-        reasons = [*reasons, "sees both ways, and a window looks back; leave window out, or pass causal=True"]
+    looks_back = options.get("window") or options.get("sinks")
+    if looks_back and not options.get("causal") and adapter.both_ways(attention):
+        reasons = [*reasons, "sees both ways, and window and sinks look back; leave them out, or pass causal=True"]
     if place.lost and not allow_lost:
         reasons = [*reasons, f"would lose {', '.join(place.lost)}; pass allow_lost=True if that may be"]
     return "; ".join(reasons)
@@ -313,6 +322,14 @@ def _build(attention: nn.Module, options: dict[str, Any], device: Any = None) ->
     heads = _adapter(attention).heads(attention)
     built = HostedRetention(heads, **options, device=device or weight.device, dtype=weight.dtype)
     return built.train(attention.training)
+
+
+def _has_state(attention: nn.Module, options: dict[str, Any]) -> bool:
+    return bool(options.get("causal")) or not _adapter(attention).both_ways(attention)
+
+
+def _kilobytes(size: int) -> str:
+    return f"{size / 1000:,.1f} kB"
 
 
 def _weight(attention: nn.Module) -> Any:

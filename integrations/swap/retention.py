@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, reduce, repeat
@@ -30,10 +30,23 @@ from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
 from .features import FeatureMap
-from .window import WindowState, attend, in_order, join, real_last, span
+from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
 
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
+
+
+class _Call(NamedTuple):
+    """The options of a call of `HostedRetention.forward`, checked."""
+
+    scale: float
+    causal: bool
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: RetentionState | None
+    return_state: bool
+    grid: tuple[int, int] | None
+    prefix: int
 
 
 class HostedRetention(HasBackend):
@@ -51,11 +64,13 @@ class HostedRetention(HasBackend):
             those of the first scale for all heads, then those of the next. Default "short".
         learnable_decay: train the decays.
         features: True maps q and k by a `FeatureMap` each; False uses them as they are.
-        window: number of tokens W, the token itself included, that each token attends to exactly, with the layer's own
-            exp(scale q . k); retention covers the tokens before. One sum of scores divides both parts. The scores of
-            retention are multiplied by the learnt weight exp(W x + b); at the start, it makes uninformative q and k
-            count equally in both parts. The output for a sequence of at most W tokens is that of the original
-            attention, up to gain and gate. Needs features and causal calls. Default None: retention covers all tokens.
+        window: number of the newest tokens, the token itself included, that each token attends to exactly, with the
+            layer's own exp(scale q . k). Default None: no window.
+        sinks: number of the first tokens of each sequence that all later tokens attend to exactly. Default 0.
+            Retention covers the tokens that are neither in the window nor sinks. One sum of scores divides all parts.
+            The scores of retention are multiplied by the learnt weight exp(W x + b); at the start, it makes
+            uninformative q and k count equally in all parts. The output for a sequence of at most window + sinks tokens
+            is that of the original attention, up to gain and gate. Window and sinks need features and causal calls.
         gate: "silu", "gelu", "relu" or "sigmoid" multiplies the output by gate(W x + b), 1 at the start; None: no gate.
         causal: True: each token sees only the tokens before it, in an image along its rows; a call may have no prefix
             tokens then. None: each call decides.
@@ -66,7 +81,7 @@ class HostedRetention(HasBackend):
     Raises: TypeError or ValueError that names the option.
     Example:
         heads = Heads(dim=64, num_heads=4, num_kv_heads=2, key_dim=16, value_dim=16)
-        retention = HostedRetention(heads, window=32)
+        retention = HostedRetention(heads, window=32, sinks=4)
         y, state = retention(x, q, k, v, scale=16**-0.5, return_state=True)  # y (B, T, 4, 16)
     """
 
@@ -79,6 +94,7 @@ class HostedRetention(HasBackend):
         learnable_decay: bool = True,
         features: bool = True,
         window: int | None = None,
+        sinks: int = 0,
         gate: str | None = "silu",
         causal: bool | None = None,
         grid: bool = True,
@@ -97,24 +113,27 @@ class HostedRetention(HasBackend):
         check_whole("scales", scales)
         check_whole("window", window, optional=True)
         check_whole("chunk_size", chunk_size, optional=True)
-        if window is not None and not features:
-            raise ValueError(f"window needs features=True, whose scores have a sum; got window {window}")
+        check_whole("sinks", sinks, 0)
+        if (window is not None or sinks) and not features:
+            given = f"window {window}" if window is not None else f"sinks {sinks}"
+            raise ValueError(f"window and sinks need features=True, whose scores have a sum; got {given}")
         check_choice("form", form, (*FORMS, "auto"))
         check_choice("causal", causal, (True, None))
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.heads, self.scales, self.features = heads, scales, features
-        self.window, self.causal, self.grid = window, causal, grid
+        self.window, self.sinks, self.causal, self.grid = window, sinks, causal, grid
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
         values = log_decays(decay, scales * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
-        self.options = dict(
+        self.options: dict[str, Any] = dict(
             scales=scales,
             decay=schedule,
             learnable_decay=learnable_decay,
             features=features,
             window=window,
+            sinks=sinks,
             gate=gate,
             causal=causal,
             grid=grid,
@@ -125,12 +144,26 @@ class HostedRetention(HasBackend):
         if features:
             self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
             self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
-        self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window else None
+        self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window or sinks else None
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
         self.gate = nn.Linear(heads.dim, heads.num_heads * heads.value_dim, **dd) if gate else None
-        self.activation = gate
+        self.activation = ACTIVATIONS[gate] if gate else None
         self.reset_parameters()
+
+    def state_bytes(self) -> dict[str, int]:
+        """Return the memory in bytes of the state of one sequence, for each of its parts.
+
+        Keys and values are counted in the dtype of the parameters.
+        """
+        heads, dtype = self.heads, self.gain.dtype
+        exact = heads.num_kv_heads * (heads.key_dim + heads.value_dim) * dtype.itemsize
+        kv = (2 * heads.key_dim, heads.value_dim + 1) if self.features else (heads.key_dim, heads.value_dim)
+        return {
+            "window": (self.window or 0) * exact,
+            "sinks": self.sinks * exact,
+            "retention": heads.num_heads * self.scales * math.prod(kv) * state_dtype(dtype).itemsize,
+        }
 
     def reset_parameters(self) -> None:
         """Set all parameters to their initial values."""
@@ -142,9 +175,9 @@ class HostedRetention(HasBackend):
             nn.init.zeros_(self.rest.weight)
             nn.init.constant_(self.rest.bias, math.log(self.scales * 2 * self.k_map.weight.shape[-1]))
         nn.init.ones_(self.gain)
-        if self.gate is not None and self.activation is not None:
+        if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
-            nn.init.constant_(self.gate.bias, _OPEN[self.activation])
+            nn.init.constant_(self.gate.bias, _OPEN[self.options["gate"]])
 
     def forward(
         self,
@@ -182,42 +215,6 @@ class HostedRetention(HasBackend):
         Returns: the output, and the state or None.
         Raises: TypeError, ValueError or ShapeError for arguments that do not fit.
         """
-        y, after = self.gather(
-            x,
-            q,
-            k,
-            v,
-            scale=scale,
-            causal=causal,
-            mask=mask,
-            cu_seqlens=cu_seqlens,
-            state=state,
-            return_state=return_state,
-            grid=grid,
-            prefix=prefix,
-        )
-        y = y * self.gain
-        if self.gate is not None and self.activation is not None:
-            y = y * ACTIVATIONS[self.activation](self.gate(x)).view_as(y)
-        return y, after
-
-    def gather(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        causal: bool = True,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: RetentionState | None = None,
-        return_state: bool = False,
-        grid: tuple[int, int] | None = None,
-        prefix: int = 0,
-    ) -> tuple[Tensor, RetentionState | None]:
-        """Compute `forward` without gain and gate; the arguments, shapes and errors are the same."""
         self._check_shapes(x, q, k, v)
         check_number("scale", scale, abs(number(scale)) < math.inf, "finite")
         check_flags(causal=causal, return_state=return_state)
@@ -229,15 +226,18 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
-        if self.window is not None:
-            _check_window(causal, cu_seqlens is not None and (return_state or state is not None), state)
-        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        if self.window is None or self.rest is None:
-            y, after = self._gather(q, k, v, scale, causal=causal, grid=grid, prefix=prefix, **options)
-            y = _divided(y) if self.features else y
+        if self.rest is not None:
+            _check_exact(causal, state)
+        call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
+        if self.rest is not None:
+            y, after = self._beside_exact(self.rest(x), q, k, v, call)
         else:
-            y, after = self._with_window(self.window, self.rest(x), q, k, v, scale, **options)
-        return self.norm(y.transpose(1, 2)).to(v.dtype), after
+            y, after = self._retained(q, k, v, call)
+            y = _divided(y) if self.features else y
+        y = self.norm(y.transpose(1, 2)).to(v.dtype) * self.gain
+        if self.gate is not None and self.activation is not None:
+            y = y * self.activation(self.gate(x)).view_as(y)
+        return y, after
 
     def _check_shapes(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
         for name, z in (("x", x), ("q", q), ("k", k), ("v", v)):
@@ -265,36 +265,23 @@ class HostedRetention(HasBackend):
                 f"x must be ({batch}, {length}, {heads.dim}), or an image of as many cells; got x {tuple(x.shape)}"
             )
 
-    def _gather(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        *,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: RetentionState | None,
-        return_state: bool,
-        there: Tensor | None = None,
-        causal: bool = True,
-        grid: tuple[int, int] | None = None,
-        prefix: int = 0,
+    def _retained(
+        self, q: Tensor, k: Tensor, v: Tensor, call: _Call, taken: Tensor | None = None
     ) -> tuple[Tensor, RetentionState | None]:
         """The sums of retention, (B, H, T, V); with features (B, H, T, V + 1), whose last channel is the sum of scores.
 
         Sums are float32 at least: half precision may not hold a sum, though it holds the quotient of two sums.
-        there (B or 1, T): True where a key and value exist; default: everywhere.
+        taken (B or 1, T): True for the keys and values that retention takes; default: all.
         """
-        kv_heads = k.shape[1]
-        q, k, v = self._heads(q * abs(scale) ** 0.5, k * abs(scale) ** 0.5, v)
-        if there is not None:
-            v = v * there[:, None, :, None]
+        kv_heads, root, prefix, state = k.shape[1], abs(call.scale) ** 0.5, call.prefix, call.state
+        q, k, v = self._heads(q * root, k * root, v)
+        if taken is not None:
+            v = v * taken[:, None, :, None]
         wide = state_dtype(q.dtype)
         log_decay = self.decay(q.device, wide)
         after: RetentionState | None = state
-        if state is not None and q.shape[2] == 1 and cu_seqlens is None and not torch.is_grad_enabled():
-            out = step(q, k, v, log_decay, state, scale=1.0, mask=mask, out_dtype=wide)
+        if state is not None and q.shape[2] == 1 and call.cu_seqlens is None and not torch.is_grad_enabled():
+            out = step(q, k, v, log_decay, state, scale=1.0, mask=call.mask, out_dtype=wide)
         else:
             found = retain(
                 q[:, :, prefix:],
@@ -302,52 +289,46 @@ class HostedRetention(HasBackend):
                 v[:, :, prefix:],
                 log_decay,
                 scale=1.0,
-                mask=mask,
+                mask=call.mask,
                 out_dtype=wide,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=call.cu_seqlens,
                 state=state,
-                causal=causal,
-                grid=grid if self.grid and not causal else None,
+                causal=call.causal,
+                grid=call.grid if self.grid and not call.causal else None,
                 backend=self.backend,
                 form=self.form,
                 chunk_size=self.chunk_size,
-                return_state=return_state,
+                return_state=call.return_state,
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
             out = _with_prefix(q, k, v, prefix, out) if prefix else out
         return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.scales), after
 
-    def _with_window(
-        self,
-        window: int,
-        weight: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float,
-        *,
-        mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        state: WindowState | None,
-        return_state: bool,
+    def _beside_exact(
+        self, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, call: _Call
     ) -> tuple[Tensor, WindowState | None]:
-        """Attention within the window and retention of the tokens before it, (B, H, T, V).
+        """Attention to the window and the sinks, and retention of the other tokens, (B, H, T, V).
 
         weight (B, T, H): logarithm of the factor of retention's scores.
         """
-        weight = rearrange(weight, "b t h -> b h t 1")
-        order = None if mask is None else real_last(mask)
-        if mask is not None and order is not None:  # padding first: a window's tokens are adjacent
+        weight, mask, order = rearrange(weight, "b t h -> b h t 1"), call.mask, None
+        if mask is not None:  # padding first: a window's tokens are adjacent
+            order = real_last(mask)
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
-        seen = span(k, v, window, mask, cu_seqlens, state)
-        k, v, there = seen.leaving()
-        options: dict[str, Any] = dict(mask=mask, cu_seqlens=cu_seqlens, state=state, return_state=return_state)
-        rest, after = self._gather(q, k, v, scale, there=there, **options)
-        y = join(*attend(q, seen, scale), _divided(rest), rest[..., -1:], weight).to(v.dtype)
+            call = call._replace(mask=mask)
+        before = cast("WindowState | None", call.state)
+        sizes = (self.window or 0, self.sinks)
+        if call.cu_seqlens is None:
+            exact: Rows | Tiles = rows(k, v, *sizes, mask, before)
+        else:
+            exact = tiles(k, v, *sizes, call.cu_seqlens, before)
+        k, v, taken = exact.leaving()
+        sums, after = self._retained(q, k, v, call, taken)
+        y = join(*exact.attend(q, call.scale), _divided(sums), sums[..., -1:], weight).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
-        return y, None if after is None else seen.state(after)
+        return y, None if after is None else exact.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rearrange attention's heads into retention's: each scale of each key head, with its query heads."""
@@ -360,11 +341,12 @@ class HostedRetention(HasBackend):
         return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.scales)
 
 
-def _check_window(causal: bool, packed_states: bool, state: RetentionState | None) -> None:
+def _check_exact(causal: bool, state: RetentionState | None) -> None:
+    """Check a call with a window or sinks. Raises: ValueError or TypeError."""
     if not causal:
-        raise ValueError("a window needs causal retention; got causal False; leave window out, or pass causal=True")
-    if packed_states:
-        raise ValueError("with a window, packed sequences have no states; got cu_seqlens; pass the sequences as rows")
+        raise ValueError(
+            "window and sinks need causal retention; got causal False; leave them out, or pass causal=True"
+        )
     if state is not None and not isinstance(state, WindowState):
         raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
 

@@ -1,11 +1,14 @@
-"""A window of exact attention in front of retention, both divided by one sum of scores.
+"""Exact attention to the newest and the first tokens, beside retention of all others, under one sum of scores.
 
-    out_n = (sum_{m in window} exp(s q_n.k_m) v_m + w_n sum_{m before} R_nm v_m) / (the same sums without v_m)
+    out_n = (sum_{m exact} exp(s q_n.k_m) v_m + w_n sum_{m other} R_nm v_m) / (the same sums without v_m)
 
-Here s is the scale, R_nm are the scores of retention and w_n is their learnt weight, exp(W x_n + b).
+The exact tokens are those of the window, which are the last W tokens up to and including token n, and the sinks, which
+are the first S tokens of the sequence. A token that leaves the window becomes a sink if it is one of the first S; else
+retention takes it. Here s is the scale, R_nm are the scores of retention, and their learnt weight w_n = exp(W x_n + b).
 
-Source: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs). Differs: the window slides by one token, and the weight of
-    retention depends on the token.
+Sources: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs), for the window. Differs: it slides by one token, and the weight
+    of retention depends on the token. Xiao et al. 2023, arXiv:2309.17453 (StreamingLLM), for the sinks. Differs: keys
+    keep the positions that the host gave them.
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from retention.constants import traced
 from retention.state import RetentionState, state_dtype
 
-_NONE = -1  # the sequence number where there is no token
+_TILE = 64  # tokens of a tile of packed sequences without a window
 
 
 @dataclass(kw_only=True)
 class WindowState(RetentionState):
-    """The retention state of the tokens that have left the window, and the keys and values in the window.
+    """The keys and values of the sinks and of the window, and the retention state of all other tokens.
 
-    `time` counts the tokens of both.
+    `time` counts all tokens.
 
-    Shapes: keys (B, Hkv, W, K) and values (B, Hkv, W, V) of the last W tokens, newest last; kv and time as in
-        `RetentionState`.
+    Shapes: keys (B, Hkv, S + W, K) and values (B, Hkv, S + W, V) of the first S tokens, then of the last W tokens, both
+        with the newest last; kv and time as in `RetentionState`.
     """
 
     keys: Tensor
@@ -41,77 +45,234 @@ torch.export.register_dataclass(WindowState, serialized_type_name="retention.Win
 
 
 @dataclass
-class Span:
-    """The keys and values of a call's T tokens, preceded by those of the last W tokens before them.
+class Rows:
+    """The keys and values of a call: in each row, the sinks, the W tokens before the call, and its T tokens.
 
-    Shapes: keys (B, Hkv, W + T, K); values (B, Hkv, W + T, V); sequence (B or 1, W + T), the number of the sequence to
-        which each token belongs, or -1 where there is no token.
+    The W + T tokens of a row are adjacent in its sequence.
+
+    Shapes: keys (B, Hkv, S + W + T, K); values (B, Hkv, S + W + T, V); first (B or 1,), the position in its sequence of
+        the first of the W + T tokens; positions before the beginning of the sequence are negative.
     """
 
     keys: Tensor
     values: Tensor
-    sequence: Tensor
+    first: Tensor
     window: int
+    sinks: int
 
     @property
     def length(self) -> int:
         """The number T of the call's own tokens."""
-        return self.keys.shape[2] - self.window
+        return self.keys.shape[2] - self.sinks - self.window
 
     def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values that leave the window at each of the T tokens, and whether a token leaves at all.
+        """Keys and values of the token that leaves the window at each of the T tokens, and whether retention takes it.
 
-        Returns: keys (B, Hkv, T, K), values (B, Hkv, T, V), and a bool mask (B or 1, T), False where no token leaves.
+        Returns: keys (B, Hkv, T, K), values (B, Hkv, T, V), and a bool mask (B or 1, T), False where no token leaves or
+            a sink does.
         """
-        one, other = self.sequence[:, : self.length], self.sequence[:, self.window :]
-        there = (one == other) & (one != _NONE)
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length], there
+        part = slice(self.sinks, self.sinks + self.length)
+        position = self.first[:, None] + torch.arange(self.length, device=self.first.device)
+        return self.keys[:, :, part], self.values[:, :, part], position >= self.sinks
 
-    def state(self, rest: RetentionState) -> WindowState:
+    def state(self, after: RetentionState) -> WindowState:
         """Return the `WindowState` after the last token.
 
         Args:
-            rest: the retention state of the tokens that have left the window. If it is a `WindowState`, it was updated
-                in place, and its keys and values are updated in place too.
+            after: the retention state of the tokens that retention took. If it is a `WindowState`, it was updated in
+                place, and its keys and values are updated in place too.
         """
-        keys, values = (x[:, :, self.length :] for x in (self.keys, self.values))
-        if isinstance(rest, WindowState):
-            rest.keys.copy_(keys)
-            rest.values.copy_(values)
-            return rest
-        return WindowState(kv=rest.kv, time=rest.time, keys=keys.clone(), values=values.clone())
+        return _with(after, *(self._kept(x) for x in (self.keys, self.values)))
+
+    def _kept(self, x: Tensor) -> Tensor:
+        return torch.cat([x[:, :, : self.sinks], x[:, :, self.sinks + self.length :]], dim=2)
+
+    def attend(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Softmax attention of each of the T tokens to its window and to the sinks that have left it.
+
+        The queries run in blocks of W, each of which sees S + 2 W keys, so time and memory are O(T (S + W)).
+
+        Shapes: q (B, H, T, K). Returns the output (B, H, T, V) and the logarithm of the sum of scores (B, H, T, 1).
+        Dtypes: both results are in `state_dtype`, float32 at least.
+        """
+        length, kv_heads, wide = self.length, self.keys.shape[1], state_dtype(q.dtype)
+        block = min(self.window, length) or length  # without a window, one block sees the sinks
+        missing = -length % block
+        with torch.autocast(q.device.type, enabled=False):
+            q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, self.keys, self.values))
+            q = rearrange(scale * q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
+            k, v = (self._blocks(x, block) for x in (k, v))
+            scores = rearrange(q @ k, "b n j (g c) l -> b n g j c l", c=block)
+            scores = scores.masked_fill(~self._seen(block, missing), -torch.inf)
+            mass = scores.logsumexp(-1, keepdim=True)
+            y = rearrange((scores - mass).exp(), "b n g j c l -> b n j (g c) l") @ v.mT
+        y = rearrange(y, "b n j (g c) v -> b (n g) (j c) v", c=block)
+        return y[:, :, :length], rearrange(mass, "b n g j c l -> b (n g) (j c) l")[:, :, :length]
+
+    def _blocks(self, x: Tensor, block: int) -> Tensor:
+        """The keys or values that each block of queries can see, (B, Hkv, blocks, K or V, S + W + block)."""
+        first = x[:, :, : self.sinks].mT[:, :, None]
+        if not self.window:
+            return first
+        near = x[:, :, self.sinks :].unfold(2, self.window + block, block)
+        return torch.cat([first.expand(-1, -1, near.shape[2], -1, -1), near], dim=-1) if self.sinks else near
+
+    def _seen(self, block: int, missing: int) -> Tensor:
+        """Tell which keys of its block each query sees, (B or 1, 1, 1, blocks, block, S + W + block).
+
+        Queries at padding see all keys of their block, as a softmax over no keys has no value.
+        """
+        index = torch.arange(self.length + missing, device=self.first.device).unflatten(0, (-1, block))
+        leaves = self.first[:, None, None] + index  # the position of the token that leaves the window at each query
+        seen = torch.arange(self.sinks, device=index.device) <= leaves[..., None]
+        if self.window:
+            key = torch.arange(self.window + block, device=index.device)
+            query = key[:block, None]
+            near = (query < key) & (key <= query + self.window)
+            exists = leaves[..., :1] + key >= 0
+            seen = torch.cat([seen, near & exists[..., None, :]], dim=-1)
+        padding = leaves + self.window < 0
+        return (seen | padding[..., None])[:, None, None]
 
 
-def span(
-    k: Tensor, v: Tensor, window: int, mask: Tensor | None, cu_seqlens: Tensor | None, state: WindowState | None
-) -> Span:
-    """Build the `Span` of a call from its keys and values and the state before it.
+@dataclass
+class Tiles:
+    """The keys and values of packed sequences, cut into tiles of C adjacent tokens; each tile is a row of `Rows`.
+
+    Shapes: queries (M, C), the index among the T tokens of each token of the M tiles; places (T,), the index of each
+        token among the M C tokens of the tiles; keys (N, Hkv, S + W, K) and values (N, Hkv, S + W, V) of the states
+        after the N sequences.
+    """
+
+    rows: Rows
+    queries: Tensor
+    places: Tensor
+    keys: Tensor
+    values: Tensor
+
+    def leaving(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Rows.leaving`, with B = 1 and the T tokens of all sequences."""
+        keys, values, taken = self.rows.leaving()
+        return self._joined(keys), self._joined(values), taken.flatten()[self.places][None]
+
+    def state(self, after: RetentionState) -> WindowState:
+        """Return the states after the last tokens of the sequences; `after` is as in `Rows.state`."""
+        return _with(after, self.keys, self.values)
+
+    def attend(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """As `Rows.attend`, for q (1, H, T, K)."""
+        y, mass = self.rows.attend(q[0][:, self.queries].transpose(0, 1), scale)
+        return self._joined(y), self._joined(mass)
+
+    def _joined(self, x: Tensor) -> Tensor:
+        """Join the tokens of tiles x (M, H, C, D) into a row (1, H, T, D)."""
+        return x.transpose(0, 1).flatten(1, 2)[None, :, self.places]
+
+
+def rows(
+    k: Tensor, v: Tensor, window: int, sinks: int, mask: Tensor | None = None, state: WindowState | None = None
+) -> Rows:
+    """Build the `Rows` of a call from its keys and values and the state before it.
 
     Shapes: k (B, Hkv, T, K); v (B, Hkv, T, V).
     Args:
-        window: number of tokens W in the window.
-        mask, cu_seqlens: as in `retain`; in each row, padding must come before the real tokens.
+        window, sinks: the numbers of tokens W and S; 0 for none.
+        mask: as in `retain`; in each row, padding must come before the real tokens.
         state: the state after the tokens before, or None.
     """
-    batch, length = k.shape[0], k.shape[2]
-    index = torch.arange(length, device=k.device)
-    if cu_seqlens is not None:
-        own = torch.bucketize(index, cu_seqlens[1:], right=True)[None]
-    elif mask is not None:
-        own = torch.where(mask, 0, _NONE)
-    else:
-        own = torch.zeros_like(index)[None]
-    if state is None:
-        k, v = (F.pad(x, (0, 0, window, 0)) for x in (k, v))
-        return Span(k, v, F.pad(own, (window, 0), value=_NONE), window)
-    k, v = torch.cat([state.keys, k], dim=2), torch.cat([state.values, v], dim=2)
-    newest_first = torch.arange(window, 0, -1, device=k.device)
-    before = torch.where(newest_first <= state.time[:, None], 0, _NONE)
-    sequence = torch.cat([before, own.expand(batch, -1)], dim=1)
-    if mask is None:
-        return Span(k, v, sequence, window)
-    order = real_last(sequence != _NONE)
-    return Span(in_order(k, order), in_order(v, order), sequence.gather(1, order), window)
+    length, device = k.shape[2], k.device
+    begin = torch.zeros(1, dtype=torch.long, device=device) if state is None else state.time
+    end = begin + (length if mask is None else mask.sum(1))
+    padding = (begin + length - end)[:, None]
+    near = torch.arange(window + length, device=device)
+    near = torch.where(near < window + padding, (near - padding).clamp(min=0), near)  # padding, then what is adjacent
+    position = torch.arange(sinks, device=device)
+    own = (position - begin[:, None] + padding).clamp(0, length - 1)
+
+    def build(x: Tensor, before: Tensor | None) -> Tensor:
+        if before is None:
+            before = x.new_zeros(*x.shape[:2], sinks + window, x.shape[3])
+        first, last = before.split([sinks, window], dim=2)
+        last = torch.cat([last, x], dim=2)
+        last = last if mask is None or state is None else in_order(last, near)
+        return torch.cat([_filled(first, in_order(x, own), begin, end), last], dim=2) if sinks else last
+
+    keys, values = build(k, None if state is None else state.keys), build(v, None if state is None else state.values)
+    return Rows(keys, values, end - (window + length), window, sinks)
+
+
+def tiles(k: Tensor, v: Tensor, window: int, sinks: int, cu_seqlens: Tensor, state: WindowState | None = None) -> Tiles:
+    """Build the `Tiles` of a call from its keys and values and the states before its sequences.
+
+    Tiles have as many tokens as the window, or as the longest sequence if that is shorter. Time and memory of
+    `Tiles.attend` are O((T + N C) (S + W)).
+
+    Shapes: k (1, Hkv, T, K); v (1, Hkv, T, V).
+    Args:
+        window, sinks: the numbers of tokens W and S; 0 for none.
+        cu_seqlens: (N + 1,), as in `retain`.
+        state: the states after the tokens before, with N rows, or None.
+    """
+    length, count, device = k.shape[2], len(cu_seqlens) - 1, k.device
+    start, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    size = max(1, min(window or _TILE, length if traced() else int(lengths.max())))
+    before = (lengths + size - 1).div(size, rounding_mode="floor").cumsum(0)
+    before, last = F.pad(before, (1, 0))[:-1], before
+    tile = torch.arange((length + count * (size - 1)) // size, device=device)  # at least as many as there are
+    sequence = torch.searchsorted(last, tile, right=True).clamp(max=count - 1)
+    offset = ((tile - before[sequence]) * size)[:, None]
+    token = torch.arange(length, device=device)
+    of_token = torch.bucketize(token, cu_seqlens[1:], right=True)
+    queries = start[sequence, None] + offset + torch.arange(size, device=device)
+    begin = torch.zeros_like(lengths) if state is None else state.time
+    position = torch.arange(sinks, device=device)
+
+    def place(sequence: Tensor, offset: Tensor) -> Tensor:
+        """Where a token is among the windows of the states and the tokens of the call."""
+        old, new = (sequence + 1) * window + offset, count * window + start[sequence] + offset
+        return torch.where(offset < 0, old, new).clamp(max=count * window + length - 1)
+
+    each = torch.arange(count, device=device)[:, None]
+    in_tile = place(sequence[:, None], offset + torch.arange(-window, size, device=device))
+    in_window = place(each, lengths[:, None] + torch.arange(-window, 0, device=device))
+    own = (start[:, None] + position - begin[:, None]).clamp(0, length - 1)
+
+    def build(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+        if before is None:
+            before = x.new_zeros(count, x.shape[1], sinks + window, x.shape[3])
+        first, near = before.split([sinks, window], dim=2)
+        near = torch.cat([near.transpose(0, 1).flatten(1, 2), x[0]], dim=1)  # (Hkv, N W + T, D)
+        first = _filled(first, x[0][:, own].transpose(0, 1), begin, begin + lengths)
+        one = torch.cat([first[sequence], near[:, in_tile].transpose(0, 1)], dim=2)
+        return one, torch.cat([first, near[:, in_window].transpose(0, 1)], dim=2)
+
+    keys, keys_after = build(k, None if state is None else state.keys)
+    values, values_after = build(v, None if state is None else state.values)
+    found = Rows(keys, values, begin[sequence] + offset[:, 0] - window, window, sinks)
+    offset_of_token = token - start[of_token]
+    places = before[of_token] * size + offset_of_token
+    return Tiles(found, queries.clamp(max=length - 1), places, keys_after, values_after)
+
+
+def _filled(before: Tensor, own: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """Return the sinks after a call: those before it, then its own tokens, then zeros (B, Hkv, S, D).
+
+    Args:
+        before: the sinks before the call, in the places up to `begin`.
+        own: the tokens of the call, in the places from `begin` to `end`.
+        begin, end: the numbers of tokens before and after the call, (B or 1,).
+    """
+    index = torch.arange(own.shape[2], device=own.device)[:, None]
+    begin, end = (x[:, None, None, None] for x in (begin, end))
+    return torch.where(index < begin, before, own.masked_fill(index >= end, 0))
+
+
+def _with(after: RetentionState, keys: Tensor, values: Tensor) -> WindowState:
+    if isinstance(after, WindowState):
+        after.keys.copy_(keys)
+        after.values.copy_(values)
+        return after
+    return WindowState(kv=after.kv, time=after.time, keys=keys, values=values)
 
 
 def real_last(mask: Tensor) -> Tensor:
@@ -120,59 +281,24 @@ def real_last(mask: Tensor) -> Tensor:
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
-    """Return x (B, H, T, D) with its tokens in the order (B, T)."""
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    """Return x (B, H, T, D) with its tokens in the order (B or 1, T)."""
+    return x.gather(2, order[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3]))
 
 
-def attend(q: Tensor, span: Span, scale: float) -> tuple[Tensor, Tensor]:
-    """Softmax attention of each of the T tokens to the last W tokens, itself included.
+def join(exact: Tensor, mass: Tensor, retained: Tensor, total: Tensor, weight: Tensor) -> Tensor:
+    """Combine exact attention and retention under one sum of scores.
 
-    The queries run in blocks of W, each of which sees 2 W keys, so time and memory are O(T W).
+        out = share exact + (1 - share) retained,    share = exp(mass) / (exp(mass) + exp(weight) total)
 
-    Shapes: q (B, H, T, K). Returns the output (B, H, T, V) and the logarithm of the sum of scores (B, H, T, 1).
-    Dtypes: both results are in `state_dtype`, float32 at least.
-    """
-    window, length, kv_heads = span.window, span.length, span.keys.shape[1]
-    block = min(window, length)
-    missing = -length % block
-    wide = state_dtype(q.dtype)
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, span.keys, span.values))
-        q = rearrange(scale * q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
-        k, v = (x.unfold(2, window + block, block) for x in (k, v))  # (B, Hkv, blocks, K or V, W + block)
-        scores = rearrange(q @ k, "b n j (g c) l -> b n g j c l", c=block)
-        scores = scores.masked_fill(~_seen(span, block, missing), -torch.inf)
-        mass = scores.logsumexp(-1, keepdim=True)
-        y = rearrange((scores - mass).exp(), "b n g j c l -> b n j (g c) l") @ v.mT
-    y = rearrange(y, "b n j (g c) v -> b (n g) (j c) v", c=block)
-    return y[:, :, :length], rearrange(mass, "b n g j c l -> b (n g) (j c) l")[:, :, :length]
-
-
-def _seen(span: Span, block: int, missing: int) -> Tensor:
-    """Tell which keys of its block each query sees, (B or 1, 1, 1, blocks, block, W + block)."""
-    sequence = F.pad(span.sequence, (0, missing), value=_NONE)
-    of_keys = sequence.unfold(1, span.window + block, block)
-    of_queries = of_keys[:, :, span.window :]
-    key = torch.arange(span.window + block, device=sequence.device)
-    query = key[:block, None]
-    near = (query < key) & (key <= query + span.window)
-    return ((of_queries[..., None] == of_keys[..., None, :]) & near)[:, None, None]
-
-
-def join(near: Tensor, mass: Tensor, rest: Tensor, total: Tensor, weight: Tensor) -> Tensor:
-    """Combine the outputs of the window and of retention under one sum of scores.
-
-        out = share near + (1 - share) rest,    share = exp(mass) / (exp(mass) + exp(weight) total)
-
-    Shapes: near, rest (B, H, T, V); mass, total, weight (B, H, T, 1). Returns (B, H, T, V).
+    Shapes: exact, retained (B, H, T, V); mass, total, weight (B, H, T, 1). Returns (B, H, T, V).
     Args:
-        near: output of the window, divided by its own sum of scores.
+        exact: output of exact attention, divided by its own sum of scores.
         mass: logarithm of that sum.
-        rest: output of retention, divided by its own sum of scores.
-        total: that sum; 0 where no token has left the window.
+        retained: output of retention, divided by its own sum of scores.
+        total: that sum; 0 where retention has no token.
         weight: logarithm of the factor of retention's scores.
     """
     total = total.to(mass.dtype)
-    of_rest = total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total <= 0, -torch.inf)
-    share = torch.sigmoid(mass - of_rest - weight)
-    return share * near + (1 - share) * rest
+    other = total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total <= 0, -torch.inf)
+    share = torch.sigmoid(mass - other - weight)
+    return share * exact + (1 - share) * retained

@@ -29,16 +29,18 @@ from retention.state import RetentionState
 
 from ..swap import Adapter, Heads, HostedRetention, Swapped, register_adapter, replaced_by
 
+__all__ = ["RetentionAttention", "TimmAttention", "Tokens", "bind", "retention_layer"]
+
 # Their tokens are `num_prefix_tokens` prefix tokens, then the patches of `patch_embed` or `embeds`, row by row.
-HOSTS = (VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder, DeepseekVitEncoder)
-KNOWN = ", ".join(host.__name__ for host in HOSTS)
+_HOSTS = (VisionTransformer, Eva, NaFlexVit, Qwen3VitEncoder, DeepseekVitEncoder)
+_KNOWN = ", ".join(host.__name__ for host in _HOSTS)
 
 
 class Tokens:
     """Records the layout of a model's tokens at each pass of its patch embedding.
 
     Args:
-        model: one of HOSTS.
+        model: one of _HOSTS.
     """
 
     def __init__(self, model: Any):
@@ -78,7 +80,7 @@ class Tokens:
 
 
 class TimmAttention(Adapter):
-    """Adapter for attention classes of timm that call `scaled_dot_product_attention`, in the models of HOSTS."""
+    """Adapter for attention classes of timm that call `scaled_dot_product_attention`, in the models of _HOSTS."""
 
     def heads(self, attention: Any) -> Heads:
         """Return the sizes of the heads; shared keys and values count once per query head."""
@@ -87,10 +89,10 @@ class TimmAttention(Adapter):
         return Heads(dim, heads, heads, size, size)  # shared keys and values arrive repeated
 
     def why_not(self, attention: Any, model: nn.Module) -> list[str]:
-        """Refuse layers outside of HOSTS, whose grid is unknown."""
+        """Refuse layers outside of _HOSTS, whose grid is unknown."""
         if any(attention in set(host.modules()) for host in _hosts(model)):
             return []
-        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {KNOWN}"]
+        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {_KNOWN}"]
 
     def both_ways(self, attention: Any) -> bool:
         """Return True: tokens of an image see each other."""
@@ -112,7 +114,7 @@ class TimmAttention(Adapter):
         if attn_mask is not None or is_causal:
             raise ValueError("retention in a vision transformer sees the whole image; got attn_mask or is_causal")
         if not hasattr(attention, "tokens"):
-            raise ShapeError(f"the grid of the image is not known; the layer must stand in one of {KNOWN}")
+            raise ShapeError(f"the grid of the image is not known; the layer must stand in one of {_KNOWN}")
         states = attention.tokens.states
         if states is None:
             grid, prefix = attention.tokens(x)
@@ -160,7 +162,7 @@ def bind(host: Any, layers: list[Any]) -> None:
     """Connect replaced layers of a model to its grid, and let them load checkpoints without retention.
 
     Args:
-        host: one of HOSTS.
+        host: one of _HOSTS.
         layers: replaced layers of the host.
     """
     bound = (layer.tokens for layer in (*_swapped(host), *layers) if hasattr(layer, "tokens"))
@@ -179,7 +181,7 @@ def _keep_what_is_not_there(retention: nn.Module, state_dict: dict[str, Any], pr
 
 
 def _hosts(model: nn.Module) -> Iterator[Any]:
-    return (module for module in model.modules() if isinstance(module, HOSTS))
+    return (module for module in model.modules() if isinstance(module, _HOSTS))
 
 
 def _swapped(host: nn.Module) -> Iterator[Any]:
@@ -227,7 +229,7 @@ def retention_layer(**options: Any) -> type[RetentionAttention]:
 
 
 def _bind_when_built(model: nn.Module, name: str, child: nn.Module | None) -> None:
-    layers = list(_swapped(child)) if isinstance(model, HOSTS) and child is not None else []
+    layers = list(_swapped(child)) if isinstance(model, _HOSTS) and child is not None else []
     if layers:
         bind(model, layers)
 

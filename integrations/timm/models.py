@@ -18,6 +18,8 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from .attention import retention_layer
 
+__all__ = ["default_cfgs"]  # and the models, which register_model adds
+
 _SIZES = {
     "vit_retention_tiny_patch16_224": dict(embed_dim=192, depth=12, num_heads=3),
     "vit_retention_small_patch16_224": dict(embed_dim=384, depth=12, num_heads=6),

@@ -47,6 +47,14 @@ from retention.state import state_dtype
 
 from ..swap import Heads, HostedRetention
 
+__all__ = [
+    "Block",
+    "ManhattanAttention",
+    "Mixer",
+    "Pyramid",
+    "default_cfgs",
+]  # and the models, which register_model adds
+
 _SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), num_heads=(4, 4, 8, 16), mlp_ratios=(3, 3, 3, 3)),
     "small": dict(dims=(64, 128, 256, 512), depths=(3, 4, 18, 4), num_heads=(4, 4, 8, 16), mlp_ratios=(4, 4, 3, 3)),
@@ -120,7 +128,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.num_heads, self.freqs = num_heads, frequencies("paper", dim // num_heads)
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.local = Depthwise(dim, 5)
+        self.local = _Depthwise(dim, 5)
         self.gather = gather
         self.proj = nn.Linear(dim, dim)
 
@@ -136,7 +144,7 @@ class Mixer(nn.Module):
         return self.proj(y.flatten(2).view_as(x) + local)
 
 
-class Depthwise(nn.Conv2d):
+class _Depthwise(nn.Conv2d):
     """A depthwise convolution of x (B, rows, columns, dim) with a kernel of size x size and zero padding."""
 
     def __init__(self, dim: int, size: int):
@@ -147,12 +155,12 @@ class Depthwise(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-class ConvMlp(nn.Module):
+class _ConvMlp(nn.Module):
     """Two linear layers with a GELU and a residual depthwise convolution between them."""
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1, self.local, self.fc2 = nn.Linear(dim, hidden), Depthwise(hidden, 3), nn.Linear(hidden, dim)
+        self.fc1, self.local, self.fc2 = nn.Linear(dim, hidden), _Depthwise(hidden, 3), nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, rows, columns, dim) to the same shape."""
@@ -161,21 +169,21 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """A local convolution, a `Mixer` and a `ConvMlp`, each with a residual sum; norms before the last two.
+    """A local convolution, a `Mixer` and a `_ConvMlp`, each with a residual sum; norms before the last two.
 
     Args:
         dim: width.
         mixer: a `Mixer`.
-        mlp_ratio: hidden width of the `ConvMlp`, relative to dim.
+        mlp_ratio: hidden width of the `_ConvMlp`, relative to dim.
         drop_path: probability of dropping a branch in training.
         scaled: multiply the branches by learnt factors, 1e-6 at the start.
     """
 
     def __init__(self, dim: int, mixer: nn.Module, mlp_ratio: float, drop_path: float, scaled: bool):
         super().__init__()
-        self.local = Depthwise(dim, 3)
+        self.local = _Depthwise(dim, 3)
         self.norm1, self.mixer = LayerNorm(dim), mixer
-        self.norm2, self.mlp = LayerNorm(dim), ConvMlp(dim, int(dim * mlp_ratio))
+        self.norm2, self.mlp = LayerNorm(dim), _ConvMlp(dim, int(dim * mlp_ratio))
         self.ls1, self.ls2 = (LayerScale(dim, 1e-6) if scaled else nn.Identity() for _ in range(2))
         self.drop_path = DropPath(drop_path)
 
@@ -186,7 +194,7 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-class Stage(nn.Module):
+class _Stage(nn.Module):
     """A strided convolution that halves the image, except in the first stage, followed by blocks.
 
     Args:
@@ -280,7 +288,7 @@ class Pyramid(nn.Module):
             for drop in drops[i]:
                 gather = ManhattanAttention(decay, by_axis=i < 3) if softmax else _retention(dim, decay, options)
                 blocks.append(Block(dim, Mixer(dim, heads, gather), mlp_ratios[i], drop, scaled[i]))
-            stages.append(Stage(dims[i - 1] if i else 0, dim, blocks))
+            stages.append(_Stage(dims[i - 1] if i else 0, dim, blocks))
         self.stages = nn.Sequential(*stages)
         self.feature_info = [dict(num_chs=d, reduction=4 * 2**i, module=f"stages.{i}") for i, d in enumerate(dims)]
         self.head = ClNormMlpClassifierHead(

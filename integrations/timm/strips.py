@@ -15,6 +15,8 @@ from retention.options import check_is, shown
 
 from ..swap import Swapped
 
+__all__ = ["classify_strips"]
+
 
 @torch.no_grad()
 def classify_strips(model: VisionTransformer, strips: Iterable[Tensor]) -> Tensor:

@@ -15,10 +15,10 @@ from . import families  # noqa: F401
 from .adapters import TransformersAttention
 from .cache import RetentionCacheLayer
 from .compat import warn_if_untested
+from .configuration import RetNetConfig
 from .interface import attention_ran, register_attn_implementation, register_xformers_attention
 from .loading import load_swapped
 from .modeling import (
-    RetNetConfig,
     RetNetForCausalLM,
     RetNetForSequenceClassification,
     RetNetForTokenClassification,

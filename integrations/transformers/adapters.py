@@ -30,7 +30,9 @@ from .recognise import (
     window_of,
 )
 
-IMPLEMENTATION = "hosted_retention"
+__all__ = ["RecognisedAttention", "TransformersAttention"]
+
+_IMPLEMENTATION = "hosted_retention"
 
 
 class TransformersAttention(Adapter):
@@ -101,7 +103,7 @@ class TransformersAttention(Adapter):
         for attention in replaced:
             if not hasattr(attention, "host_config"):
                 attention.host_config, attention.config = attention.config, copy.copy(attention.config)
-                attention.config._attn_implementation_internal = IMPLEMENTATION
+                attention.config._attn_implementation_internal = _IMPLEMENTATION
         update_marks(model)
 
     def detach(self, model: nn.Module) -> None:
@@ -123,6 +125,6 @@ class RecognisedAttention(TransformersAttention):
         return [*super().why_not(attention, model), *doubts, *([hint] if doubts else [])]
 
 
-AttentionInterface.register(IMPLEMENTATION, hosted_retention)
+AttentionInterface.register(_IMPLEMENTATION, hosted_retention)
 _recognised = RecognisedAttention()
 register_recogniser(lambda kind: _recognised if goes_by_interface(kind) else None)

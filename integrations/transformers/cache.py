@@ -20,6 +20,15 @@ from .compat import (
     create_recurrent_attention_mask,
 )
 
+__all__ = [
+    "LAYER_TYPE",
+    "RetentionCacheLayer",
+    "StaticRetentionCacheLayer",
+    "cache_layer",
+    "packed_borders",
+    "token_mask",
+]
+
 LAYER_TYPE = "retention"
 
 
@@ -212,7 +221,7 @@ STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticRetentionCacheLayer
 LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING[LAYER_TYPE] = create_recurrent_attention_mask
 
 
-def retention_layer(cache: Cache, index: int) -> RetentionCacheLayer:
+def cache_layer(cache: Cache, index: int) -> RetentionCacheLayer:
     """Return the cache layer at `index`, after turning an empty layer into one for retention.
 
     Raises: TypeError if the layer holds keys and values.

@@ -72,8 +72,8 @@ __all__ = [
     "create_recurrent_attention_mask",
     "get_available_reporting_integrations",
     "logging",
+    "replace_cache",
     "sdpa_mask",
-    "swap_cache",
     "versions",
     "warn_if_untested",
 ]
@@ -117,7 +117,7 @@ LAYER_ARGUMENTS = frozenset(
     {INPUT, "attention_mask", "position_embeddings", "position_ids", *OTHER_TOKENS, *CACHE_NAMES, *HARMLESS}
 )
 
-F = TypeVar("F", bound=Callable[..., Any])
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def versions() -> str:
@@ -159,7 +159,7 @@ def call_with_cache(model: Any, tokens: Any, cache: Cache | None = None, **optio
     return model(tokens, **{CACHE: cache}, use_cache=True, **options)
 
 
-def cache_by_any_name(forward: F) -> F:
+def cache_by_any_name(forward: _F) -> _F:
     """Decorate a `forward` with an argument `cache` so that it accepts every name of the cache.
 
     The signature shows the name that the installed release uses. The decorated function raises ValueError if the cache
@@ -197,7 +197,7 @@ def check_keywords(model: Any, given: Collection[str]) -> None:
         raise TypeError(f"{type(model).__name__}.forward() got unexpected keyword arguments: {', '.join(unknown)}")
 
 
-def swap_cache(
+def replace_cache(
     args: tuple[Any, ...], kwargs: dict[str, Any], other: Any
 ) -> tuple[tuple[Any, ...], dict[str, Any], Cache | None]:
     """Replace the cache in the arguments of a call by `other`.

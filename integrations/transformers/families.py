@@ -12,8 +12,10 @@ from .adapters import TransformersAttention
 from .compat import apply_rotary_pos_emb
 from .hosting import HostedCall, hosted_call, hosted_retention
 
+__all__ = ["FalconAttention"]
 
-class AttentionInMethod(TransformersAttention):
+
+class _AttentionInMethod(TransformersAttention):
     """Adapter for classes that compute the softmax in a method `_attn(q, k, v, attention_mask)`.
 
     Shapes: q, k, v of `_attn` are (B, H, T, K).
@@ -44,7 +46,7 @@ class _WithMethod:
         return y.transpose(1, 2), None
 
 
-class GPTNeoAttention(AttentionInMethod):
+class _GPTNeoAttention(_AttentionInMethod):
     """Adapter for GPT-Neo, whose scores are not scaled. The sliding window of its local layers is lost."""
 
     def __init__(self) -> None:
@@ -86,7 +88,7 @@ class FalconAttention(TransformersAttention):
         return *apply_rotary_pos_emb(q, k, *turns), v
 
 
-class Unsuitable(Adapter):
+class _Unsuitable(Adapter):
     """Adapter that refuses every layer of a class.
 
     Args:
@@ -111,12 +113,12 @@ def _gptj(kind: type[nn.Module]) -> Adapter | None:
 
 
 _ALIBI = "has alibi, a bias of positions that is added to the scores, which retention has not"
-_by_head_size = AttentionInMethod(lambda head_dim: head_dim**-0.5)
+_by_head_size = _AttentionInMethod(lambda head_dim: head_dim**-0.5)
 register_recogniser(_gptj)
 for _family, _class, _adapter in (
-    ("bloom", "BloomAttention", Unsuitable(_ALIBI)),
+    ("bloom", "BloomAttention", _Unsuitable(_ALIBI)),
     ("falcon", "FalconAttention", FalconAttention()),
-    ("gpt_neo", "GPTNeoSelfAttention", GPTNeoAttention()),
-    ("mpt", "MptAttention", Unsuitable(_ALIBI)),
+    ("gpt_neo", "GPTNeoSelfAttention", _GPTNeoAttention()),
+    ("mpt", "MptAttention", _Unsuitable(_ALIBI)),
 ):
     register_adapter(f"transformers.models.{_family}.modeling_{_family}.{_class}", _adapter)

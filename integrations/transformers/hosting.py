@@ -10,10 +10,12 @@ from transformers import Cache
 
 from retention.errors import ShapeError
 
-from .cache import retention_layer
-from .compat import HARMLESS, INPUT, OTHER_TOKENS, swap_cache, versions
+from .cache import cache_layer
+from .compat import HARMLESS, INPUT, OTHER_TOKENS, replace_cache, versions
 from .masks import as_one_row, borders_of, real_tokens, refuse_other_masks
 from .recognise import cap_of, window_of
+
+__all__ = ["HostedCall", "hosted_call", "hosted_retention"]
 
 
 @dataclass
@@ -57,7 +59,7 @@ def hosted_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
             f"this layer has retention and takes its own tokens only; got {', '.join(others)}, as cross-attention has"
         )
     call = HostedCall(args[0] if args else kwargs[INPUT], None)
-    args, kwargs, call.cache = swap_cache(args, kwargs, call)
+    args, kwargs, call.cache = replace_cache(args, kwargs, call)
     return args, kwargs, call
 
 
@@ -92,7 +94,7 @@ def hosted_retention(
     """
     call = _checked(attention, hosted, k, others)
     causal = bool(getattr(attention, "is_causal", True) if is_causal is None else is_causal)
-    layer = None if call.cache is None or call.index is None else retention_layer(call.cache, call.index)
+    layer = None if call.cache is None or call.index is None else cache_layer(call.cache, call.index)
     state = None if layer is None else layer.state
     columns = None if layer is None else layer.columns
     mask = None if attention_mask is None else real_tokens(attention_mask, call.x, columns)

@@ -18,6 +18,8 @@ from ..swap import Heads, HostedRetention
 from .compat import AttentionMaskInterface, sdpa_mask
 from .masks import as_one_row, borders_of, real_tokens
 
+__all__ = ["attention_ran", "register_attn_implementation", "register_xformers_attention"]
+
 
 def register_attn_implementation(name: str = "retention", *, decay: Any = "short") -> None:
     """Let `model.set_attn_implementation(name)` compute retention in all attention layers of a transformers model.
@@ -91,11 +93,11 @@ def register_xformers_attention(name: str = "xformers") -> None:
     """
     check_is("name", name, str, "a string")
     xformers_attention.check("cpu")
-    AttentionInterface.register(name, attend_by_name)
+    AttentionInterface.register(name, _attend_by_name)
     AttentionMaskInterface.register(name, sdpa_mask)
 
 
-def attend_by_name(
+def _attend_by_name(
     attention: Any,
     q: Tensor,
     k: Tensor,

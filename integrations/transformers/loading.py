@@ -18,12 +18,14 @@ from ..swap import replace_attention
 from ..swap.retention import HostedRetention
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
 
+__all__ = ["RetentionInAttentionConfig", "load_swapped", "register_auto_classes"]
+
 _MOST = 10_000  # largest number of layers in a model, and of scales in a layer
 _OPTIONS = inspect.signature(HostedRetention).parameters.keys() - {"heads", "device", "dtype"}
 _CHILD = ".retention."  # part of the names of retention's own parameters
 
 
-class Rebuilt:
+class _Rebuilt:
     """Mixin of a model class that replaces the layers listed in the config when it builds a model.
 
     Attributes:
@@ -108,14 +110,14 @@ def load_swapped(folder: str | Path, **kwargs: Any) -> Any:
             f"the model in {folder} is a {name!r}, which transformers does not have; build it, call replace_attention "
             f"with the options in its config.json, and load its state dict"
         )
-    return rebuilt_class(getattr(transformers, name)).from_pretrained(folder, **{"config": config, **kwargs})
+    return _rebuilt_class(getattr(transformers, name)).from_pretrained(folder, **{"config": config, **kwargs})
 
 
 @cache
-def rebuilt_class(host_model: Any) -> Any:
+def _rebuilt_class(host_model: Any) -> Any:
     """Return the class that builds models of class `host_model` with replaced layers."""
     own = {"host_model": host_model, "__module__": __name__, "config_class": marked_class(host_model.config_class)}
-    return type(host_model.__name__, (Rebuilt, host_model), own)  # transformers looks classes up by name
+    return type(host_model.__name__, (_Rebuilt, host_model), own)  # transformers looks classes up by name
 
 
 @cache
@@ -127,7 +129,7 @@ def register_auto_classes(host_class: Any) -> None:
         mapping = getattr(auto, "_model_mapping", None)
         if mapping is not None and host_class in mapping and marked not in mapping:
             found = mapping[host_class]
-            rebuilt = tuple(map(rebuilt_class, found)) if isinstance(found, tuple) else rebuilt_class(found)
+            rebuilt = tuple(map(_rebuilt_class, found)) if isinstance(found, tuple) else _rebuilt_class(found)
             mapping.register(marked, rebuilt)
 
 

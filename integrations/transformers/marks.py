@@ -12,6 +12,8 @@ from ..swap import Swapped
 from .loading import register_auto_classes
 from .replaced_config import MARK, MarkedConfig, marked_class, name_in_base_model
 
+__all__ = ["update_marks"]
+
 
 def update_marks(whole: nn.Module) -> None:
     """Let the config of each model in `whole` list the model's layers with retention.

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from retention.errors import ShapeError
 
+__all__ = ["as_one_row", "borders_of", "real_tokens", "refuse_other_masks"]
+
 # Masks add less than this to the scores of hidden tokens, in every dtype; position biases add more.
 _HIDDEN_BELOW = -1e4
 

@@ -1,17 +1,15 @@
-"""RetNet as a transformers model: config, base model and heads around `retention.model.RetNetBackbone`."""
+"""RetNet as a transformers model: base model and heads around `retention.model.RetNetBackbone`."""
 
 from __future__ import annotations
 
-import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -19,20 +17,17 @@ from transformers import (
     Cache,
     DynamicCache,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from retention.arguments import check_input, check_token_ids
 from retention.backends import FORMS
-from retention.ffn import BACKENDS as FFN_BACKENDS
 from retention.ffn import FeedForward, MixtureOfExperts
 from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
-from retention.options import check_choice, check_eps, check_factor, check_flags, check_is, check_whole, shown
+from retention.options import check_choice, check_is, check_whole, shown
 
-from ..files import listed, one_line, refused
-from .cache import LAYER_TYPE, packed_borders, retention_layer, token_mask
+from .cache import cache_layer, packed_borders, token_mask
 from .compat import (
     CACHE,
     BaseModelOutputWithPast,
@@ -46,222 +41,22 @@ from .compat import (
     can_return_tuple,
     check_keywords,
 )
-from .sharing import SaysHowToLoad
+from .configuration import RetNetConfig
 
-_BACKBONE = inspect.signature(RetNetBackbone).parameters.keys() - {"device", "dtype"}
-_LAYER = inspect.signature(MultiScaleRetention).parameters.keys() - {"dim", "num_heads", "device", "dtype"}
+__all__ = [
+    "CheckpointedBackbone",
+    "CheckpointedBlock",
+    "RetNetCausalLMOutput",
+    "RetNetConfig",
+    "RetNetForCausalLM",
+    "RetNetForSequenceClassification",
+    "RetNetForTokenClassification",
+    "RetNetModel",
+    "RetNetModelOutput",
+    "RetNetPreTrainedModel",
+]
 
-# Limits of sizes in a file: a file of a few bytes could ask for a model that takes hours to build.
-_MOST_MODULES, _WIDEST = 10_000, 2**24
-_SIZES = {
-    **dict.fromkeys(("num_layers", "num_heads"), (1, _MOST_MODULES)),
-    **dict.fromkeys(("moe_freq", "moe_expert_count"), (0, _MOST_MODULES)),
-    "vocab_size": (0, _WIDEST),
-    "num_labels": (0, 2**20),
-    **dict.fromkeys(("dim", "ffn_dim", "decoder_value_embed_dim", "recurrent_chunk_size"), (1, _WIDEST)),
-}
-_LAYER_SIZES = dict.fromkeys(("key_dim", "value_dim", "chunk_size"), (1, _WIDEST))
-
-
-@strict
-class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
-    """The options of a RetNet model: those of `RetNetBackbone` under the same names, and those of the heads.
-
-    Names of transformers (hidden_size, num_hidden_layers, ...) and of other RetNets (decoder_embed_dim, use_lm_decay,
-    ...) are accepted too.
-
-    Args:
-        vocab_size: number of tokens; 0 builds a model without an embedding, which takes inputs_embeds.
-        dim, num_layers, num_heads: width, number of blocks, heads per block.
-        ffn_dim to moe_top1_expert: as in `RetNetBackbone`.
-        retention: further options of `MultiScaleRetention`, the same for all blocks, such as {"decay": "log_linear"}.
-        forward_mode: "auto", "parallel", "chunkwise" or "recurrent"; the result is the same.
-        output_retentions: return the retention scores; in the parallel form only.
-        use_cache: return the cache, except in training.
-        tie_word_embeddings: the language-model head uses the embedding's weight.
-        lm_head_bias: the language-model head has a bias.
-        z_loss_coeff: factor of the mean of log^2 Z in the loss, Z the sum of the softmax (PaLM, arXiv:2204.02311).
-        router_aux_loss_coef: factor of the loss that balances experts.
-        initializer_range: standard deviation of the embedding's initial weights; default dim^-0.5.
-        pad_token_id, bos_token_id, eos_token_id: special tokens, for `generate` and for sequence classification.
-    Raises: TypeError or ValueError that names the option.
-    Example:
-        config = RetNetConfig(vocab_size=256, dim=64, num_layers=2, num_heads=4, retention={"decay": "log_linear"})
-        model = RetNetForCausalLM(config)
-    """
-
-    model_type = "retention"
-    keys_to_ignore_at_inference = [CACHE]  # noqa: RUF012
-    attribute_map = {  # noqa: RUF012
-        "hidden_size": "dim",
-        "num_hidden_layers": "num_layers",
-        "num_attention_heads": "num_heads",
-        "intermediate_size": "ffn_dim",
-        "decoder_embed_dim": "dim",
-        "decoder_layers": "num_layers",
-        "decoder_retention_heads": "num_heads",
-        "decoder_ffn_embed_dim": "ffn_dim",
-        "decoder_normalize_before": "norm_before",
-        "layernorm_eps": "norm_eps",
-        "forward_impl": "forward_mode",
-    }
-
-    vocab_size: int = 256
-    dim: int = 256
-    num_layers: int = 6
-    num_heads: int = 4
-    ffn_dim: int | None = None
-    use_glu: bool = True
-    ffn_bias: bool = False
-    activation_fn: str = "gelu"
-    activate_output: bool = False
-    ffn_backend: str = "torch"
-    norm: str = "rms"
-    norm_eps: float = 1e-6
-    norm_before: bool = True
-    final_norm: bool = True
-    deepnorm: bool = False
-    subln: bool | str = False
-    layernorm_embedding: bool = False
-    no_scale_embedding: bool = True
-    dropout: float = 0.0
-    activation_dropout: float = 0.0
-    drop_path_rate: float = 0.0
-    moe_freq: int = 0
-    moe_expert_count: int = 0
-    moe_top1_expert: bool = False
-    retention: dict[str, Any] | None = None
-    forward_mode: str = "auto"
-    output_retentions: bool = False
-    use_cache: bool = True
-    tie_word_embeddings: bool = True
-    lm_head_bias: bool = False
-    z_loss_coeff: float = 0.0
-    router_aux_loss_coef: float = 0.01
-    initializer_range: float | None = None
-    pad_token_id: int | None = None
-    bos_token_id: int | None = None
-    eos_token_id: int | list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        kwargs.pop("auto_map", None)  # describes the file, not the model; each file is written with its own
-        lm_decay = kwargs.pop("use_lm_decay", None)
-        others = {
-            "decay": None if lm_decay is None else "log_linear" if lm_decay else "paper",
-            "value_dim": kwargs.pop("decoder_value_embed_dim", None),
-            "chunk_size": kwargs.pop("recurrent_chunk_size", None),
-        }
-        width = kwargs.get("hidden_size", self.dim)
-        if self.dim not in (width, type(self).dim):  # dim at its default counts as not given
-            raise ValueError(f"dim and hidden_size are one; got dim {self.dim}, hidden_size {width}; pass one of them")
-        check_whole("dim", self.dim)
-        check_whole("num_layers", self.num_layers)
-        for name in kwargs.keys() & self.attribute_map.keys():  # transformers computes with them before they are set
-            if self.attribute_map[name] in ("dim", "num_layers"):
-                check_whole(name, kwargs[name])
-        super().__post_init__(**kwargs)  # may set dim, under the name hidden_size
-        check_whole("vocab_size", self.vocab_size, 0)
-        check_whole("moe_freq", self.moe_freq, 0)
-        check_is("retention", self.retention, dict | None, "options of MultiScaleRetention by name, or None")
-        check_flags(use_cache=self.use_cache, output_retentions=self.output_retentions)
-        check_flags(tie_word_embeddings=self.tie_word_embeddings, lm_head_bias=self.lm_head_bias)
-        for name in ("pad_token_id", "bos_token_id"):
-            check_whole(name, getattr(self, name), -1, optional=True)
-        for eos in self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]:
-            check_whole("eos_token_id", eos, -1, optional=True)
-        check_choice("forward_mode", self.forward_mode, (*FORMS, "auto"))
-        for name in ("z_loss_coeff", "router_aux_loss_coef"):
-            check_eps(name, getattr(self, name))
-        if self.initializer_range is None:
-            self.initializer_range = self.dim**-0.5
-        check_factor("initializer_range", self.initializer_range)
-        given = {name: value for name, value in others.items() if value is not None}
-        if self.retention is not None or given:
-            options = copy.deepcopy({**(self.retention or {}), **given})
-            self.retention = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in options.items()}
-        self._check_options()
-
-    def _check_options(self) -> None:
-        """Raises: ValueError or TypeError that names an option which `RetNetBackbone` refuses."""
-        options = {name: getattr(self, name) for name in _BACKBONE}
-        # The backend may be registered later.
-        given = {name: x for name, x in (self.retention or {}).items() if name != "backend"}
-        check_choice("ffn_backend", self.ffn_backend, FFN_BACKENDS)
-        options |= {"num_layers": 1, "moe_freq": min(self.moe_freq, 2), "ffn_backend": "torch", "retention": given}
-        RetNetBackbone(**options, device="meta")  # one block without experts, on a device without memory
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the config from a dict, such as the contents of config.json; as in transformers, with stricter checks.
-
-        Raises: ValueError for an option of a wrong type, an unknown option of `retention`, or an impossible size.
-        """
-        layer = config_dict.get("retention") or {}
-        if not isinstance(layer, dict):
-            raise ValueError(
-                f"retention must hold options of the layer, by name; got retention {one_line(repr(layer))}"
-            )
-        if unknown := sorted(layer.keys() - _LAYER):
-            raise ValueError(f"retention has options that no RetNet has: {listed(unknown)}; correct or remove them")
-        if fixed := [name for name in config_dict if _is_computed(cls, name)]:
-            raise ValueError(f"{listed(fixed)} follow from the other options and cannot be set; remove them")
-        _check_sizes({cls.attribute_map.get(name, name): x for name, x in config_dict.items()}, _SIZES)
-        _check_sizes(layer, _LAYER_SIZES)
-        with refused("the config makes no RetNet"):
-            return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def strictly_from(cls, options: dict[str, Any], source: object) -> RetNetConfig:
-        """Build the config from a dict and refuse unknown options, which `from_dict` keeps.
-
-        Args:
-            options: the contents of a config.json.
-            source: the place of the options, for errors.
-        Raises: ValueError as `from_dict`, and for unknown options or another model_type.
-        """
-        kind = options.get("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ValueError(f"model_type must be {cls.model_type!r}; {source} is of a {one_line(repr(kind))}")
-        with refused(f"{source} has an option that cannot be"):
-            config: RetNetConfig = cls.from_dict(dict(options))
-        if unknown := sorted(config.to_dict().keys() - cls().to_dict().keys()):
-            raise ValueError(f"{source} has options that no RetNet has: {listed(unknown)}; correct or remove them")
-        return config
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all options; the width appears as `dim` and as `hidden_size`, for other libraries."""
-        return {**super().to_dict(), "hidden_size": self.dim}
-
-    def to_diff_dict(self) -> dict[str, Any]:
-        """Return the options that are written to files; the width appears as `dim` only."""
-        return {name: value for name, value in super().to_diff_dict().items() if name != "hidden_size"}
-
-    @property
-    def layer_types(self) -> list[str]:
-        """The type of each layer, which transformers' caches and masks read."""
-        return [LAYER_TYPE] * self.num_layers
-
-    @property
-    def head_dim(self) -> int:
-        """The number of values in each head's state, as the head size for caches that are allocated early."""
-        options = self.retention or {}
-        key_dim, value_dim = options.get("key_dim") or self.dim, options.get("value_dim") or 2 * self.dim
-        return key_dim // self.num_heads * (value_dim // self.num_heads + bool(options.get("score_norm")))
-
-    def validate_layer_type(self) -> None:
-        """Do nothing: the check of transformers knows only its own layer types."""
-
-
-def _is_computed(cls: type, name: str) -> bool:
-    found = getattr(cls, name, None)
-    return isinstance(found, property) and found.fset is None
-
-
-def _check_sizes(options: dict[str, Any], sizes: dict[str, tuple[int, int]]) -> None:
-    for name, (least, most) in sizes.items():
-        value = options.get(name)
-        if value is not None and not (type(value) is int and least <= value <= most):
-            raise ValueError(f"{name} must be an integer from {least} to {most:,}; got {name} {one_line(repr(value))}")
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass
@@ -348,7 +143,7 @@ class RetNetModel(RetNetPreTrainedModel):
         self.embed_tokens = (
             nn.Embedding(config.vocab_size, config.dim, config.pad_token_id) if config.vocab_size else None
         )
-        self.backbone = CheckpointedBackbone(**{name: getattr(config, name) for name in _BACKBONE})
+        self.backbone = CheckpointedBackbone(**config.backbone_options())
         self.post_init()
 
     @cache_by_any_name
@@ -456,7 +251,7 @@ class RetNetModel(RetNetPreTrainedModel):
         hidden_states: bool | list[int] | None,
         retentions: bool,
     ) -> RetNetModelOutput:
-        layers = [] if cache is None else [retention_layer(cache, i) for i in range(self.config.num_layers)]
+        layers = [] if cache is None else [cache_layer(cache, i) for i in range(self.config.num_layers)]
         state: Any = None
         if layers and layers[0].is_initialized:
             state = [layer.state_for(b.retention) for layer, b in zip(layers, self.backbone.blocks, strict=True)]
@@ -498,6 +293,24 @@ def _chosen(layers: tuple[Tensor, ...], which: bool | list[int]) -> tuple[Any, .
     return tuple(layer if i in wanted else None for i, layer in enumerate(layers))
 
 
+def _takes_also(other: Callable[..., Any]) -> Callable[[_F], _F]:
+    """Decorate a function that hands its keyword arguments on, so that its signature shows those of `other`.
+
+    transformers reads it: `generate` refuses other arguments, and the Trainer drops other columns of a dataset.
+    """
+
+    def decorate(function: _F) -> _F:
+        signature = inspect.signature(function)
+        *own, rest = signature.parameters.values()  # rest: **kwargs
+        named = {p.name for p in own} | {rest.name}
+        more = [p.replace(kind=p.KEYWORD_ONLY) for p in inspect.signature(other).parameters.values()]
+        shown = [*own, *(p for p in more if p.name not in named), rest]
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
 class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
     """RetNet with a language-model head and its loss.
 
@@ -520,29 +333,20 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
 
     @cache_by_any_name
     @can_return_tuple  # type: ignore[untyped-decorator]
+    @_takes_also(RetNetModel.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict[str, Tensor | None] | None = None,
-        position_ids: Tensor | None = None,
-        cache: Cache | None = None,
-        inputs_embeds: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        output_hidden_states: bool | list[int] | None = None,
-        output_retentions: bool | None = None,
-        output_attentions: bool | None = None,
-        forward_mode: str | None = None,
-        cu_seq_lens_q: Tensor | None = None,
-        cu_seq_lens_k: Tensor | None = None,
-        max_length_q: int | None = None,
-        max_length_k: int | None = None,
-        seq_idx: Tensor | None = None,
         **kwargs: Any,
     ) -> RetNetCausalLMOutput:
-        """Compute logits, and the loss if there are labels; other arguments are those of `RetNetModel.forward`.
+        """Compute logits, and the loss if there are labels.
+
+        Further keyword arguments are those of `RetNetModel.forward`.
 
         Shapes: returns logits (B, T, vocab_size), or fewer with logits_to_keep.
         Args:
@@ -559,21 +363,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             check_whole("logits_to_keep", logits_to_keep, 0)
         # shift_labels is no parameter: the Trainer takes each parameter with "label" in its name for a required label.
         shift_labels = kwargs.pop("shift_labels", None)
-        out = self.model(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            output_retentions,
-            output_attentions,
-            forward_mode,
-            cu_seq_lens_q=cu_seq_lens_q,
-            seq_idx=seq_idx,
-            **kwargs,
-        )
+        out = self.model(input_ids, attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
         targets = _shifted(labels) if shift_labels is None else shift_labels
@@ -618,7 +408,6 @@ class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrain
     accepts_loss_kwargs = False
 
 
-AutoConfig.register(LAYER_TYPE, RetNetConfig)
 AutoModel.register(RetNetConfig, RetNetModel)
 AutoModelForCausalLM.register(RetNetConfig, RetNetForCausalLM)
 AutoModelForSequenceClassification.register(RetNetConfig, RetNetForSequenceClassification)

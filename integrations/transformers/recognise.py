@@ -19,6 +19,20 @@ from torch import nn
 from ..swap import Heads, Swapped
 from .compat import INPUT, LAYER_ARGUMENTS, OTHER_TOKENS
 
+__all__ = [
+    "UnreadableError",
+    "added_to_scores",
+    "cap_of",
+    "doubts_of_class",
+    "doubts_of_layer",
+    "goes_by_interface",
+    "is_cross_attention",
+    "odd_layer_type",
+    "read_heads",
+    "shares_keys",
+    "window_of",
+]
+
 _PROJECTIONS = (  # of q, k and v
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
@@ -92,7 +106,7 @@ def doubts_of_class(kind: type[nn.Module]) -> list[str]:
     return found
 
 
-def hands_over(kind: type[nn.Module], name: str) -> bool:
+def _hands_over(kind: type[nn.Module], name: str) -> bool:
     """Tell whether the code of a class's forward contains the string `name`, such as a keyword that it passes on."""
     code = _code(kind)
     return code is not None and name in set(_strings(code.co_consts))
@@ -137,7 +151,7 @@ def doubts_of_layer(attention: Any) -> list[str]:
 def added_to_scores(attention: Any) -> list[str]:
     """Describe what the layer adds to its scores, and how it selects keys, such as attention sinks."""
     kind = _host(attention)
-    found = [what for name, what in _ADDED.items() if hands_over(kind, name) and not _says_none(attention, name)]
+    found = [what for name, what in _ADDED.items() if _hands_over(kind, name) and not _says_none(attention, name)]
     found += [what for name, what in _ADDED.items() if _is_there(getattr(attention, name, None))]
     return list(dict.fromkeys(found))
 
@@ -201,7 +215,7 @@ def cap_of(attention: Any) -> float | None:
     """Return the soft cap of the layer's scores; None without one."""
     if hasattr(attention, _CAP):
         return getattr(attention, _CAP) or None
-    return getattr(attention.config, _CAP, None) if hands_over(_host(attention), "softcap") else None
+    return getattr(attention.config, _CAP, None) if _hands_over(_host(attention), "softcap") else None
 
 
 def _layer_type(attention: Any) -> Any:

@@ -7,8 +7,10 @@ from typing import Any
 from transformers import CONFIG_MAPPING
 
 from ..files import one_line
-from .modeling import RetNetConfig
+from .configuration import RetNetConfig
 from .replaced_config import MODEL_TYPE
+
+__all__ = ["Config"]
 
 
 class Config:

@@ -9,6 +9,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from .sharing import SaysHowToLoad
 
+__all__ = ["MARK", "MODEL_TYPE", "MarkedConfig", "marked_class", "marked_layers", "name_in_base_model"]
+
 MARK = "retention_in_attention"  # the config's attribute for {layer name in the base model: options}
 MODEL_TYPE = "retention_in_attention"  # model_type in config.json
 _KEPT = ("architectures", "dtype", "transformers_version")  # stay at the top level of config.json

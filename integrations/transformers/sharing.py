@@ -9,6 +9,8 @@ from typing import Any
 
 from ..files import read_json
 
+__all__ = ["CODE", "INSTALL", "SaysHowToLoad"]
+
 INSTALL = 'pip install "multiscale-retention[transformers]"'
 CODE = "retention_model.py"
 _CODE = f'''"""What trust_remote_code=True runs: the code of this model is in the library multiscale-retention."""

@@ -49,7 +49,7 @@ from retention.integrations.swap import (
     restore_attention,
 )
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, register_attn_implementation
-from retention.integrations.transformers.distill import recover, replace_in_parts
+from retention.integrations.transformers.training.distill import recover, replace_in_parts
 
 # Wrong for any number of heads.
 NO_DECAY = ["fast", "", 5, None, True, b"ab", [0.1, -0.1], [math.nan] * 2, ["a", "b"], [False, False], {0: -0.1}]
@@ -59,6 +59,7 @@ HOSTED = dict(
     learnable_decay=FLAG,
     features=FLAG,
     window=MAYBE_WHOLE,
+    sinks=COUNT,
     gate=NAME,
     causal=["no", 1, 0, False, [True]],
     grid=FLAG,

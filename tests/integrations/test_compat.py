@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache
 
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, compat
-from retention.integrations.transformers.compat import CACHE, CACHE_NAMES, cache_by_any_name, swap_cache
+from retention.integrations.transformers.compat import CACHE, CACHE_NAMES, cache_by_any_name, replace_cache
 
 
 @cache_by_any_name
@@ -34,15 +34,15 @@ def test_a_forward_takes_the_cache_under_every_name_and_shows_that_of_the_instal
 def test_a_cache_is_found_by_its_type_wherever_it_stands():
     made, other = DynamicCache(), object()
     for args, kwargs in (((1, made), {}), ((1,), {"memory": made}), ((), {CACHE: made, "x": 1})):
-        new_args, new_kwargs, found = swap_cache(args, kwargs, other)
+        new_args, new_kwargs, found = replace_cache(args, kwargs, other)
         assert found is made
         assert [*new_args, *new_kwargs.values()].count(other) == 1
         assert made not in new_args
     both = EncoderDecoderCache(made, DynamicCache())
-    assert swap_cache((), {CACHE: both}, other)[2] is made
-    assert swap_cache((1,), {CACHE: None}, other) == ((1,), {CACHE: None}, None)
+    assert replace_cache((), {CACHE: both}, other)[2] is made
+    assert replace_cache((1,), {CACHE: None}, other) == ((1,), {CACHE: None}, None)
     with pytest.raises(TypeError, match="layer_past must be a transformers.Cache; got list"):
-        swap_cache((), {"layer_past": [1]}, other)
+        replace_cache((), {"layer_past": [1]}, other)
 
 
 def test_what_a_model_returns_has_the_cache_under_the_name_of_the_installed_release():

@@ -1,6 +1,6 @@
 """The retention that takes the place of a softmax, against its formula: all pairs of tokens at once, in float64."""
 
-import contextlib
+import copy
 import itertools
 
 import pytest
@@ -8,6 +8,9 @@ import torch
 import transformers
 from cases import deviation
 from hosts import SIZES, build, padded
+from hypothesis import assume, settings
+from hypothesis import given as drawn
+from hypothesis import strategies as st
 
 from retention import ShapeError
 from retention.integrations.swap import (
@@ -117,13 +120,15 @@ def inputs(length, batch=2, heads=HEADS):
 
 
 def formula(retention, x, q, k, v):
-    """exp(scale q.k) for the last `window` tokens, for those before what retention gives, times a weight; over the sum.
+    """Scores over their sum: exp(scale q.k) for the first `sinks` and the last `window` tokens, else a weight times
+    those of retention.
 
     Time passes for retention from when a token leaves the window.
     """
-    n = torch.arange(x.shape[1]).double()
+    n, window = torch.arange(x.shape[1]).double(), retention.window or 0
     ago = n[:, None] - n
-    near, far = (ago >= 0) & (ago < retention.window), ago >= retention.window
+    near = (ago >= 0) & ((ago < window) | (n < retention.sinks))
+    far = (ago >= 0) & ~near
     groups = q.shape[1] // k.shape[1]
     log_decay = retention.decay(x.device, torch.float64).view(k.shape[1], retention.scales, groups)
     out = torch.zeros(*x.shape[:2], q.shape[1], v.shape[3]).double()
@@ -133,7 +138,7 @@ def formula(retention, x, q, k, v):
         for s in range(retention.scales):
             f = features_of(queries * SCALE**0.5, retention.q_map, h)[s]
             g = features_of(keys * SCALE**0.5, retention.k_map, h // groups)[s]
-            decay = (log_decay[h // groups, s, h % groups] * (ago - retention.window).clamp(min=0)).exp()
+            decay = (log_decay[h // groups, s, h % groups] * (ago - window).clamp(min=0)).exp()
             scores = scores + retention.rest(x[b])[:, h, None].exp() * (f @ g.T) * decay * far
         out[b, :, h] = scores / scores.sum(-1, keepdim=True) @ v[b, h // groups] * retention.gain[h]
     gate = 1 if retention.gate is None else torch.nn.functional.silu(retention.gate(x)).view_as(out)
@@ -165,6 +170,74 @@ def test_a_window_attends_and_retention_gathers_what_has_left_it(window, length,
     gradients = ((weights * y).sum() for y in (found, want))
     for got, true in zip(*(torch.autograd.grad(g, leaves, materialize_grads=True) for g in gradients), strict=True):
         torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-10)
+
+
+@st.composite
+def calls(draw, sequences):
+    """What each of some calls takes: how many tokens of each sequence, packed or as rows, and where the padding is."""
+    found = []
+    for _ in range(draw(st.integers(1, 4))):
+        counts = draw(st.lists(st.integers(0, 9), min_size=sequences, max_size=sequences).filter(any))
+        order = None
+        if not draw(st.booleans()):
+            length = max(counts) + draw(st.integers(0, 2))
+            places = [draw(st.permutations(range(length))) for _ in counts]
+            order = torch.tensor([[place < n for place in row] for n, row in zip(counts, places, strict=True)])
+        found.append((counts, order))
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@drawn(
+    window=st.none() | st.integers(1, 7),
+    sinks=st.integers(0, 6),
+    kv_heads=st.sampled_from([1, 2, 4]),
+    parts=st.integers(1, 3).flatmap(calls),
+    grad=st.booleans(),
+)
+def test_calls_of_all_kinds_continue_one_another_as_one_dense_sum(window, sinks, kv_heads, parts, grad):
+    assume(window or sinks)
+    heads = Heads(dim=32, num_heads=4, num_kv_heads=kv_heads, key_dim=8, value_dim=6)
+    retention = windowed(window, heads, sinks=sinks)
+    lengths = [sum(counts) for counts in zip(*(counts for counts, _ in parts), strict=True)]
+    given = [[z.requires_grad_(grad) for z in inputs(n, 1, heads)] for n in lengths]
+    found, state, done = [[] for _ in lengths], None, [0] * len(lengths)
+    with torch.set_grad_enabled(grad):
+        for counts, real in parts:
+            pieces = [at(slice(i, i + n), *z) for z, i, n in zip(given, done, counts, strict=True)]
+            options = dict(scale=SCALE, state=state, return_state=True)
+            if real is None:
+                row = [torch.cat(z, dim=1 if i == 0 else 2) for i, z in enumerate(zip(*pieces, strict=True))]
+                borders = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+                y, state = retention(*row, cu_seqlens=borders, **options)
+                outs = y[0].split(counts)
+            else:
+                y, state = retention(*(padded_rows(z, real) for z in zip(*pieces, strict=True)), mask=real, **options)
+                outs = [one[r] for one, r in zip(y, real, strict=True)]
+            for out, one in zip(found, outs, strict=True):
+                out.append(one)
+            done = [i + n for i, n in zip(done, counts, strict=True)]
+        whole = [formula(retention, *z)[0] for z in given]
+    for out, want in zip(found, whole, strict=True):
+        torch.testing.assert_close(torch.cat(out), want, rtol=1e-10, atol=1e-10)
+    assert state.time.tolist() == lengths
+    assert [*state.keys.shape] == [len(lengths), kv_heads, sinks + (window or 0), 8]
+    if grad:
+        leaves = [*retention.parameters(), *(z for one in given for z in one)]
+        sums = (sum(y.square().sum() for y in ys) for ys in (itertools.chain(*found), whole))
+        gradients = (torch.autograd.grad(y, leaves, allow_unused=True, materialize_grads=True) for y in sums)
+        for got, true in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, true, rtol=1e-8, atol=1e-8)
+
+
+def padded_rows(pieces, real):
+    """One row for each piece (1, n, dim) of x, or (1, H, n, D) of q, k or v, which are NaN at padding."""
+    one = pieces[0]
+    fill = float("nan") if one.dim() == 4 else 0.0  # x goes through a linear map, whose gradients would be NaN
+    out = torch.full((len(real), *one.shape[1:-2], real.shape[1], one.shape[-1]), fill).double()
+    for i, piece in enumerate(pieces):
+        out[i, ..., real[i], :] = piece[0]
+    return out
 
 
 @torch.no_grad()
@@ -288,11 +361,12 @@ def test_any_cut_goes_on_from_the_state(ends, padding, grad):
 
 
 @torch.no_grad()
-def test_the_state_keeps_its_size_and_its_place(tmp_path):
-    retention, given = windowed(5), inputs(33)
+@pytest.mark.parametrize("sinks", [0, 3])
+def test_the_state_keeps_its_size_and_its_place(sinks, tmp_path):
+    retention, given = windowed(5, sinks=sinks), inputs(33)
     _, state = retention(*at(slice(0, 2), *given), scale=SCALE, return_state=True)
-    assert [*state.keys.shape] == [2, 2, 5, 8]
-    assert [*state.values.shape] == [2, 2, 5, 6]
+    assert [*state.keys.shape] == [2, 2, sinks + 5, 8]
+    assert [*state.values.shape] == [2, 2, sinks + 5, 6]
     held = {name: z.untyped_storage().nbytes() for name, z in vars(state).items() if z is not None}
     _, later = retention(*at(slice(2, 32), *given), scale=SCALE, state=state, return_state=True)
     assert {name: z.untyped_storage().nbytes() for name, z in vars(later).items() if z is not None} == held
@@ -311,8 +385,9 @@ def test_the_state_keeps_its_size_and_its_place(tmp_path):
 
 
 @torch.no_grad()
-def test_a_step_compiles_once():
-    retention, given = windowed(5), inputs(12)
+@pytest.mark.parametrize(("window", "sinks"), [(5, 3), (None, 4)])
+def test_a_step_compiles_once(window, sinks):
+    retention, given = windowed(window, sinks=sinks), inputs(12)
     want, _ = retention(*given, scale=SCALE)
     _, state = retention(*at(slice(0, 3), *given), scale=SCALE, return_state=True)
     torch._dynamo.reset()
@@ -323,8 +398,9 @@ def test_a_step_compiles_once():
             torch.testing.assert_close(y, want[:, n : n + 1])
 
 
-def test_memory_grows_with_the_length_and_not_with_its_square():
-    retention = HostedRetention(HEADS, window=16)
+@pytest.mark.parametrize("exact", [{"window": 16}, {"window": 16, "sinks": 4}, {"sinks": 4}], ids=str)
+def test_memory_grows_with_the_length_and_not_with_its_square(exact):
+    retention = HostedRetention(HEADS, **exact)
 
     def kept(length):
         sizes = []
@@ -353,39 +429,38 @@ def test_a_window_serves_torchs_attention_where_it_is_causal():
     want, _ = attention(x, x, x, attn_mask=causal)
     replace_attention(attention, window=12, gate=None)
     torch.testing.assert_close(attention(x, x, x, attn_mask=causal)[0], want)
-    with pytest.raises(ValueError, match="a window needs causal retention; got causal False; leave window out, or"):
+    with pytest.raises(
+        ValueError, match="window and sinks need causal retention; got causal False; leave them out, or"
+    ):
         attention(x, x, x)
 
 
 def test_what_a_window_cannot_do_is_an_error():
     with pytest.raises(ValueError, match="window must be an integer of at least 1, or None; got window 0"):
         HostedRetention(HEADS, window=0)
-    with pytest.raises(ValueError, match="window needs features=True, .*; got window 8"):
+    with pytest.raises(ValueError, match="window and sinks need features=True, .*; got window 8"):
         HostedRetention(HEADS, window=8, features=False)
+    with pytest.raises(ValueError, match="sinks must be an integer of at least 0; got sinks -1"):
+        HostedRetention(HEADS, sinks=-1)
+    with pytest.raises(ValueError, match="window and sinks need features=True, .*; got sinks 2"):
+        HostedRetention(HEADS, sinks=2, features=False)
     bert = transformers.BertModel(transformers.BertConfig(**SIZES))
-    with pytest.raises(ValueError, match="sees both ways, and a window looks back; leave window out, or pass causal"):
+    with pytest.raises(
+        ValueError, match="sees both ways, and window and sinks look back; leave them out, or pass causal"
+    ):
         replace_attention(bert, window=8)
     assert not any(isinstance(module, HostedRetention) for module in bert.modules())
     retention, given = windowed(8), inputs(9, batch=1)
-    with pytest.raises(ValueError, match="with a window, packed sequences have no states; got cu_seqlens"):
-        retention(*given, scale=SCALE, cu_seqlens=torch.tensor([0, 9]), return_state=True)
+    with pytest.raises(
+        ValueError, match="sees both ways, and window and sinks look back; leave them out, or pass causal"
+    ):
+        replace_attention(bert, sinks=2)
     _, state = HostedRetention(HEADS).double()(*given, scale=SCALE, return_state=True)
     with pytest.raises(TypeError, match="state must be a WindowState; got RetentionState; pass what this layer"):
         retention(*given, scale=SCALE, state=state)
 
 
 # --- calibration ------------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def in_calibration(layers):
-    """The layers as the calibration pass has them."""
-    probes = {name: calibration._Probe(layer.retention) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.retention = probes[name]
-    yield probes
-    for name, layer in layers.items():
-        layer.retention = probes[name].measured
 
 
 @torch.no_grad()
@@ -396,9 +471,9 @@ def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
     want, seen, heads = model(ids).logits, {}, {}
     replace_attention(model, gate=None)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
-    with in_calibration(layers) as probes:
-        for name, probe in probes.items():
-            probe.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out[0]))
+    with calibration.measured(layers):
+        for name, layer in layers.items():
+            layer.retention.register_forward_hook(lambda module, args, out, name=name: seen.__setitem__(name, out[0]))
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)  # as if it were attention
     restore_attention(model)
     replace_attention(model, gate=None, calibrate_on={"input_ids": ids})
@@ -431,6 +506,23 @@ def test_calibration_keeps_packed_sequences_apart():
     positions = torch.cat([torch.arange(40), torch.arange(60)])[None]
     want = model(rows[0][None], position_ids=positions, use_cache=False).logits
     replace_attention(model)
-    with in_calibration({name: m for name, m in model.named_modules() if isinstance(m, Swapped)}):
+    with calibration.measured({name: m for name, m in model.named_modules() if isinstance(m, Swapped)}):
         got = model(rows[0][None], position_ids=positions, use_cache=False).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_compiled_model_is_calibrated_and_computes_retention_afterwards():
+    model, (rows, _) = build("Llama"), padded()
+    ids = rows[0][None, :12]
+    other = copy.deepcopy(model)
+    replace_attention(other, calibrate_on={"input_ids": ids})
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    attended = compiled(ids, use_cache=False).logits
+    replace_attention(compiled, calibrate_on={"input_ids": ids})
+    for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, wanted)
+    found = compiled(ids, use_cache=False).logits
+    torch.testing.assert_close(found, other(ids, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(found, attended, atol=0.1)

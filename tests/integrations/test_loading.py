@@ -38,7 +38,15 @@ def train_a_little(model):
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "GPTNeoX"])
 @pytest.mark.parametrize(
-    "second", [{"gate": "sigmoid"}, {"decay": "paper"}, {"window": 9}, {"scales": 3, "features": False}], ids=str
+    "second",
+    [
+        {"gate": "sigmoid"},
+        {"decay": "paper"},
+        {"window": 9, "sinks": 4},
+        {"sinks": 4},
+        {"scales": 3, "features": False},
+    ],
+    ids=str,
 )
 def test_options_belong_to_each_layer(family, second, tmp_path):
     model, (_, batch) = build(family), padded()
@@ -112,6 +120,25 @@ def test_half_precision_and_sharded_weights_load(tmp_path):
     half = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     weights = model.to(torch.bfloat16).state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in half.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_folder_of_the_first_version_opens(tmp_path):
+    """Its config names no sinks; its tensors have the names below."""
+    model, (_, batch) = build("Llama"), padded()
+    replace_attention(model, layers=[1], window=9)
+    model.save_pretrained(tmp_path)
+    want = model(**batch).logits
+    options = {"scales": 2, "decay": "short", "learnable_decay": True, "features": True, "window": 9, "gate": "silu"}
+    contents = json.loads((tmp_path / "config.json").read_text())
+    contents["retention_layers"] = {"layers.1.self_attn": {**options, "causal": None, "grid": True}}
+    (tmp_path / "config.json").write_text(json.dumps(contents))
+    names = {"decay.shift", "q_map.weight", "k_map.weight", "rest.weight", "rest.bias", "gain", "gate.weight"}
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    own = {name.partition(".retention.")[2] for name in stored if ".retention." in name}
+    assert own == {*names, "gate.bias"}
+    for load in (load_swapped, AutoModelForCausalLM.from_pretrained):
+        assert torch.equal(load(tmp_path).eval()(**batch).logits, want)
 
 
 # --- refused ----------------------------------------------------------------------------------------------------------

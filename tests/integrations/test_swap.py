@@ -36,8 +36,8 @@ def quiet():
 
 each_family = pytest.mark.parametrize("family", FAMILIES)
 all_or_some = pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
-all_some_or_beside_a_window = pytest.mark.parametrize(
-    "options", [{}, {"layers": [1]}, {"window": 9}], ids=["all", "hybrid", "window"]
+all_some_or_beside_exact_attention = pytest.mark.parametrize(
+    "options", [{}, {"layers": [1]}, {"window": 9, "sinks": 4}], ids=["all", "hybrid", "window and sinks"]
 )
 
 
@@ -61,7 +61,7 @@ def test_restoring_is_bit_exact(family, layers):
 
 
 @each_family
-@all_some_or_beside_a_window
+@all_some_or_beside_exact_attention
 @torch.no_grad()
 def test_padding_cuts_and_steps_leave_the_logits_alone(family, options):
     model, (rows, batch) = build(family), padded()
@@ -77,7 +77,7 @@ def test_padding_cuts_and_steps_leave_the_logits_alone(family, options):
 
 
 @each_family
-@all_some_or_beside_a_window
+@all_some_or_beside_exact_attention
 def test_generation_with_a_cache_is_that_without(family, options):
     model, (_, batch) = build(family), padded()
     replace_attention(model, **options, allow_lost=True)
@@ -125,9 +125,10 @@ def test_packed_sequences_do_not_see_each_other(attention, window):
 
 
 @torch.no_grad()
-def test_cache_of_a_layer_with_a_window_holds_the_same_tensors_from_the_first_token_to_the_last():
+@pytest.mark.parametrize(("window", "sinks"), [(9, 0), (9, 4), (None, 4)])
+def test_cache_beside_exact_attention_holds_the_same_tensors_from_the_first_token_to_the_last(window, sinks):
     model, (rows, _) = build("Llama"), padded()
-    replace_attention(model, window=9)
+    report = replace_attention(model, window=window, sinks=sinks)
     cache = model(rows[0][None, :1])[CACHE]
     before = {name: z.data_ptr() for name, z in vars(cache.layers[1].state).items() if z is not None}
     for start, end in ((1, 2), (2, 40), (40, 41)):
@@ -135,8 +136,16 @@ def test_cache_of_a_layer_with_a_window_holds_the_same_tensors_from_the_first_to
     cache.reorder_cache(torch.tensor([0]))
     state = cache.layers[1].state
     assert {name: z.data_ptr() for name, z in vars(state).items() if z is not None} == before
-    assert [*state.keys.shape] == [*state.values.shape] == [1, 2, 9, 8]
+    assert [*state.keys.shape] == [*state.values.shape] == [1, 2, (window or 0) + sinks, 8]
     assert cache.get_seq_length() == 41
+    exact, all_bytes = (
+        [z.nbytes for z in zs] for zs in ([state.keys, state.values], [state.keys, state.values, state.kv])
+    )
+    assert 2 * sum(all_bytes) == sum(report.state_bytes.values())
+    assert 2 * sum(exact) == report.state_bytes["window"] + report.state_bytes["sinks"]
+    assert ("sinks 1.0 kB" in str(report)) == (sinks > 0)
+    cache.reset()
+    torch.testing.assert_close(model(rows[0][None], **{CACHE: cache}).logits, model(rows[0][None]).logits)
 
 
 def test_cache_of_a_hybrid_holds_a_state_where_retention_is_and_keys_elsewhere():
@@ -312,10 +321,10 @@ def test_lora_trains_a_replaced_model():
     assert all("q_proj.lora" in name for name in trained)
 
 
-@pytest.mark.parametrize("window", [None, 9])
-def test_a_replaced_model_compiles(window):
+@pytest.mark.parametrize("exact", [{}, {"window": 9, "sinks": 4}], ids=str)
+def test_a_replaced_model_compiles(exact):
     model, (rows, _) = build("Llama"), padded()
-    replace_attention(model, window=window)
+    replace_attention(model, **exact)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     want = model(rows[0][None], use_cache=False).logits
     torch.testing.assert_close(compiled(rows[0][None], use_cache=False).logits, want, rtol=1e-4, atol=1e-4)

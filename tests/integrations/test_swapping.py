@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 from retention.cli import app
 from retention.integrations.swap import Swapped
 from retention.integrations.transformers import load_swapped
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training import swapping
 from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.swapping import SwapSettings
-from retention.integrations.transformers.writing import stream
 
 SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
 QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
@@ -49,6 +49,8 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert losses["tuned"] == pytest.approx(float(tuned), abs=1e-3)
     assert losses["tokens"] == 12 * 2 * 32
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    history = json.loads((out / "part-1/transfer/checkpoint-8/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 9))  # the plot has a training line
     assert "A sample" in result.output
 
     model = AutoModelForCausalLM.from_pretrained(out).eval()
@@ -63,17 +65,41 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert "tokens must be at most 60, for which the model has positions left; got 61" in too_long.output
 
 
+def test_the_plot_names_the_model_and_shows_all_parts(host, text, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(swapping, "draw_recovery", lambda *args: drawn.append(args))
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--parts", "2", "--sample", 0)
+    assert result.exit_code == 0, result.output
+    parts, tokens_per_step, unit, file, title = drawn[-1]
+    assert (tokens_per_step, unit, file) == (2 * 32, "bytes", tmp_path / "out/losses.png")
+    losses = [[entry["step"] for entry in stage if "loss" in entry] for part in parts for stage in part]
+    assert losses == [[1, 2, 3, 4], [1, 2]] * 2
+    assert re.fullmatch(r"host, [\d,]+ parameters, with retention in 2 layers; training on 768 bytes", title)
+
+
 def test_layers_are_replaced_in_parts(host, text, tmp_path):
-    result = run(host, text, "--out", tmp_path / "out", *QUIET, "--layers", "1,0", "--parts", "2", "--window", "9")
+    options = ["--layers", "1,0", "--parts", "2", "--window", "9", "--sinks", "0"]
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, *options)
     assert result.exit_code == 0, result.output
     assert "part-2/tuning: " in result.stderr + result.output
     first, second = (load_part(tmp_path / "out" / f"part-{n}" / "tuning" / "checkpoint-2") for n in (1, 2))
     assert {name.split(".")[2] for name in first if ".retention." in name} == {"1"}
     assert {name.split(".")[2] for name in second if ".retention." in name} == {"0", "1"}
     model = load_swapped(tmp_path / "out")
-    assert [block.attn.retention.window for block in model.transformer.h] == [9, 9]
+    assert [(block.attn.retention.window, block.attn.retention.sinks) for block in model.transformer.h] == [(9, 0)] * 2
     for name, weight in model.state_dict().items():
         assert name == "lm_head.weight" or torch.equal(weight, second[name]), name
+
+
+@pytest.mark.parametrize(
+    ("words", "window", "sinks"),
+    [([], 64, 4), (["--window", "0"], None, 4), (["--sinks", "0"], 64, 0), (["--no-features"], None, 0)],
+)
+def test_the_window_and_the_sinks_are_kept_unless_said_otherwise(host, words, window, sinks, monkeypatch):
+    found = []
+    monkeypatch.setattr(swapping, "swap", lambda settings, *_, **__: found.append(settings.replacement) or 1 / 0)
+    run(host, *words)
+    assert (found[0]["window"], found[0]["sinks"]) == (window, sinks)
 
 
 def load_part(checkpoint):
@@ -219,7 +245,8 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
         ([], "name a model: retention swap MODEL"),
         (["HOST", "--layers", "a"], "layers must be numbers with commas, such as 0,2,-1; got 'a'"),
         (["HOST", "--layers", "7"], "layers must be from -2 to 1; got 7"),
-        (["HOST", "--window", "0"], "window must be an integer of at least 1, or None; got window 0"),
+        (["HOST", "--window", "-1"], "Input should be greater than or equal to 0"),
+        (["HOST", "--no-features", "--sinks", "2"], "window and sinks need features=True, whose scores have a sum"),
         (["HOST", "--gate", "tanh"], "gate must be one of 'silu'"),
         (["HOST", "--context", "65"], "context must be at most 64, the positions of "),
         (
@@ -261,7 +288,7 @@ def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_
     def broken(*args, **kwargs):
         raise TypeError("no such argument")
 
-    monkeypatch.setattr("retention.integrations.transformers.writing.stream", broken)
+    monkeypatch.setattr("retention.integrations.transformers.decoding.stream", broken)
     out = tmp_path / "out"
     result = run(host, text, "--out", out, *QUIET)
     assert result.exit_code == 0

@@ -192,11 +192,13 @@ def test_strips_need_a_causal_model_and_must_make_up_its_image():
 
 def test_a_window_needs_a_causal_model():
     model = build(class_token=False, global_pool="avg")
-    with pytest.raises(ValueError, match=r"blocks.0.attn: sees both ways, and a window looks back; leave window out"):
+    with pytest.raises(
+        ValueError, match=r"blocks.0.attn: sees both ways, and window and sinks look back; leave them out"
+    ):
         replace_attention(model, window=4)
     replace_attention(model, window=4, causal=True)
     other = build(attn_layer=retention_layer(window=4))
-    with pytest.raises(ValueError, match="a window needs causal retention; got causal False"):
+    with pytest.raises(ValueError, match="window and sinks need causal retention; got causal False"):
         other(images(other))
 
 

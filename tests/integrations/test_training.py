@@ -20,15 +20,15 @@ from typer.testing import CliRunner
 
 from retention.cli import app
 from retention.integrations.transformers import RetNetForCausalLM
+from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training import progress
 from retention.integrations.transformers.training import settings as settings_module
 from retention.integrations.transformers.training import train as training
 from retention.integrations.transformers.training.codec import ByteCodec
-from retention.integrations.transformers.training.plot import draw, smooth
+from retention.integrations.transformers.training.plot import draw
 from retention.integrations.transformers.training.progress import Stopped
 from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.settings import Settings, read_config
-from retention.integrations.transformers.writing import stream
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)
@@ -116,7 +116,9 @@ def history_of(checkpoint):
 
 
 def test_after_a_resume_the_losses_are_those_of_the_whole_run(settings, tmp_path, monkeypatch):
-    settings.steps = 24  # a loss is logged for every ten
+    settings.steps = 24
+    arguments = training._arguments
+    monkeypatch.setattr(training, "_arguments", lambda *args: replaced(arguments(*args), logging_steps=10))
     training.train(settings, tmp_path / "whole")
 
     class Interrupted(training.SaveOnInterrupt):
@@ -133,6 +135,11 @@ def test_after_a_resume_the_losses_are_those_of_the_whole_run(settings, tmp_path
     whole, cut = (history_of(tmp_path / name / "checkpoint-24") for name in ("whole", "cut"))
     assert [entry["step"] for entry in whole[0] if "loss" in entry] == [10, 20]
     assert cut == whole
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (12, 1), (100, 5), (199, 9), (200, 10), (10_000, 10)])
+def test_a_short_run_logs_a_loss_more_often(steps, every, settings, tmp_path):
+    assert training._arguments(dataclasses.replace(settings, steps=steps), tmp_path).logging_steps == every
 
 
 def test_a_damaged_checkpoint_is_left_out_with_a_line_and_the_last_whole_one_is_taken(settings, tmp_path, capsys):
@@ -587,24 +594,11 @@ def test_the_plot_shows_the_whole_run_after_a_resume(settings, tmp_path, monkeyp
     assert (tmp_path / "run/losses.png").read_bytes().startswith(b"\x89PNG")
     for _ in range(2):  # the rest; then a run that is finished
         losses_of(settings, tmp_path / "run", monkeypatch, resume=True)
-        history, tokens_per_step, unit, file = drawn[-1]
+        history, tokens_per_step, unit, file, title = drawn[-1]
         assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, 13))
         assert {entry["step"] for entry in history if "eval_loss" in entry} == {6, 12}
         assert (tokens_per_step, unit, file) == (2 * 32, "bytes", tmp_path / "run/losses.png")
-
-
-def test_the_plot_takes_what_a_run_may_log(tmp_path):
-    draw([{"loss": math.nan, "step": 10}, {"eval_loss": 2.0, "step": 10}], 64, "tokens", tmp_path / "a.png")
-    draw([], 64, "tokens", tmp_path / "b.png")
-    assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 0
-
-
-def test_smoothing_neither_lags_nor_pulls():
-    line = [3.0 - 0.01 * n for n in range(200)]
-    assert smooth(line) == pytest.approx(line)
-    spike = smooth([0.0] * 100 + [1.0] + [0.0] * 100)
-    assert max(spike) == pytest.approx(1 / 17)
-    assert smooth([]) == []
+        assert re.fullmatch(r"RetNetForCausalLM, [\d,]+ parameters; 768 bytes seen", title)
 
 
 # --- several processes ------------------------------------------------------------------------------------------------

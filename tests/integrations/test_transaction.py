@@ -93,8 +93,8 @@ def steps(model):
         (replace, "swapped_class"),
         (replace, "calibrate"),
         (HostedRetention, "__init__"),
-        (calibration._Probe, "forward"),
-        (calibration._Probe, "gain"),
+        (calibration.Probe, "_measure"),
+        (calibration.Probe, "gain"),
         (own, "attach"),
         (own, "detach"),
         (own, "heads"),
@@ -127,7 +127,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_it_was(make, monkeypatch):
     assert {("replace_attention", name) for name in ("_build", "_fresh_weights", "swapped_class", "attach")} <= reached
     assert ("restore_attention", "detach") in reached
     if make is llama:
-        assert {("replace_attention", name) for name in ("calibrate", "forward", "gain", "update_marks")} <= reached
+        assert {("replace_attention", name) for name in ("calibrate", "_measure", "gain", "update_marks")} <= reached
 
 
 def fails(make, batch, work, options, place, monkeypatch):

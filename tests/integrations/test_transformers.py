@@ -29,7 +29,7 @@ from retention.integrations.transformers import (
     RetNetModel,
 )
 from retention.integrations.transformers.compat import CACHE, GradientCheckpointingLayer
-from retention.integrations.transformers.writing import stream
+from retention.integrations.transformers.decoding import stream
 from retention.model import PRESETS
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2)
@@ -407,6 +407,19 @@ def test_what_retention_cannot_do_is_refused():
         make()(tokens, is_causal=False)
     with pytest.raises(ValueError, match="only aux_loss is; got output_router_logits=True"):
         make(moe_freq=1, moe_expert_count=2)(tokens, output_router_logits=True)
+
+
+def test_the_language_model_takes_the_arguments_of_the_base_model_and_no_others():
+    base, lm = (inspect.signature(kind.forward).parameters for kind in (RetNetModel, RetNetForCausalLM))
+    assert set(lm) == {*base, "labels", "logits_to_keep", "num_items_in_batch"}
+    model, tokens = make(), torch.randint(256, (2, 9))
+    embedded = model.model.embed_tokens(tokens)
+    torch.testing.assert_close(model(inputs_embeds=embedded, forward_mode="recurrent").logits, model(tokens).logits)
+    assert model.generate(tokens, max_new_tokens=1, do_sample=False, forward_mode="chunkwise").shape == (2, 10)
+    with pytest.raises(ValueError, match="not used by the model: .'forward_mod'"):
+        model.generate(tokens, max_new_tokens=1, forward_mod="chunkwise")
+    with pytest.raises(TypeError, match="unexpected keyword arguments: forward_mod"):
+        model(tokens, forward_mod="chunkwise")
 
 
 KEYWORDS = {

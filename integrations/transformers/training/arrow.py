@@ -15,10 +15,12 @@ from .texts import portions, split
 if TYPE_CHECKING:
     from datasets import Dataset
 
+__all__ = ["TEXT", "TOKENS", "Tokens", "encode", "is_dataset", "library", "read_dataset", "sha256"]
+
 TEXT, TOKENS = "text", "input_ids"
 
 
-class Stream(NamedTuple):
+class Tokens(NamedTuple):
     """A sequence of tokens.
 
     Attributes:
@@ -30,13 +32,13 @@ class Stream(NamedTuple):
     bytes: int | None
 
 
-def encode(text: bytes, codec: Codec) -> Stream:
+def encode(text: bytes, codec: Codec) -> Tokens:
     """Return the tokens of a text in memory.
 
     Raises: ImportError if the codec has a tokenizer and datasets is not installed.
     """
     if isinstance(codec, ByteCodec):
-        return Stream([np.frombuffer(text, np.uint8)], len(text))
+        return Tokens([np.frombuffer(text, np.uint8)], len(text))
     rows = library().Dataset.from_dict({TEXT: portions(text)})
     return _tokenise(rows, TEXT, codec, sha256(text), end="")
 
@@ -47,7 +49,7 @@ def is_dataset(path: str | Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
 
 
-def read_dataset(folder: str | Path, codec: Codec, column: str, limit: int) -> tuple[Stream, Stream, str]:
+def read_dataset(folder: str | Path, codec: Codec, column: str, limit: int) -> tuple[Tokens, Tokens, str]:
     """Return the training tokens, the validation tokens and the digest of a saved dataset.
 
     Args:
@@ -114,14 +116,14 @@ def _is_text(rows: Dataset, column: str, folder: str | Path) -> bool:
     raise ValueError(f"column {column} of {folder} must hold texts or lists of token ids; got {kind}")
 
 
-def _few(rows: Iterable[Any], is_text: bool, codec: Codec, limit: int) -> tuple[Stream, Stream]:
+def _few(rows: Iterable[Any], is_text: bool, codec: Codec, limit: int) -> tuple[Tokens, Tokens]:
     """Hold out the end of each of a few long documents."""
     documents = [row for row in rows if row]
     if is_text:
         train, valid = split([(text + END).encode() for text in documents], limit)
         return encode(train, codec), encode(valid, codec)
     cuts = [np.split(np.asarray(ids), [len(ids) * 19 // 20]) for ids in documents]
-    return Stream([kept for kept, _ in cuts], None), Stream([held_out for _, held_out in cuts], None)
+    return Tokens([kept for kept, _ in cuts], None), Tokens([held_out for _, held_out in cuts], None)
 
 
 def _hold_out(rows: Dataset, column: str, limit: int) -> tuple[Dataset, Dataset]:
@@ -135,7 +137,7 @@ def _hold_out(rows: Dataset, column: str, limit: int) -> tuple[Dataset, Dataset]
     return rows.select(numbers[numbers % 20 != 0]), held_out.select(range(count))
 
 
-def _tokenise(rows: Dataset, column: str, codec: Codec, key: str, end: str = END) -> Stream:
+def _tokenise(rows: Dataset, column: str, codec: Codec, key: str, end: str = END) -> Tokens:
     """Encode a column of texts, each followed by `end`; the cache of datasets keeps the result."""
 
     def tokens_of(batch: dict[str, list[str | None]]) -> dict[str, list[Any]]:
@@ -155,13 +157,13 @@ def _tokenise(rows: Dataset, column: str, codec: Codec, key: str, end: str = END
         desc="tokenising",
         **_cached(key, codec.digest),  # datasets would else hash the tokenizer, whose state changes with use
     )
-    return Stream(_flat(done, TOKENS), sum(done["bytes"]))
+    return Tokens(_flat(done, TOKENS), sum(done["bytes"]))
 
 
-def _as_they_are(rows: Dataset, column: str, codec: Codec, key: str) -> Stream:
+def _as_they_are(rows: Dataset, column: str, codec: Codec, key: str) -> Tokens:
     if rows._indices is not None:
         rows = rows.flatten_indices(**_cached(key))
-    return Stream(_flat(rows, column), None)
+    return Tokens(_flat(rows, column), None)
 
 
 def _cached(*key: str) -> dict[str, str]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+__all__ = ["END", "ByteCodec", "Codec", "TokenCodec", "load_codec"]
+
 END = "\0"
 # Usual names of the token that ends a text; a tokenizer.json on its own does not tell which token it is.
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")

@@ -12,22 +12,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .arrow import Stream, encode, is_dataset, read_dataset, sha256
+from .arrow import Tokens, encode, is_dataset, read_dataset, sha256
 from .codec import Codec
 from .texts import read_texts
 
+__all__ = ["Blocks", "Corpus", "read_corpus"]
+
 
 class Blocks(Dataset):
-    """A stream of tokens that is cut into examples of `context` tokens.
+    """A sequence of tokens that is cut into examples of `context` tokens.
 
     An example is {"input_ids": (context,), "labels": (context,)}, both the same int64 tensor.
 
     Args:
         part: "training" or "validation", for errors.
-        pieces: the stream; the arrays may be memory-mapped.
+        pieces: the sequence, in order; the arrays may be memory-mapped.
         context: length of an example.
         unit: "bytes" or "tokens", for errors.
-    Raises: ValueError if the stream is shorter than one example.
+    Raises: ValueError if the sequence is shorter than one example.
     """
 
     def __init__(self, part: str, pieces: Sequence[np.ndarray], context: int, unit: str = "bytes"):
@@ -115,10 +117,10 @@ def read_corpus(
     return Corpus(train_blocks, valid_blocks, unit, _vocabulary(codec, train, valid), ratio, digest)
 
 
-def _vocabulary(codec: Codec, *streams: Stream) -> int:
-    if all(stream.bytes is not None for stream in streams):
+def _vocabulary(codec: Codec, *parts: Tokens) -> int:
+    if all(part.bytes is not None for part in parts):
         return codec.size
-    pieces = [piece for stream in streams for piece in stream.pieces if len(piece)]
+    pieces = [piece for part in parts for piece in part.pieces if len(piece)]
     low, high = min(int(piece.min()) for piece in pieces), max(int(piece.max()) for piece in pieces)
     if low < 0:
         raise ValueError(f"token ids must be at least 0; got {low}")

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from .corpus import Corpus
 
+__all__ = ["PLOT", "Batch", "Plot", "Progress", "SaveOnInterrupt", "Stopped", "progress_bar"]
+
 PLOT = "losses.png"
 
 
@@ -125,10 +127,13 @@ class Plot(TrainerCallback):
     def __init__(self, batch: Batch, file: Path):
         self.batch, self.file = batch, file
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Draw the plot."""
         if state.is_world_process_zero:
-            draw(state.log_history, self.batch.tokens, self.batch.unit, self.file)
+            tokens, unit = self.batch.tokens, self.batch.unit
+            seen = f"{state.global_step * tokens:,} {unit} seen"
+            title = f"{type(model).__name__}, {model.num_parameters():,} parameters; {seen}"
+            draw(state.log_history, tokens, unit, self.file, title)
 
 
 class Stopped(KeyboardInterrupt):

@@ -14,7 +14,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from ..compat import ExportableState, ProgressCallback
 from .saving import ASIDE, remove_older, written_whole
 
-PATIENCE = 10  # overflowing batches in a row before a float16 run counts as diverged; the scaler skips their steps
+__all__ = ["LossSum", "ResumableTrainer", "log_every"]
+
+_PATIENCE = 10  # overflowing batches in a row before a float16 run counts as diverged; the scaler skips their steps
+
+
+def log_every(steps: int) -> int:
+    """Return the number of steps between two logged losses: 10; fewer in a run of less than 200 steps, for its plot."""
+    return min(10, max(1, steps // 20))
 
 
 class LossSum(TrainerCallback, ExportableState):
@@ -88,7 +95,7 @@ class ResumableTrainer(Trainer):
         self.losses.total += loss
         # This synchronises with the device, as Trainer's own check does.
         self.overflows = 0 if loss.isfinite() else self.overflows + 1
-        if self.overflows > (PATIENCE if self.args.fp16 else 0):
+        if self.overflows > (_PATIENCE if self.args.fp16 else 0):
             raise self._diverged(step, f"the loss is {loss.item()}")
         return loss
 

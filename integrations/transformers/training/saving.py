@@ -21,9 +21,23 @@ from retention.errors import NotSavedError
 
 from ..compat import TRAINER_STATE_NAME
 
+__all__ = [
+    "ASIDE",
+    "SUMS",
+    "alone_in",
+    "check_folder",
+    "checkpoints",
+    "holds_run",
+    "last_checkpoint",
+    "remove_older",
+    "step_of",
+    "write_text",
+    "written_whole",
+]
+
 SUMS = "SHA256SUMS"  # in each checkpoint: the digests of its files, in the format of `sha256sum -c`
 ASIDE = ".unfinished"
-LOCK = ".lock"
+_LOCK = ".lock"
 
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -36,7 +50,7 @@ def alone_in(out: Path) -> Iterator[None]:
     """
     check_folder(out)
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    lock = FileLock(out / LOCK)
+    lock = FileLock(out / _LOCK)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
@@ -51,7 +65,7 @@ def alone_in(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and {path.name for path in out.iterdir()} <= {LOCK, ASIDE}:
+        if made and {path.name for path in out.iterdir()} <= {_LOCK, ASIDE}:
             shutil.rmtree(out)
             with suppress(OSError):  # the folder holds other files by now
                 for folder in made[1:]:
@@ -132,7 +146,7 @@ def last_checkpoint(out: Path) -> Path | None:
         if not _CHECKPOINT.fullmatch(path.name):
             tqdm.write(f"{path} is left out: a checkpoint is called checkpoint- and the number of its step")
     for path in checkpoints(out):
-        damage = damage_of(path)
+        damage = _damage_of(path)
         if not damage:
             return path
         tqdm.write(f"{path} is left out: {damage}")
@@ -141,7 +155,7 @@ def last_checkpoint(out: Path) -> Path | None:
     return None
 
 
-def damage_of(checkpoint: Path) -> str:
+def _damage_of(checkpoint: Path) -> str:
     """Describe the damage of a checkpoint; "" if all its files are as they were written."""
     if not checkpoint.is_dir():
         return "it is no folder"
@@ -156,7 +170,7 @@ def damage_of(checkpoint: Path) -> str:
         return f"its {SUMS} is damaged"
     for name, digest in sums.items():
         try:
-            if digest_of(checkpoint / name) != digest:
+            if _digest_of(checkpoint / name) != digest:
                 return f"its {name} is damaged"
         except FileNotFoundError:
             return f"its {name} is missing"
@@ -165,7 +179,7 @@ def damage_of(checkpoint: Path) -> str:
     return ""
 
 
-def digest_of(file: Path) -> str:
+def _digest_of(file: Path) -> str:
     """Return the SHA-256 of a file."""
     found = hashlib.sha256()
     with file.open("rb") as stream:
@@ -178,7 +192,7 @@ def _seal(checkpoint: Path) -> None:
     """Write the digests of a checkpoint's files and flush all of them to disk."""
     names = sorted(str(file.relative_to(checkpoint)) for file in checkpoint.rglob("*") if file.is_file())
     names.sort(key=lambda name: name == TRAINER_STATE_NAME)
-    sums = "".join(f"{digest_of(checkpoint / name)}  {name}\n" for name in names)
+    sums = "".join(f"{_digest_of(checkpoint / name)}  {name}\n" for name in names)
     (checkpoint / SUMS).write_text(sums)
     for path in (*checkpoint.rglob("*"), checkpoint):
         _sync(path)
@@ -220,7 +234,7 @@ def _why_not(folder: Path, error: Exception) -> str:
 
 
 def _kept(out: Path) -> str:
-    found = next((path for path in checkpoints(out) if not damage_of(path)), None)
+    found = next((path for path in checkpoints(out) if not _damage_of(path)), None)
     if found is None:
         return "no checkpoint is kept there; make room or name another --out, and begin again"
     return f"{found.name} is kept; make room, and continue with --resume"

@@ -15,12 +15,24 @@ from retention.model import PRESETS
 
 from ...files import read_json
 from ..compat import get_available_reporting_integrations
-from ..modeling import RetNetConfig
+from ..configuration import RetNetConfig
 from .codec import ByteCodec, Codec, load_codec
 from .saving import write_text
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "Kept",
+    "Settings",
+    "check_device",
+    "check_dtype",
+    "check_report_to",
+    "codec_of",
+    "read_config",
+]
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")

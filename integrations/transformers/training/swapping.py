@@ -17,17 +17,19 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_
 
 from ...swap import SwapReport, plan_replacement
 from ..compat import TRAINER_STATE_NAME, TrainerState, logging
-from ..distill import TRANSFER, TUNING, Recovery, replace_in_parts
 from ..replaced_config import marked_layers
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
+from .distill import TRANSFER, TUNING, Recovery, replace_in_parts
 from .plot import draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
 from .saving import alone_in, check_folder, checkpoints, written_whole
 from .settings import Kept, check_device, check_dtype, check_report_to, codec_of
 from .train import device_arguments
 
-RECOVERY = "recovery.json"  # the losses before, between and after the stages
+__all__ = ["Picture", "StageProgress", "Swap", "SwapSettings", "swap"]
+
+_RECOVERY = "recovery.json"  # the losses before, between and after the stages
 
 
 @dataclass
@@ -43,7 +45,8 @@ class SwapSettings(Kept):
     allow_lost: bool = False
     decay: str = "short"
     features: bool = True
-    window: int | None = None  # in tokens; None: no exact attention
+    window: int | None = None  # in tokens; None: no window of exact attention
+    sinks: int = 0
     gate: str | None = "silu"
     scales: int | None = None  # None: 2 with features, else 1
     parts: int = 1
@@ -70,7 +73,7 @@ class SwapSettings(Kept):
     @property
     def replacement(self) -> dict[str, Any]:
         """The options of `replace_attention`, except the layers."""
-        names = ("allow_lost", "scales", "decay", "features", "window", "gate")
+        names = ("allow_lost", "scales", "decay", "features", "window", "sinks", "gate")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:
@@ -150,7 +153,7 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
         model.save_pretrained(folder)
         if codec.tokenizer is not None:
             codec.tokenizer.save_pretrained(folder)
-        (folder / RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
+        (folder / _RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
     return Swap(model, codec, corpus, plan, recovery)
 
 
@@ -209,6 +212,9 @@ def _recovered(
 ) -> Recovery:
     batch = Batch(settings.batch, 1, 1, corpus.train.context, corpus.unit)
     layers = range(len(plan.replaced)) if settings.layers is None else settings.layers
+    size = f"{model.num_parameters():,} parameters, with retention in {len(plan.replaced)} layers"
+    seen = f"{batch.tokens * (settings.transfer_steps + settings.tuning_steps):,} {batch.unit}"
+    title = f"{Path(settings.model).name}, {size}; training on {seen}"
     found = replace_in_parts(
         model,
         [part.tolist() for part in np.array_split(np.array(layers), settings.parts)],
@@ -222,7 +228,7 @@ def _recovered(
         transfer_lr=settings.transfer_lr,
         tuning_lr=settings.tuning_lr,
         label_weight=settings.label_weight,
-        callbacks=[StageProgress(batch, corpus), Picture(batch, out), stop],
+        callbacks=[StageProgress(batch, corpus), Picture(batch, out, title), stop],
         logging_nan_inf_filter=False,
         report_to=settings.report_to,
         disable_tqdm=False,  # else a callback prints each log as well
@@ -253,14 +259,14 @@ class StageProgress(Progress):
 class Picture(TrainerCallback):
     """Plots the losses of all stages so far whenever a checkpoint is written."""
 
-    def __init__(self, batch: Batch, out: Path):
-        self.batch, self.out = batch, out
+    def __init__(self, batch: Batch, out: Path, title: str):
+        self.batch, self.out, self.title = batch, out, title
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the plot."""
         parts = sorted(self.out.glob("part-*"), key=lambda part: int(part.name.split("-")[1]))
         histories = [(_history(part / TRANSFER), _history(part / TUNING)) for part in parts]
-        draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT)
+        draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT, self.title)
 
 
 def _stage(args: Any) -> str:

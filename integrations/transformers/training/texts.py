@@ -11,6 +11,8 @@ from tqdm.auto import tqdm
 from .codec import END
 from .progress import progress_bar
 
+__all__ = ["portions", "read_texts", "split"]
+
 _END = END.encode()
 
 

@@ -19,11 +19,13 @@ from ..modeling import RetNetForCausalLM
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
 from .progress import PLOT, Batch, Plot, Progress, SaveOnInterrupt
-from .resumable import ResumableTrainer
+from .resumable import ResumableTrainer, log_every
 from .saving import alone_in, check_folder, last_checkpoint, step_of, written_whole
 from .settings import Settings
 
-A_DAY = 24 * 60 * 60
+__all__ = ["Run", "device_arguments", "quiet", "train"]
+
+_A_DAY = 24 * 60 * 60
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         weight_decay=settings.weight_decay,
         adam_beta2=0.99,
         max_grad_norm=1.0,
-        logging_steps=10,
+        logging_steps=log_every(settings.steps),
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=settings.eval_every,
@@ -179,7 +181,7 @@ def _arguments(settings: Settings, out: Path) -> TrainingArguments:
         seed=settings.seed,
         **device_arguments(settings.device, settings.dtype),
         ddp_find_unused_parameters=False,
-        ddp_timeout=A_DAY,  # seconds; the first process may tokenise for hours while the others wait
+        ddp_timeout=_A_DAY,  # seconds; the first process may tokenise for hours while the others wait
         report_to=settings.report_to,
         disable_tqdm=False,  # else a callback prints each log as well
     )
