@@ -13,7 +13,7 @@ from benchmarks.compare import compare
 from benchmarks.decode import decode
 from benchmarks.floor import floor
 from benchmarks.gate import gate
-from benchmarks.gpu_compile import gpu_compile
+from benchmarks.gpu.compiled import gpu_compile
 from benchmarks.layer import layer
 from benchmarks.measure import keep_freed_memory
 from benchmarks.model import model

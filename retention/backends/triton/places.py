@@ -1,4 +1,4 @@
-"""Where the segments of a call lie: tables made on the device, so that the host never waits for a mask or for borders."""
+"""Where the segments of a call lie: tables made on the device, so that the host never waits for masks and borders."""
 
 from __future__ import annotations
 
