@@ -148,7 +148,8 @@ def _write(rate, size, i):
 def _inner(rate, scale, i):
     """Return scale gamma^(i - j) for j <= i, else 0, (C, C)."""
     age = rate * i
-    return tl.where(i[:, None] >= i[None, :], tl.exp2(age[:, None] - age[None, :]) * scale, 0.0)
+    decay = tl.exp2(tl.minimum(age[:, None] - age[None, :], 0.0))
+    return tl.where(i[:, None] >= i[None, :], decay * scale, 0.0)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -202,8 +203,8 @@ def one_pass(
         q_i = _load(_pointers(q_start, q[3], base, tokens, keys), _cells(there, keys, K, BK))
         k_i = _load(_pointers(k_start, k[3], base, tokens, keys), _cells(there, keys, K, BK))
         v_i = _load(_pointers(v_start, v[3], base, tokens, values), _cells(there, values, V, BN))
-        # c in the argument keeps the compiler from holding these factors in registers through the loop.
-        scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * _inner(rate, scale, c * C + i)
+        # Adding 0, which depends on the chunk, keeps the compiler from holding these factors through the loop.
+        scores = tl.dot(q_i, tl.trans(k_i), input_precision=PRECISION) * _inner(rate, scale, i + tl.minimum(n, 0))
         scores = _rounded(scores, DTYPE)
         y = tl.dot(_with_state(q_i, DTYPE), _with_state(s, DTYPE), input_precision=PRECISION)
         y = tl.dot(scores, v_i, y * _read(rate, scale, i)[:, None], input_precision=PRECISION)

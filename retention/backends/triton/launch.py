@@ -116,7 +116,8 @@ def _run(launch: Launch, arguments: dict[str, Any]) -> None:
 def start(launch: Launch, arguments: dict[str, Any]) -> None:
     """Start the programs of a launch. `python -m benchmarks gpu-compile` takes the place of this function."""
     kernel = getattr(kernels, launch.kernel)
-    kernel[(launch.programs,)](**arguments, num_warps=launch.warps, num_stages=launch.stages)
+    with torch.cuda.device_of(arguments["log_decay"]):  # Triton launches on the current device
+        kernel[(launch.programs,)](**arguments, num_warps=launch.warps, num_stages=launch.stages)
 
 
 @functools.cache

@@ -201,38 +201,64 @@ def _count(sizes: Sizes, blocks: dict[str, int]) -> int:
     return -(-sizes.key_dim // blocks["BK"]) * -(-sizes.value_dim // blocks["BV"])
 
 
-# --- configurations: `python -m benchmarks gpu-compile` shows what each compiles to ----------------------------------
+# --- configurations: `python -m benchmarks gpu-compile` shows what each compiles to -----------------------------------
 
-
-def _chunk(sizes: Sizes, most: int) -> int:
-    """Return the tokens of a chunk: those asked for, or as many as the configuration carries."""
-    return min(sizes.chunk_size or most, most)
+# By the largest head dim: tokens of a chunk, block sizes, warps, stages. "old" is before Hopper, "exact" is float32.
+_ONE_PASS: dict[str, dict[int, tuple[int, Config]]] = {
+    "new": {64: (64, ({"BK": 64, "BN": 64}, 4, 2)), 128: (64, ({"BK": 128, "BN": 64}, 8, 2))},
+    "old": {64: (64, ({"BK": 64, "BN": 64}, 8, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
+    "exact": {64: (32, ({"BK": 64, "BN": 32}, 8, 1)), 128: (16, ({"BK": 128, "BN": 32}, 8, 1))},
+}
+_CORE: dict[str, dict[int, tuple[int, Config]]] = {
+    "new": {
+        64: (64, ({"BM": 64, "BN": 64}, 4, 2)),
+        128: (64, ({"BM": 128, "BN": 128}, 8, 2)),
+        256: (64, ({"BM": 128, "BN": 64}, 8, 2)),
+        512: (64, ({"BM": 128, "BN": 32}, 8, 1)),
+    },
+    "old": {
+        64: (64, ({"BM": 64, "BN": 32}, 4, 2)),
+        128: (64, ({"BM": 128, "BN": 64}, 8, 1)),
+        256: (64, ({"BM": 128, "BN": 32}, 8, 1)),
+        512: (64, ({"BM": 128, "BN": 32}, 8, 1)),
+    },
+    "exact": {
+        64: (32, ({"BM": 64, "BN": 32}, 8, 1)),
+        128: (16, ({"BM": 64, "BN": 32}, 8, 1)),
+        256: (16, ({"BM": 64, "BN": 32}, 8, 1)),
+        512: (16, ({"BM": 128, "BN": 16}, 8, 1)),
+    },
+}
 
 
 def _one_pass(sizes: Sizes) -> tuple[int, Config]:
-    keys, values = power(sizes.key_dim), power(sizes.value_dim)
-    if sizes.item == 4:
-        return _chunk(sizes, 32), ({"BK": keys, "BN": min(values, 32 if keys == 128 else 64)}, 4, 1)
-    return _chunk(sizes, 64), ({"BK": keys, "BN": min(values, 64)}, 8 if keys == 128 else 4, 2)
+    return _fitted(sizes, _ONE_PASS, sizes.key_dim, {"BK": sizes.key_dim, "BN": sizes.value_dim})
 
 
 def _core(sizes: Sizes, backward: bool) -> tuple[int, Config]:
-    pieces = power(max(sizes.key_dim, sizes.value_dim) if backward else sizes.key_dim)
-    columns = power(max(sizes.key_dim, sizes.value_dim) if backward else sizes.value_dim)
-    piece = min(pieces, 128)
-    if sizes.item == 4:
-        return _chunk(sizes, 32), ({"BM": piece, "BN": min(columns, 32)}, 4, 1)
-    if pieces <= 64:
-        return _chunk(sizes, 64), ({"BM": piece, "BN": min(columns, 64)}, 4, 2)
-    block = 128 if pieces == 128 else 64
-    return _chunk(sizes, 64), ({"BM": piece, "BN": min(columns, block)}, 8, 2 if pieces <= 256 else 1)
+    widest = max(sizes.key_dim, sizes.value_dim)
+    rows, columns = (widest, widest) if backward else (sizes.key_dim, sizes.value_dim)
+    return _fitted(sizes, _CORE, rows, {"BM": rows, "BN": columns})
+
+
+def _fitted(
+    sizes: Sizes, table: dict[str, dict[int, tuple[int, Config]]], width: int, dims: dict[str, int]
+) -> tuple[int, Config]:
+    """Return the entry of a table, with a chunk of at most the tokens asked for and blocks of at most the head dims."""
+    kind = "exact" if sizes.item == 4 else "new" if sizes.capability >= 90 else "old"
+    chunk, (blocks, warps, stages) = table[kind][max(64, power(width))]
+    asked = chunk if sizes.chunk_size is None else max(size for size in CHUNKS if size <= sizes.chunk_size)
+    return min(chunk, asked), ({name: min(n, power(dims[name])) for name, n in blocks.items()}, warps, stages)
 
 
 def _prepare(sizes: Sizes) -> Config:
-    blocks = {"BK": min(power(sizes.key_dim), 64), "BV": min(power(sizes.value_dim), 64)}
-    return blocks, 4, 2
+    return _square(sizes), 4, 1 if sizes.item == 4 else 2
 
 
 def _slope(sizes: Sizes) -> Config:
+    return _square(sizes), 4, 1 if sizes.item == 4 else 2
+
+
+def _square(sizes: Sizes) -> dict[str, int]:
     side = 32 if sizes.item == 4 else 64
-    return {"BK": min(power(sizes.key_dim), side), "BV": min(power(sizes.value_dim), side)}, 4, 2
+    return {"BK": min(power(sizes.key_dim), side), "BV": min(power(sizes.value_dim), side)}
