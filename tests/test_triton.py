@@ -183,6 +183,13 @@ def test_a_packed_row_has_room_for_the_last_segment_of_every_sequence():
     assert made.segments >= worst
 
 
+@pytest.mark.parametrize("number", [1, 7, 100, 5000])
+@pytest.mark.parametrize("heads", [2, 96])
+def test_a_packed_row_needs_memory_for_its_tokens_and_not_for_each_sequence_as_long_as_the_row(number, heads):
+    made = backward_plan(sizes(batch=number, heads=heads, length=10_000, packed=True))
+    assert made.segments * made.tokens <= 2 * 10_000 + 128 * number + made.tokens
+
+
 def of_fla(key_dim, value_dim, chunk=64):
     """Bytes a token and head of flash-linear-attention's chunk_retention, bfloat16 and float32 states: (f, b)."""
     k, v, kv = key_dim, value_dim, key_dim * value_dim / chunk

@@ -114,6 +114,8 @@ def _cut(sizes: Sizes, chunk: int, blocks: int) -> Plan:
     programs = (1 if sizes.packed else sizes.sequences) * sizes.heads * blocks
     wanted = max(-(-SIDE_BY_SIDE * sizes.multiprocessors // programs), -(-chunks // MOST_CHUNKS))
     each = max(1, chunks // wanted, min(chunks, FEWEST_CHUNKS))
+    if sizes.packed:  # as long as its sequences are, so that there is little room for chunks that do not exist
+        each = min(each, max(2, chunks // max(1, sizes.sequences)))
     per = -(-chunks // each)
     segments = sizes.sequences * per
     if sizes.packed and per > 1:
@@ -127,7 +129,7 @@ def _forward(sizes: Sizes, plan: Plan, one_pass: bool, config: Config) -> Iterat
     places = plan.segments * sizes.heads
     outer = _outer(sizes, plan)
     if plan.split or not one_pass:
-        blocks, warps, stages = _prepare(sizes)
+        blocks, warps, stages = _square(sizes)
         parts = (plan.chunks if not one_pass else 0) + (_count(sizes, blocks) if plan.split else 0)
         keys_too = 1 if one_pass else 2  # the scores need q as well
         moved = (keys_too * sizes.key_dim + (sizes.value_dim if plan.split else 0)) * _tokens(sizes) * sizes.heads
@@ -146,7 +148,7 @@ def _backward(sizes: Sizes, plan: Plan, config: Config, parts: int) -> Iterator[
     read = _inputs(sizes) + sizes.value_dim * tokens
     wrote, matrices = (2 * sizes.key_dim + sizes.value_dim) * tokens, 3 * _matrices(sizes, plan)
     places, states, outer = plan.segments * sizes.heads, 2 * _states(sizes, plan), _outer(sizes, plan)
-    blocks, warps, stages = _prepare(sizes)
+    blocks, warps, stages = _square(sizes)
     yield Launch(
         "prepare",
         places * (plan.chunks + (_count(sizes, blocks) if plan.split else 0)),
@@ -158,7 +160,7 @@ def _backward(sizes: Sizes, plan: Plan, config: Config, parts: int) -> Iterator[
     if plan.split:
         yield _join(sizes, plan, 2, outer)
     if sizes.decay_grad:
-        blocks, warps, stages = _slope(sizes)
+        blocks, warps, stages = _square(sizes)
         moved = read + (states if plan.split else outer)
         yield Launch("slope", places * _count(sizes, blocks), blocks, warps, stages, moved)
     blocks, warps, stages = config
@@ -207,7 +209,7 @@ def _count(sizes: Sizes, blocks: dict[str, int]) -> int:
 _ONE_PASS: dict[str, dict[int, tuple[int, Config]]] = {
     "new": {64: (64, ({"BK": 64, "BN": 64}, 4, 2)), 128: (64, ({"BK": 128, "BN": 64}, 8, 2))},
     "old": {64: (64, ({"BK": 64, "BN": 64}, 8, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
-    "exact": {64: (32, ({"BK": 64, "BN": 32}, 8, 1)), 128: (16, ({"BK": 128, "BN": 32}, 8, 1))},
+    "exact": {64: (16, ({"BK": 64, "BN": 32}, 8, 1)), 128: (16, ({"BK": 128, "BN": 32}, 8, 1))},
 }
 _CORE: dict[str, dict[int, tuple[int, Config]]] = {
     "new": {
@@ -226,7 +228,7 @@ _CORE: dict[str, dict[int, tuple[int, Config]]] = {
         64: (32, ({"BM": 64, "BN": 32}, 8, 1)),
         128: (16, ({"BM": 64, "BN": 32}, 8, 1)),
         256: (16, ({"BM": 64, "BN": 32}, 8, 1)),
-        512: (16, ({"BM": 128, "BN": 16}, 8, 1)),
+        512: (16, ({"BM": 128, "BN": 16}, 16, 1)),
     },
 }
 
@@ -245,20 +247,16 @@ def _fitted(
     sizes: Sizes, table: dict[str, dict[int, tuple[int, Config]]], width: int, dims: dict[str, int]
 ) -> tuple[int, Config]:
     """Return the entry of a table, with a chunk of at most the tokens asked for and blocks of at most the head dims."""
-    kind = "exact" if sizes.item == 4 else "new" if sizes.capability >= 90 else "old"
-    chunk, (blocks, warps, stages) = table[kind][max(64, power(width))]
+    chunk, (blocks, warps, stages) = table[_kind(sizes)][max(64, power(width))]
     asked = chunk if sizes.chunk_size is None else max(size for size in CHUNKS if size <= sizes.chunk_size)
     return min(chunk, asked), ({name: min(n, power(dims[name])) for name, n in blocks.items()}, warps, stages)
 
 
-def _prepare(sizes: Sizes) -> Config:
-    return _square(sizes), 4, 1 if sizes.item == 4 else 2
+def _square(sizes: Sizes) -> Config:
+    """Return the configuration of `prepare` and `slope`, which take the state in blocks."""
+    side, warps, stages = {"exact": (32, 4, 1), "new": (64, 4, 2), "old": (64, 8, 2)}[_kind(sizes)]
+    return {"BK": min(power(sizes.key_dim), side), "BV": min(power(sizes.value_dim), side)}, warps, stages
 
 
-def _slope(sizes: Sizes) -> Config:
-    return _square(sizes), 4, 1 if sizes.item == 4 else 2
-
-
-def _square(sizes: Sizes) -> dict[str, int]:
-    side = 32 if sizes.item == 4 else 64
-    return {"BK": min(power(sizes.key_dim), side), "BV": min(power(sizes.value_dim), side)}
+def _kind(sizes: Sizes) -> str:
+    return "exact" if sizes.item == 4 else "new" if sizes.capability >= 90 else "old"
