@@ -14,6 +14,7 @@ from retention.backends.triton.operator import fused
 
 BOUNDS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 LOG_DECAY = (-0.05, -0.7)
+CHUNKWISE = False, True  # not parallel, causal
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +96,7 @@ def test_values_and_gradients_are_those_of_the_definition(case):
     rows = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
     state = torch.randn(rows, q.shape[1], q.shape[3], v.shape[3], requires_grad=True) if has_state else None
     wanted = [*tensors, state] if has_state else tensors
-    got = fused(*tensors, state, mask, cu_seqlens, scale, 16, True, q.dtype)
+    got = fused(*tensors, state, mask, cu_seqlens, *CHUNKWISE, scale, 16, True, q.dtype)
     want = definition(*tensors, state, scale, mask, cu_seqlens)
     # Along the result itself, so that the many terms of the gradient of a decay, which is one number, do not cancel.
     weights = [x.detach() + x.detach().std() * torch.randn_like(x) if x.numel() > 1 else 1 for x in want]
@@ -110,12 +111,38 @@ def test_values_and_gradients_are_those_of_the_definition(case):
         assert a.dtype == (q.dtype if name in "qkv" else torch.float32)
 
 
+PAIRS = {
+    "both ways": dict(causal=False),
+    "causal": dict(causal=True),
+    "wide": dict(causal=False, key_dim=40, value_dim=70, length=20),
+    "mask": dict(causal=False, batch=2, mask=MASK[:, :24], length=24),
+    "grouped heads": dict(causal=True, heads=2, kv_heads=1, length=33),
+    "bfloat16": dict(causal=False, dtype=torch.bfloat16),
+    "float16, odd head dims": dict(causal=True, dtype=torch.float16, key_dim=5, value_dim=3, length=20),
+}
+
+
+@pytest.mark.parametrize("case", PAIRS)
+def test_the_parallel_form_is_the_definition(case):
+    options = dict(PAIRS[case])
+    causal, mask = options.pop("causal"), options.pop("mask", None)
+    tensors = inputs(**options)
+    got, _ = fused(*tensors, None, mask, None, True, causal, 0.3, None, False, tensors[0].dtype)
+    want = oracle.retain(*tensors, causal=causal, mask=mask, scale=0.3)
+    weights = want.detach() + want.detach().std() * torch.randn_like(want)
+    grads = [torch.autograd.grad((x.double() * weights).sum(), tensors) for x in (got, want)]
+    bound = BOUNDS[tensors[0].dtype]
+    assert error(got, want) <= bound
+    for name, a, b in zip(("q", "k", "v", "log_decay"), *grads, strict=True):
+        assert error(a, b) <= (4 * bound if name == "log_decay" else bound), name
+
+
 def test_one_segment_for_each_sequence(monkeypatch):
     monkeypatch.setattr(plan, "FEWEST_CHUNKS", 4)
     tensors = inputs(length=40, value_dim=19)
     state = torch.randn(1, 2, 8, 19, requires_grad=True)
     got, want = (
-        fused(*tensors, state, None, None, 0.3, 16, True, torch.float32),
+        fused(*tensors, state, None, None, *CHUNKWISE, 0.3, 16, True, torch.float32),
         definition(*tensors, state, 0.3, None, None),
     )
     pair = zip(got, want, strict=True)
@@ -129,7 +156,7 @@ def test_one_segment_for_each_sequence(monkeypatch):
 
 def test_a_gradient_of_the_state_alone_and_of_the_output_alone():
     tensors = inputs(length=20)
-    out, final = fused(*tensors, None, None, None, 0.3, 16, True, torch.float32)
+    out, final = fused(*tensors, None, None, None, *CHUNKWISE, 0.3, 16, True, torch.float32)
     want, after = definition(*tensors, None, 0.3, None, None)
     for a, b, inputs_of in ((out, want, tensors), (final, after, tensors[1:])):
         grads = [torch.autograd.grad(x.double().square().sum(), inputs_of, retain_graph=True) for x in (a, b)]
@@ -140,7 +167,7 @@ def test_padding_that_is_not_a_number_changes_nothing():
     mask = torch.rand(1, 24) < 0.6
     tensors = inputs(length=24)
     spoiled = [x.detach().masked_fill(~mask[:, None, :, None], torch.nan).requires_grad_() for x in tensors[:3]]
-    out, _ = fused(*spoiled, tensors[3], None, mask, None, 0.3, 16, False, torch.float32)
+    out, _ = fused(*spoiled, tensors[3], None, mask, None, *CHUNKWISE, 0.3, 16, False, torch.float32)
     assert error(out, definition(*tensors, None, 0.3, mask, None)[0]) <= 1e-5
     grads = torch.autograd.grad(out.sum(), [*spoiled, tensors[3]])
     assert all(g.isfinite().all() for g in grads)
@@ -149,7 +176,7 @@ def test_padding_that_is_not_a_number_changes_nothing():
 
 def test_sums_beyond_the_range_of_float16():
     q, k, v = (torch.full((1, 1, 40, 16), x, dtype=torch.float16) for x in (1e-3, 60.0, 60.0))
-    out, final = fused(q, k, v, torch.zeros(1), None, None, None, 1.0, 16, True, torch.float16)
+    out, final = fused(q, k, v, torch.zeros(1), None, None, None, *CHUNKWISE, 1.0, 16, True, torch.float16)
     assert final.max() > 7e4
     want, _ = definition(q, k, v, torch.zeros(1), None, 1.0, None, None)
     assert error(out, want) <= 4e-3
@@ -157,7 +184,7 @@ def test_sums_beyond_the_range_of_float16():
 
 def test_gradients_of_float32_sums_of_float16_may_be_small():
     tensors = inputs(length=20, dtype=torch.float16)
-    out, _ = fused(*tensors, None, None, None, 0.3, 16, False, torch.float32)
+    out, _ = fused(*tensors, None, None, None, *CHUNKWISE, 0.3, 16, False, torch.float32)
     want, _ = definition(*tensors, None, 0.3, None, None)
     assert out.dtype == torch.float32
     grads = [torch.autograd.grad(x.double().sum() * 1e-5, tensors[3]) for x in (out, want)]
@@ -167,7 +194,7 @@ def test_gradients_of_float32_sums_of_float16_may_be_small():
 def test_no_tokens():
     tensors = inputs(length=0)
     state = torch.randn(1, 2, 8, 8, requires_grad=True)
-    out, final = fused(*tensors, state, None, None, 0.3, None, True, torch.float32)
+    out, final = fused(*tensors, state, None, None, *CHUNKWISE, 0.3, None, True, torch.float32)
     assert out.shape == (1, 2, 0, 8)
     assert torch.equal(final, state)
     assert torch.equal(torch.autograd.grad(final.sum(), state)[0], torch.ones_like(state))
@@ -217,5 +244,7 @@ def test_it_is_chosen_in_the_interpreter():
 def test_one_node_for_export_and_right_fake_outputs():
     tensors = [x.detach() for x in inputs(length=20)]
     torch.library.opcheck(
-        fused, (*tensors, None, None, None, 0.3, 16, True, torch.float32), test_utils=("test_schema", "test_faketensor")
+        fused,
+        (*tensors, None, None, None, *CHUNKWISE, 0.3, 16, True, torch.float32),
+        test_utils=("test_schema", "test_faketensor"),
     )

@@ -68,6 +68,9 @@ def test_auto_prefers_it_on_a_gpu(on_gpu):
     ):
         chosen, _ = backends.choose(CALL._replace(form="auto", **change))
         assert chosen is backends._backends["triton"]
+    for change in ({"length": 197, "causal": False}, {"length": 50, "masked": True}, {"length": 100, "causal": False}):
+        chosen, call = backends.choose(CALL._replace(form="auto", **change))
+        assert (chosen, call.form) == (backends._backends["triton"], "parallel")
     step = CALL._replace(form="recurrent", length=1, in_place=True, has_state=True)
     assert backends.choose(step)[0] is backends._backends["triton"]
 
@@ -75,11 +78,13 @@ def test_auto_prefers_it_on_a_gpu(on_gpu):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"form": "parallel"}, "not parallel"),
-        ({"form": "recurrent"}, "for one token in place, not recurrent"),
+        ({"form": "parallel", "has_state": True}, "the parallel form has no states"),
+        ({"form": "parallel", "return_state": True}, "use chunkwise"),
+        ({"form": "parallel", "packed": True}, "no states and packed rows; use chunkwise"),
+        ({"form": "recurrent"}, "is for one token in place; use chunkwise"),
         ({"in_place": True}, "overwrites a state only in the recurrent form"),
-        ({"causal": False}, "is causal"),
-        ({"causal": False, "grid": (64, 64)}, "is causal"),
+        ({"causal": False}, "the chunkwise form is causal; use parallel"),
+        ({"form": "parallel", "causal": False, "grid": (64, 64)}, "has no decay on a grid"),
         ({"dtype": torch.float64}, "has no float64"),
         ({"key_dim": 257}, "at most key_dim 256 and value_dim 512, not 257 and 128"),
         ({"value_dim": 513}, "not 128 and 513"),
@@ -162,6 +167,13 @@ def test_three_launches_at_most_and_every_token_in_a_segment(dims, length, batch
         assert made.segments == batch * made.per_sequence
         assert made.chunks <= plan.MOST_CHUNKS
         assert all(launch.programs > 0 for launch in made.launches)
+
+
+def test_the_parallel_form_is_one_launch():
+    of = sizes(batch=64, heads=12, length=197, key_dim=64, value_dim=64, decay_grad=True)
+    for backward, parts in ((False, 1), (True, 3)):
+        (launch,) = plan.parallel_plan(of, backward).launches
+        assert launch.programs == 64 * 12 * 4 * parts
 
 
 def test_the_gradient_of_the_decay_is_one_launch_more():

@@ -102,9 +102,9 @@ def launches(capability: int, dtype: torch.dtype, key_dim: int, value_dim: int) 
             state = torch.empty(1, heads, key_dim, value_dim)
             inputs = launch.Inputs(q, k, v, torch.zeros(heads), state, None, None)
             out = torch.empty_like(v)
-            launch.forward(inputs, out, state, 1.0, None)
+            launch.forward(inputs, out, state, launch.Options(False, True, 1.0, None))
             grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-            launch.backward(inputs, out, state, grads, state, 1.0, None, True)
+            launch.backward(inputs, out, state, grads, state, launch.Options(False, True, 1.0, None), True)
         one = [x[:, :, :1] for x in (q, k, v)]
         launch.step(launch.Inputs(*one, torch.zeros(heads), state, None, None), torch.empty_like(one[2]), 1.0)
     return found
@@ -116,9 +116,9 @@ def _compile(capability: int, launch: Any, arguments: dict[str, Any]) -> Compile
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    from retention.backends.triton import kernels
+    from retention.backends.triton.launch import kernel_of
 
-    kernel, target = getattr(kernels, launch.kernel), GPUTarget("cuda", capability, 32)
+    kernel, target = kernel_of(launch.kernel), GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     settings = {"num_warps": launch.warps, "num_stages": launch.stages}
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)

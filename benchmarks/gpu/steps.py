@@ -174,8 +174,8 @@ def _fused(tensors: list[Tensor], mask: Tensor | None) -> list[Tensor]:
     from retention.backends.triton.operator import fused_backward, fused_now
 
     q, k, v, log_decay = tensors[:4]
-    out, _ = fused_now(q, k, v, log_decay, None, mask, None, 0.1, None, False, q.dtype)
-    return [out, *fused_backward(out, None, q, k, v, log_decay, None, mask, None, 0.1, None, True)[:4]]
+    out, _ = fused_now(q, k, v, log_decay, None, mask, None, False, True, 0.1, None, False, q.dtype)
+    return [out, *fused_backward(out, None, q, k, v, log_decay, None, mask, None, False, True, 0.1, None, True)[:4]]
 
 
 def _step(tensors: list[Tensor]) -> list[Tensor]:

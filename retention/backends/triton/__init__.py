@@ -1,8 +1,9 @@
 """Retention in fused Triton kernels (https://triton-lang.org), for NVIDIA GPUs: at most three launches a pass.
 
-`kernels` are the kernels, `plan` decides how they are launched, `launch` launches them, `places` says where the
-segments of masked and packed calls lie, `operator` shows them to torch, and `probe` tests them at first use. Triton is
-imported at first use. CUDA builds of torch bring it along.
+`kernels` are the kernels of the chunkwise form and of `step`, `pairs` that of the parallel form; `plan` decides how
+they are launched, `launch` launches them, `places` says where the segments of masked and packed calls lie, `operator`
+shows them to torch, and `probe` tests them at first use. Triton is imported at first use. CUDA builds of torch bring it
+along.
 """
 
 from __future__ import annotations
@@ -17,17 +18,20 @@ from .probe import cause, found, trouble
 
 
 class Triton:
-    """The backend "triton": the chunkwise form, and the recurrent form of `step`; see `Backend`."""
+    """The backend "triton": the parallel and the chunkwise form, and the recurrent one of `step`; see `Backend`."""
 
     def why_not(self, call: Call) -> list[str]:
         reasons = []
-        step = call.form == "recurrent" and call.in_place and call.length == 1
-        if call.form != "chunkwise" and not step:
-            reasons.append(f"has the form chunkwise, and recurrent for one token in place, not {call.form}")
-        if call.form == "chunkwise" and call.in_place:
+        if call.form == "recurrent" and not (call.in_place and call.length == 1):
+            reasons.append("the recurrent form is for one token in place; use chunkwise")
+        if call.form == "chunkwise" and not call.causal:
+            reasons.append("the chunkwise form is causal; use parallel")
+        if call.form == "parallel" and (call.packed or call.has_state or call.return_state):
+            reasons.append("the parallel form has no states and packed rows; use chunkwise")
+        if call.form != "recurrent" and call.in_place:
             reasons.append("overwrites a state only in the recurrent form")
-        if not call.causal:
-            reasons.append("is causal")
+        if call.grid is not None:
+            reasons.append("has no decay on a grid")
         if call.dtype == torch.float64:
             reasons.append("computes in float32 and has no float64")
         if call.key_dim > MOST_KEYS or call.value_dim > MOST_VALUES:
@@ -66,7 +70,7 @@ class Triton:
             step = fused_step_now if plain else fused_step
             return step(q, k, v, log_decay, state, mask, call.scale, call.out_dtype), state
         run = fused_now if plain else fused
-        options = (call.scale, call.chunk_size, call.return_state, call.out_dtype)
+        options = (call.form == "parallel", call.causal, call.scale, call.chunk_size, call.return_state, call.out_dtype)
         out, final = run(q, k, v, log_decay, state, mask, cu_seqlens, *options)
         return out, final if call.return_state else None
 

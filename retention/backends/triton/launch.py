@@ -10,8 +10,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from . import kernels, places
-from .plan import Launch, Plan, Sizes, backward_plan, forward_plan, power
+from . import kernels, pairs, places
+from .plan import Launch, Plan, Sizes, backward_plan, forward_plan, parallel_plan, power
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTERPRETED = 4, 90  # multiprocessors, so few that short sequences are split too, and capability
@@ -32,13 +32,23 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None
 
 
-def forward(x: Inputs, out: Tensor, final: Tensor | None, scale: float, chunk_size: int | None) -> None:
+class Options(NamedTuple):
+    """The options of a call; the parallel form has no states and no packed rows, the other form is causal."""
+
+    parallel: bool
+    causal: bool
+    scale: float
+    chunk_size: int | None
+
+
+def forward(x: Inputs, out: Tensor, final: Tensor | None, options: Options) -> None:
     """Write the output and, if `final` is given, the state after the last token."""
     if out.numel() == 0:
         _keep(x.state, final)
         return
-    plan = forward_plan(_sizes(x, chunk_size, return_state=final is not None))
-    arguments = _arguments(x, plan, scale)
+    sizes = _sizes(x, options.chunk_size, return_state=final is not None)
+    plan = parallel_plan(sizes, backward=False) if options.parallel else forward_plan(sizes)
+    arguments = _arguments(x, plan, options)
     if x.mask is not None:
         out.zero_()
     arguments.update(out=_strided(out), before=_contiguous(x.state), after=final)
@@ -58,16 +68,16 @@ def backward(
     dfinal: Tensor | None,
     grads: tuple[Tensor, Tensor, Tensor],
     dstate: Tensor | None,
-    scale: float,
-    chunk_size: int | None,
+    options: Options,
     decay_grad: bool,
 ) -> Tensor | None:
     """Write the gradients of q, k, v and of the state before; return that of log_decay if `decay_grad`."""
     if dout.numel() == 0:
         _keep(dfinal, dstate)
         return None
-    plan = backward_plan(_sizes(x, chunk_size, has_grad=dfinal is not None, decay_grad=decay_grad))
-    arguments = _arguments(x, plan, scale)
+    sizes = _sizes(x, options.chunk_size, has_grad=dfinal is not None, decay_grad=decay_grad)
+    plan = parallel_plan(sizes, backward=True) if options.parallel else backward_plan(sizes)
+    arguments = _arguments(x, plan, options)
     if x.mask is not None:
         for grad in grads:
             grad.zero_()
@@ -75,15 +85,18 @@ def backward(
     # Query heads that share a key and a value write their parts side by side.
     parts = grads if groups == 1 else (grads[0], *(_per_head(grad, heads, x.mask) for grad in grads[1:]))
     arguments.update(zip(("dq", "dk", "dv"), map(_strided, parts), strict=True))
-    arguments.update(do=_strided(dout), scores=_scores(x, plan, 3))
+    arguments.update(do=_strided(dout), scores=None if options.parallel else _scores(x, plan, 3))
     arguments.update(before=_contiguous(x.state), dafter=_contiguous(dfinal), dbefore=dstate)
     if plan.split:
         arguments.update(states=_states(x, plan), dstates=_states(x, plan))
-    slopes = [x.q.new_empty(plan.segments, heads, plan.chunks, dtype=torch.float32)] if decay_grad else []
+    slopes = []
     for launch in plan.launches:
-        if launch.kernel == "slope":
-            slopes.append(x.q.new_empty(plan.segments, heads, launch.programs // (plan.segments * heads)).float())
-        _run(launch, {**arguments, "slopes": slopes[-1] if slopes else None})
+        if decay_grad and launch.kernel != "join":
+            # A number of each program, or of each chunk.
+            each = plan.chunks if launch.kernel == "prepare" else launch.programs // (plan.segments * heads)
+            slopes.append(x.q.new_empty(plan.segments, heads, each, dtype=torch.float32))
+        arguments["slopes"] = slopes[-1] if slopes else None
+        _run(launch, arguments)
         if launch.kernel == "join":
             arguments.update(before=arguments["states"], dafter=arguments["dstates"], dbefore=None)
     if groups > 1:
@@ -115,14 +128,19 @@ def _run(launch: Launch, arguments: dict[str, Any]) -> None:
 
 def start(launch: Launch, arguments: dict[str, Any]) -> None:
     """Start the programs of a launch. `python -m benchmarks gpu-compile` takes the place of this function."""
-    kernel = getattr(kernels, launch.kernel)
+    kernel = kernel_of(launch.kernel)
     with torch.cuda.device_of(arguments["log_decay"]):  # Triton launches on the current device
         kernel[(launch.programs,)](**arguments, num_warps=launch.warps, num_stages=launch.stages)
 
 
+def kernel_of(name: str) -> Any:
+    """Return the kernel of a name."""
+    return pairs.parallel if name == "parallel" else getattr(kernels, name)
+
+
 @functools.cache
 def _parameters(kernel: str) -> tuple[str, ...]:
-    return tuple(inspect.signature(getattr(kernels, kernel).fn).parameters)
+    return tuple(inspect.signature(kernel_of(kernel).fn).parameters)
 
 
 def _names(x: Inputs, scale: float) -> dict[str, Any]:
@@ -143,11 +161,12 @@ def _names(x: Inputs, scale: float) -> dict[str, Any]:
     }
 
 
-def _arguments(x: Inputs, plan: Plan, scale: float) -> dict[str, Any]:
+def _arguments(x: Inputs, plan: Plan, options: Options) -> dict[str, Any]:
     """Return the arguments of the kernels that walk over tokens."""
     table, index, borders = places.of(x.q, x.mask, x.cu_seqlens, plan)
     return {
-        **_names(x, scale),
+        **_names(x, options.scale),
+        "CAUSAL": options.causal,
         "places": (table, index, x.q.shape[2], plan.per_sequence, plan.tokens),
         "borders": borders,
         "chunks": plan.chunks,

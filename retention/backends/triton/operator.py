@@ -17,6 +17,8 @@ def fused_now(
     state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    parallel: bool,
+    causal: bool,
     scale: float,
     chunk_size: int | None,
     return_state: bool,
@@ -25,14 +27,15 @@ def fused_now(
     """Return out (B, H, T, V) and the last state, (0,) without return_state. Shapes: as in `Backend.__call__`."""
     from . import launch
 
+    options = launch.Options(parallel, causal, scale, chunk_size)
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     if _odd(q, v):
         wide = _even(q), _even(k), _even(v), log_decay, _even_state(state), mask, cu_seqlens
-        wide_out, wide_final = fused_now(*wide, scale, chunk_size, return_state, out_dtype)
+        wide_out, wide_final = fused_now(*wide, *options, return_state, out_dtype)
         out.copy_(wide_out[..., : v.shape[3]])
         return out, final.copy_(wide_final[..., : q.shape[3], : v.shape[3]]) if return_state else final
     inputs = launch.Inputs(q, k, v, log_decay, state, mask, cu_seqlens)
-    launch.forward(inputs, out, final if return_state else None, scale, chunk_size)
+    launch.forward(inputs, out, final if return_state else None, options)
     return out, final
 
 
@@ -65,6 +68,8 @@ def fused_backward(
     state: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    parallel: bool,
+    causal: bool,
     scale: float,
     chunk_size: int | None,
     decay_grad: bool,
@@ -72,10 +77,11 @@ def fused_backward(
     """Return the gradients of q, k, v, log_decay (0 unless decay_grad) and state ((0,) without a state)."""
     from . import launch
 
+    options = launch.Options(parallel, causal, scale, chunk_size)
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     if _odd(q, v):
         wide = _even(dout), _even_state(dfinal), _even(q), _even(k), _even(v), log_decay, _even_state(state)
-        found = fused_backward(*wide, mask, cu_seqlens, scale, chunk_size, decay_grad)
+        found = fused_backward(*wide, mask, cu_seqlens, *options, decay_grad)
         for grad, x in zip((dq, dk, dv), found, strict=False):
             grad.copy_(x[..., : grad.shape[3]])
         dstate = dstate if state is None else dstate.copy_(found[4][..., : q.shape[3], : v.shape[3]])
@@ -90,8 +96,7 @@ def fused_backward(
         dfinal,
         grads,
         None if state is None else dstate,
-        scale,
-        chunk_size,
+        options,
         decay_grad,
     )
     if q.dtype != dtype:

@@ -100,6 +100,19 @@ def backward_plan(sizes: Sizes) -> Plan:
     return plan._replace(launches=tuple(_backward(sizes, plan, config, blocks)))
 
 
+def parallel_plan(sizes: Sizes, backward: bool) -> Plan:
+    """Return the plan of the parallel form: one launch, in which programs read tokens that others read too."""
+    chunk, config = _pairs(sizes)
+    blocks, warps, stages = config
+    chunks = -(-sizes.length // chunk)
+    keys, values = (-(-dim // blocks["BN"]) for dim in (sizes.key_dim, sizes.value_dim))
+    programs = sizes.sequences * sizes.heads * chunks * (values + (2 * keys if backward else 0))
+    value = sizes.value_dim * _tokens(sizes) * sizes.heads * sizes.item
+    moved = 2 * _inputs(sizes) + 2 * value if backward else _inputs(sizes) + value
+    launch = Launch("parallel", programs, blocks, warps, stages, moved)
+    return Plan(chunk, sizes.sequences, 1, sizes.length, False, (launch,))
+
+
 Config = tuple[dict[str, int], int, int]  # block sizes, warps, stages
 
 
@@ -250,6 +263,13 @@ def _fitted(
     chunk, (blocks, warps, stages) = table[_kind(sizes)][max(64, power(width))]
     asked = chunk if sizes.chunk_size is None else max(size for size in CHUNKS if size <= sizes.chunk_size)
     return min(chunk, asked), ({name: min(n, power(dims[name])) for name, n in blocks.items()}, warps, stages)
+
+
+def _pairs(sizes: Sizes) -> tuple[int, Config]:
+    chunk, side, warps, stages = {"exact": (16, 32, 4, 1), "new": (64, 64, 4, 2), "old": (64, 64, 8, 1)}[_kind(sizes)]
+    chunk = min(chunk, power(sizes.length))
+    widest = power(max(sizes.key_dim, sizes.value_dim))
+    return chunk, ({"BM": min(widest, side), "BN": min(widest, side)}, warps, stages)
 
 
 def _square(sizes: Sizes) -> Config:
