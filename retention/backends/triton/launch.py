@@ -187,6 +187,7 @@ def _sizes(x: Inputs, chunk_size: int | None, **options: bool) -> Sizes:
         key_dim=key_dim,
         value_dim=x.v.shape[3],
         item=x.q.element_size(),
+        mixed=x.q.dtype == torch.float16,
         multiprocessors=multiprocessors,
         capability=capability,
         packed=x.cu_seqlens is not None,

@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
         length: tokens of the longest sequence; for a packed row that of the row.
         packed: whether all sequences are in one row.
         item: bytes of a number of q, k and v.
+        mixed: whether products with a state are in another dtype than the others, as in a call in float16.
         multiprocessors: of the device.
         capability: of the device, 90 for Hopper.
     """
@@ -37,6 +38,7 @@ class Sizes(NamedTuple):
     multiprocessors: int
     capability: int = 90
     packed: bool = False
+    mixed: bool = False
     chunk_size: int | None = None
     has_state: bool = False
     return_state: bool = False
@@ -218,9 +220,11 @@ def _count(sizes: Sizes, blocks: dict[str, int]) -> int:
 
 # --- configurations: `python -m benchmarks gpu-compile` shows what each compiles to -----------------------------------
 
-# By the largest head dim: tokens of a chunk, block sizes, warps, stages. "old" is before Hopper, "exact" is float32.
+# By the largest head dim: tokens of a chunk, block sizes, warps, stages. "exact" is float32, "mixed" float16, and "old"
+# both half precisions on chips before Hopper.
 _ONE_PASS: dict[str, dict[int, tuple[int, Config]]] = {
     "new": {64: (64, ({"BK": 64, "BN": 64}, 4, 2)), 128: (64, ({"BK": 128, "BN": 64}, 8, 2))},
+    "mixed": {64: (64, ({"BK": 64, "BN": 64}, 4, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
     "old": {64: (64, ({"BK": 64, "BN": 64}, 8, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
     "exact": {64: (16, ({"BK": 64, "BN": 32}, 8, 1)), 128: (16, ({"BK": 128, "BN": 32}, 8, 1))},
 }
@@ -229,6 +233,12 @@ _CORE: dict[str, dict[int, tuple[int, Config]]] = {
         64: (64, ({"BM": 64, "BN": 64}, 4, 2)),
         128: (64, ({"BM": 128, "BN": 128}, 8, 2)),
         256: (64, ({"BM": 128, "BN": 64}, 8, 2)),
+        512: (64, ({"BM": 128, "BN": 32}, 8, 1)),
+    },
+    "mixed": {
+        64: (64, ({"BM": 64, "BN": 64}, 4, 2)),
+        128: (64, ({"BM": 128, "BN": 64}, 8, 2)),
+        256: (64, ({"BM": 128, "BN": 64}, 8, 1)),
         512: (64, ({"BM": 128, "BN": 32}, 8, 1)),
     },
     "old": {
@@ -241,7 +251,7 @@ _CORE: dict[str, dict[int, tuple[int, Config]]] = {
         64: (32, ({"BM": 64, "BN": 32}, 8, 1)),
         128: (16, ({"BM": 64, "BN": 32}, 8, 1)),
         256: (16, ({"BM": 64, "BN": 32}, 8, 1)),
-        512: (16, ({"BM": 128, "BN": 16}, 16, 1)),
+        512: (16, ({"BM": 128, "BN": 16}, 8, 1)),
     },
 }
 
@@ -266,7 +276,7 @@ def _fitted(
 
 
 def _pairs(sizes: Sizes) -> tuple[int, Config]:
-    chunk, side, warps, stages = {"exact": (16, 32, 4, 1), "new": (64, 64, 4, 2), "old": (64, 64, 8, 1)}[_kind(sizes)]
+    chunk, side, warps, stages = {"exact": (16, 32, 4, 1), "old": (64, 64, 8, 1)}.get(_kind(sizes), (64, 64, 4, 2))
     chunk = min(chunk, power(sizes.length))
     widest = power(max(sizes.key_dim, sizes.value_dim))
     return chunk, ({"BM": min(widest, side), "BN": min(widest, side)}, warps, stages)
@@ -274,9 +284,14 @@ def _pairs(sizes: Sizes) -> tuple[int, Config]:
 
 def _square(sizes: Sizes) -> Config:
     """Return the configuration of `prepare` and `slope`, which take the state in blocks."""
-    side, warps, stages = {"exact": (32, 4, 1), "new": (64, 4, 2), "old": (64, 8, 2)}[_kind(sizes)]
-    return {"BK": min(power(sizes.key_dim), side), "BV": min(power(sizes.value_dim), side)}, warps, stages
+    keys, values, warps, stages = {"exact": (32, 32, 4, 1), "old": (64, 32, 8, 2)}.get(_kind(sizes), (64, 64, 4, 2))
+    return {"BK": min(power(sizes.key_dim), keys), "BV": min(power(sizes.value_dim), values)}, warps, stages
 
 
 def _kind(sizes: Sizes) -> str:
-    return "exact" if sizes.item == 4 else "new" if sizes.capability >= 90 else "old"
+    """Return the name of a table of configurations."""
+    if sizes.item == 4:
+        return "exact"
+    if sizes.capability < 90:
+        return "old"
+    return "mixed" if sizes.mixed else "new"
