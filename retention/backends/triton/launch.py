@@ -91,7 +91,7 @@ def backward(
         arguments.update(states=_states(x, plan), dstates=_states(x, plan))
     slopes = []
     for launch in plan.launches:
-        if decay_grad and launch.kernel != "join":
+        if decay_grad and launch.kernel in ("prepare", "slope", "parallel"):
             # A number of each program, or of each chunk.
             each = plan.chunks if launch.kernel == "prepare" else launch.programs // (plan.segments * heads)
             slopes.append(x.q.new_empty(plan.segments, heads, each, dtype=torch.float32))
