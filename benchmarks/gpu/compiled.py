@@ -19,7 +19,7 @@ import typer
 
 SHARED = {80: 163, 90: 227, 100: 227}  # KiB that one block may have
 TENSOR_CORES = r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)"
-DIMS = ((64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512))
+DIMS = ((24, 40), (64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512))
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -62,7 +62,7 @@ def gpu_compile(
                     faults = found.faults()
                     broken += bool(faults)
                     typer.echo(
-                        f"sm_{chip} {name:<8} {key_dim:>3}/{value_dim:<3} {found.kernel:<8} {found.blocks:<28} "
+                        f"sm_{chip} {name:<8} {key_dim:>3}/{value_dim:<3} {found.kernel:<8} {found.blocks:<46} "
                         f"warps {found.warps} stages {found.stages}: {found.registers:>3} registers, "
                         f"{found.shared:>5.1f} KiB shared{''.join(f', {fault.upper()}' for fault in faults)}"
                     )
@@ -91,6 +91,7 @@ def launches(capability: int, dtype: torch.dtype, key_dim: int, value_dim: int) 
     from retention.backends.triton import launch
 
     found: list[tuple[Any, dict[str, Any]]] = []
+    chunkwise, parallel = launch.Options(False, True, 1.0, None), launch.Options(True, False, 1.0, None)
     with (
         mock.patch.object(launch, "start", lambda *started: found.append(started)),
         mock.patch.object(launch, "_device", return_value=(132, capability)),
@@ -99,15 +100,16 @@ def launches(capability: int, dtype: torch.dtype, key_dim: int, value_dim: int) 
             q, k, v = (
                 torch.empty(1, length, heads, d, dtype=dtype).transpose(1, 2) for d in (key_dim, key_dim, value_dim)
             )
-            state = torch.empty(1, heads, key_dim, value_dim)
-            inputs = launch.Inputs(q, k, v, torch.zeros(heads), state, None, None)
-            out = torch.empty_like(v)
-            chunkwise, parallel = launch.Options(False, True, 1.0, None), launch.Options(True, False, 1.0, None)
-            launch.forward(inputs, out, state, chunkwise)
+            state, out = torch.empty(1, heads, key_dim, value_dim), torch.empty_like(v)
             grads = (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
-            launch.backward(inputs, out, state, grads, state, chunkwise, True)
-        launch.forward(inputs, out, None, parallel)
-        launch.backward(inputs, out, None, grads, None, parallel, True)
+            borders = torch.tensor([0, length])
+            for mask, cu_seqlens in ((None, None), (torch.ones(1, length, dtype=torch.bool), None), (None, borders)):
+                inputs = launch.Inputs(q, k, v, torch.zeros(heads), state, mask, cu_seqlens)
+                launch.forward(inputs, out, state, chunkwise)
+                launch.backward(inputs, out, state, grads, state, chunkwise, True)
+        plain = launch.Inputs(q, k, v, torch.zeros(heads), None, None, None)
+        launch.forward(plain, out, None, parallel)
+        launch.backward(plain, out, None, grads, None, parallel, True)
         one = [x[:, :, :1] for x in (q, k, v)]
         launch.step(launch.Inputs(*one, torch.zeros(heads), state, None, None), torch.empty_like(one[2]), 1.0)
     return found
@@ -131,9 +133,9 @@ def _compile(capability: int, launch: Any, arguments: dict[str, Any]) -> Compile
     )
     made = triton.compile(ASTSource(kernel, signature, constants, attributes), target, options.__dict__)
     registers, spilled = _assembled(made.asm["ptx"], capability)
-    shown = " ".join(
-        f"{name}={arguments[name]}" for name in ("BK", "BV", "BM", "BN", "C", "BLOCK") if name in arguments
-    )
+    names = [name for name in ("BK", "BV", "BM", "BN", "C", "BLOCK") if name in arguments]
+    flags = [name.lower() for name in ("BACKWARD", "INDEXED", "TABLED") if arguments.get(name)]
+    shown = " ".join([*(f"{name}={arguments[name]}" for name in names), *flags])
     cores = re.search(TENSOR_CORES, made.asm["ptx"]) is not None
     shared = made.metadata.shared / 1024
     return Compiled(launch.kernel, capability, shown, launch.warps, launch.stages, registers, spilled, shared, cores)

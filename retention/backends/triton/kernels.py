@@ -305,10 +305,10 @@ def prepare(
                 found = tl.dot(q_i, tl.trans(k_i), found, input_precision=PRECISION)
             inner = _inner(rate, scale, i)
             tile = place.to(tl.int64) * chunks + c
-            cell = tile * (C * C) + i[:, None] * C + i[None, :]
+            straight = tile * (C * C) + i[:, None] * C + i[None, :]
             everywhere = (i >= 0)[:, None] & (i >= 0)[None, :]
             if not BACKWARD:
-                _store(scores + cell, found * inner, everywhere)
+                _store(scores + straight, found * inner, everywhere)
             else:
                 dfound = tl.zeros([C, C], tl.float32)
                 for block in tl.static_range((V + BV - 1) // BV):
@@ -318,7 +318,7 @@ def prepare(
                     dfound = tl.dot(do_i, tl.trans(v_i), dfound, input_precision=PRECISION)
                 dfound *= inner
                 turned = tile * (C * C) + i[None, :] * C + i[:, None]
-                _store(scores + cell, dfound, everywhere)
+                _store(scores + straight, dfound, everywhere)
                 _store(scores + matrices + turned, dfound, everywhere)
                 _store(scores + 2 * matrices + turned, found * inner, everywhere)
                 if SLOPES:
