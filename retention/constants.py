@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_kept: dict[tuple[Hashable, ...], Tensor] = {}
+_kept: dict[Hashable, Tensor] = {}
 _by_id: dict[int, Tensor] = {}  # these tensors are never freed, so no other tensor gets their ids
 
 

@@ -110,8 +110,8 @@ def launches(capability: int, dtype: torch.dtype, key_dim: int, value_dim: int) 
         plain = launch.Inputs(q, k, v, torch.zeros(heads), None, None, None)
         launch.forward(plain, out, None, parallel)
         launch.backward(plain, out, None, grads, None, parallel, True)
-        one = [x[:, :, :1] for x in (q, k, v)]
-        launch.step(launch.Inputs(*one, torch.zeros(heads), state, None, None), torch.empty_like(one[2]), 1.0)
+        one = launch.Inputs(q[:, :, :1], k[:, :, :1], v[:, :, :1], torch.zeros(heads), state, None, None)
+        launch.step(one, torch.empty_like(one.v), 1.0)
     return found
 
 

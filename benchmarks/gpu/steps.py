@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from datetime import datetime, timezone
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
 from multiprocessing import get_context
@@ -163,10 +164,9 @@ def capture() -> Iterator[Row]:
         "long": Case(torch.bfloat16, 128, 128, batch=1, length=8192, state=False),
     }.items():
         tensors, options = inputs(case)
-        mask = options.get("mask")
-        yield {"call": name, **_captured(lambda t=tensors, m=mask: _fused(t, m), tensors)}
+        yield {"call": name, **_captured(partial(_fused, tensors, options.get("mask")), tensors)}
     tensors, _ = inputs(Case(torch.bfloat16, 128, 128, length=1))
-    yield {"call": "step", **_captured(lambda: _step(tensors), tensors[:3])}
+    yield {"call": "step", **_captured(partial(_step, tensors), tensors[:3])}
 
 
 def _fused(tensors: list[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -243,14 +243,15 @@ def sides(batch: int, length: int, heads: int, key_dim: int, value_dim: int) -> 
     def ours(backend: str) -> Callable[[], Any]:
         def make() -> Any:
             x = leaves()
-            return lambda: retain(*(t.transpose(1, 2) for t in x), log_decay, backend=backend, form="chunkwise"), x
+            q, k, v = (t.transpose(1, 2) for t in x)
+            return lambda: retain(q, k, v, log_decay, backend=backend, form="chunkwise"), x
 
         return make
 
     def attention() -> Any:
         x = leaves()
-        run = torch.nn.functional.scaled_dot_product_attention
-        return lambda: run(*(t.transpose(1, 2) for t in x), is_causal=True), x
+        q, k, v = (t.transpose(1, 2) for t in x)
+        return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True), x
 
     def fla(name: str) -> Callable[[], Any]:
         def make() -> Any:

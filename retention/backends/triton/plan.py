@@ -24,6 +24,7 @@ class Sizes(NamedTuple):
         length: tokens of the longest sequence; for a packed row that of the row.
         packed: whether all sequences are in one row.
         item: bytes of a number of q, k and v.
+        masked: whether tokens are found by an index.
         mixed: whether products with a state are in another dtype than the others, as in a call in float16.
         multiprocessors: of the device.
         capability: of the device, 90 for Hopper.
@@ -38,6 +39,7 @@ class Sizes(NamedTuple):
     multiprocessors: int
     capability: int = 90
     packed: bool = False
+    masked: bool = False
     mixed: bool = False
     chunk_size: int | None = None
     has_state: bool = False
@@ -257,7 +259,10 @@ _CORE: dict[str, dict[int, tuple[int, Config]]] = {
 
 
 def _one_pass(sizes: Sizes) -> tuple[int, Config]:
-    return _fitted(sizes, _ONE_PASS, sizes.key_dim, {"BK": sizes.key_dim, "BN": sizes.value_dim})
+    chunk, (blocks, warps, stages) = _fitted(
+        sizes, _ONE_PASS, sizes.key_dim, {"BK": sizes.key_dim, "BN": sizes.value_dim}
+    )
+    return chunk, (blocks, 8 if _ragged(sizes) else warps, stages)
 
 
 def _core(sizes: Sizes, backward: bool) -> tuple[int, Config]:
@@ -279,13 +284,20 @@ def _pairs(sizes: Sizes) -> tuple[int, Config]:
     chunk, side, warps, stages = {"exact": (16, 32, 4, 1), "old": (64, 64, 8, 1)}.get(_kind(sizes), (64, 64, 4, 2))
     chunk = min(chunk, power(sizes.length))
     widest = power(max(sizes.key_dim, sizes.value_dim))
+    warps = 8 if _ragged(sizes) or sizes.key_dim != sizes.value_dim else warps
     return chunk, ({"BM": min(widest, side), "BN": min(widest, side)}, warps, stages)
 
 
 def _square(sizes: Sizes) -> Config:
     """Return the configuration of `prepare` and `slope`, which take the state in blocks."""
     keys, values, warps, stages = {"exact": (32, 32, 4, 1), "old": (64, 32, 8, 2)}.get(_kind(sizes), (64, 64, 4, 2))
+    warps = 8 if _ragged(sizes) else warps
     return {"BK": min(power(sizes.key_dim), keys), "BV": min(power(sizes.value_dim), values)}, warps, stages
+
+
+def _ragged(sizes: Sizes) -> bool:
+    """Return whether masks and places of tokens take registers of their own, so that more threads must share them."""
+    return sizes.masked or sizes.key_dim != power(sizes.key_dim) or sizes.value_dim != power(sizes.value_dim)
 
 
 def _kind(sizes: Sizes) -> str:
