@@ -15,9 +15,9 @@ from benchmarks.measure import Run, extra_memory, ratio, take_turns
 from benchmarks.record import Result, show, show_results, spread
 from retention import register, retain
 from retention.backends.xformers import XFormers, backend
-from retention.backends.xformers.attention import attend, choose
 from retention.decay import log_decays
 from retention.ffn import FeedForward
+from retention.xformers.attention import attend, choose
 
 SIDES = {"xformers": "chunkwise", "chunked": "chunkwise", "eager": "parallel"}
 ROUGH = 1e-4

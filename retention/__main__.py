@@ -12,7 +12,9 @@ from . import backends
 from .call import FORMS, Call
 from .version import __version__
 
-LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
+__all__ = ["report"]
+
+_LIBRARIES = ("torch", "einops", "triton", "xformers", "transformers", "timm")
 
 
 def report() -> str:
@@ -21,7 +23,7 @@ def report() -> str:
     owners = packages_distributions().get("retention", [])
     if len(set(owners)) > 1:
         lines += [f"WARNING: several distributions own the package `retention`: {', '.join(sorted(set(owners)))}", ""]
-    lines += ["libraries", *(f"  {name:<14} {_version(name)}" for name in LIBRARIES), "", "devices"]
+    lines += ["libraries", *(f"  {name:<14} {_version(name)}" for name in _LIBRARIES), "", "devices"]
     devices = _devices()
     lines += [f"  {name:<14} {what}" for name, what in devices.items()]
     for device in devices:

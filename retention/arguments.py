@@ -15,6 +15,19 @@ from .errors import ShapeError
 from .options import DTYPES, check_flags, check_whole, is_whole, number, shown
 from .state import RetentionState, state_dtype
 
+__all__ = [
+    "check_contents",
+    "check_form",
+    "check_input",
+    "check_mask",
+    "check_places",
+    "check_state",
+    "check_token_ids",
+    "describe",
+    "described",
+    "weight_of",
+]
+
 
 def describe(inputs: Inputs, options: Options) -> Call:
     """Check the arguments of `retain` and describe them in a `Call`.
@@ -32,7 +45,7 @@ def describe(inputs: Inputs, options: Options) -> Call:
         raise ValueError(f"scale must be a finite number, or None; got scale {shown(options.scale)}")
     if not (type(causal) is type(options.decay_norm) is type(options.return_state) is bool):
         check_flags(causal=causal, decay_norm=options.decay_norm, return_state=options.return_state)
-    check_score_norm(score_norm)
+    _check_score_norm(score_norm)
     if mask is not None or cu_seqlens is not None or grid is not None:
         check_places(batch, length, q.device, mask=mask, cu_seqlens=cu_seqlens, grid=grid, causal=causal)
         check_contents(length, mask, cu_seqlens)
@@ -90,7 +103,7 @@ def check_form(form: object) -> None:
         raise ValueError(f"form must be 'auto' or one of {', '.join(map(repr, FORMS))}; got form {shown(form)}")
 
 
-def check_score_norm(score_norm: object) -> None:
+def _check_score_norm(score_norm: object) -> None:
     """Check that score_norm is False, True or "absolute". Raises: ValueError if not."""
     if not (isinstance(score_norm, bool) or (isinstance(score_norm, str) and score_norm == "absolute")):
         raise ValueError(f"score_norm must be False, True or 'absolute'; got score_norm {shown(score_norm)}")
@@ -171,7 +184,7 @@ def check_contents(length: int, mask: Tensor | None, cu_seqlens: Tensor | None) 
         _refuse_pairs(mask)
     if cu_seqlens is not None:
         borders = _values(cu_seqlens)
-        sound = (borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)
+        sound = ((borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)).all()
         message = f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}"
         _require(sound, message, cu_seqlens)
 
@@ -329,7 +342,7 @@ def _values(x: Tensor) -> Tensor:
 
 
 def _require(condition: Tensor, message: str, value: Tensor) -> None:
-    """Raise `message` unless the values in `condition`, which is made from `_values`, are all True.
+    """Raise `message` unless `condition` (), which is made from `_values`, is True.
 
     On an accelerator, and in a compiled call on every device, the check runs asynchronously, since waiting for its
     result would stop the queue.
@@ -337,6 +350,6 @@ def _require(condition: Tensor, message: str, value: Tensor) -> None:
     if type(condition) is not Tensor or condition.device.type == "meta":
         return  # the tensors of a tracer have no values
     if torch.compiler.is_compiling() or condition.device.type != "cpu":
-        torch._assert_async(condition.all(), message.format("of other values"))
-    elif not condition.all():
+        torch._assert_async(condition, message.format("of other values"))
+    elif not condition:
         raise ValueError(message.format(_values(value).tolist()))

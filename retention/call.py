@@ -6,12 +6,14 @@ a backend is chosen and run.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, TypedDict
 
 import torch
 from torch import Tensor
 
 from .state import RetentionState
+
+__all__ = ["FORMS", "Backend", "Call", "Inputs", "Options", "RetainOptions", "ScoreNorm"]
 
 FORMS = ("parallel", "chunkwise", "recurrent")
 ScoreNorm = bool | Literal["absolute"]
@@ -29,9 +31,7 @@ class Inputs(NamedTuple):
     cu_seqlens: Tensor | None = None
 
 
-class Options(
-    NamedTuple
-):  # takes less than a microsecond to make, in each decoding step; a frozen dataclass takes longer
+class Options(NamedTuple):  # made in each decoding step; a frozen dataclass takes several times as long
     """The options of a call, as in `retain`.
 
     Attributes:
@@ -49,6 +49,23 @@ class Options(
     form: str = "auto"
     return_state: bool = False
     in_place: bool = False
+
+
+class RetainOptions(TypedDict, total=False):
+    """The types of the arguments of `retain` that have a default, without return_state, which decides its result."""
+
+    state: RetentionState | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    scale: float | None
+    causal: bool
+    grid: tuple[int, int] | None
+    decay_norm: bool
+    score_norm: ScoreNorm
+    out_dtype: torch.dtype | None
+    chunk_size: int | None
+    backend: str
+    form: str
 
 
 class Call(NamedTuple):

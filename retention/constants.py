@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+__all__ = ["as_tensor", "is_constant", "kept", "traced"]
+
 _kept: dict[Hashable, Tensor] = {}
 _by_id: dict[int, Tensor] = {}  # these tensors are never freed, so no other tensor gets their ids
 

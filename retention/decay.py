@@ -20,6 +20,19 @@ from torch import Tensor, nn
 from .constants import as_tensor, kept
 from .options import check_device, check_dtype, check_flags, check_number, check_whole, number, shown
 
+__all__ = [
+    "SCHEDULES",
+    "HeadDecay",
+    "check_decay",
+    "decay_factors",
+    "decay_matrix",
+    "geometric_sum",
+    "log_decays",
+    "log_linear",
+    "paper",
+    "short",
+]
+
 
 def paper(num_heads: int) -> tuple[float, ...]:
     """Return the log-decays of the paper, gamma_h = 1 - 2^(-5 - h) for heads h = 0, 1, ...

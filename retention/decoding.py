@@ -13,12 +13,14 @@ from .arguments import check_mask, check_token_ids
 from .errors import ShapeError
 from .options import check_is, check_whole, number, shown
 
-State = TypeVar("State")
+__all__ = ["stream"]
+
+_State = TypeVar("_State")
 
 
 def stream(
-    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, State]],
-    step: Callable[[Tensor, State], Tensor],
+    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, _State]],
+    step: Callable[[Tensor, _State], Tensor],
     tokens: Tensor,
     max_new_tokens: int,
     *,
@@ -69,8 +71,8 @@ def stream(
 
 @torch.inference_mode()
 def _stream(
-    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, State]],
-    step: Callable[[Tensor, State], Tensor],
+    prompt: Callable[[Tensor, Tensor | None], tuple[Tensor, _State]],
+    step: Callable[[Tensor, _State], Tensor],
     tokens: Tensor,
     max_new_tokens: int,
     temperature: float,

@@ -1,5 +1,7 @@
 """The errors of this library that have a name of their own. All other errors are a plain TypeError or ValueError."""
 
+__all__ = ["BackendError", "NotSavedError", "ShapeError"]
+
 
 class ShapeError(ValueError):
     """The sizes of tensors or options do not fit together."""

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import check_input, check_mask, weight_of
-from .backends.xformers.swiglu import check, swiglu
 from .layer import ACTIVATIONS
-from .norm import RMSNorm
+from .norm import BACKENDS, NORMS
 from .options import (
     check_choice,
     check_device,
@@ -28,9 +27,9 @@ from .options import (
     check_whole,
 )
 from .state import state_dtype
+from .xformers.swiglu import check, swiglu
 
-NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}
-BACKENDS = ("torch", "xformers")
+__all__ = ["FeedForward", "MixtureOfExperts"]
 
 
 class FeedForward(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,32 @@ from .scores import scores as retention_scores
 from .state import RetentionState, state_dtype
 from .times import counts
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+    from .call import RetainOptions
+
+__all__ = ["explain", "initial_state", "retain", "scores", "step", "stepped"]
+
+
+@overload
+def retain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    *,
+    return_state: Literal[False] = False,
+    **options: Unpack[RetainOptions],
+) -> Tensor: ...
+@overload
+def retain(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, return_state: Literal[True], **options: Unpack[RetainOptions]
+) -> tuple[Tensor, RetentionState]: ...
+@overload
+def retain(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, return_state: bool, **options: Unpack[RetainOptions]
+) -> Tensor | tuple[Tensor, RetentionState]: ...
 def retain(
     q: Tensor,
     k: Tensor,

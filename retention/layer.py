@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 import torch
 from einops import rearrange, reduce
@@ -26,7 +26,7 @@ from .call import FORMS, Inputs, Options, ScoreNorm
 from .decay import HeadDecay
 from .errors import ShapeError
 from .functional import initial_state, retain, scores, stepped
-from .norm import HeadNorm
+from .norm import HEAD_NORMS, HeadNorm
 from .options import (
     check_choice,
     check_device,
@@ -44,14 +44,30 @@ from .rotary import frequencies, pair_decays, rotation, rotation_table, turned
 from .state import RetentionState, state_dtype
 from .times import token_times
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["ACTIVATIONS", "GATED_AT_ONCE", "ForwardOptions", "HasBackend", "MultiScaleRetention", "set_backend"]
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "relu": F.relu,
     "sigmoid": torch.sigmoid,
 }
-NORMS = ("group", "rms")
 GATED_AT_ONCE = 2**18  # elements, on CPU without gradients: 10 % faster from 2048 tokens on
+
+
+class ForwardOptions(TypedDict, total=False):
+    """The types of the options of `MultiScaleRetention.forward` but return_state, which decides its result."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    state: RetentionState | None
+    grid: tuple[int, int] | None
+    rotation: Tensor | None
+    form: str | None
+    backend: str | None
 
 
 class HasBackend(nn.Module):
@@ -152,7 +168,7 @@ class MultiScaleRetention(HasBackend):
         value_dim = 2 * dim if value_dim is None else value_dim
         _check_sizes(num_heads=num_heads, num_kv_heads=num_kv_heads, key_dim=key_dim, value_dim=value_dim)
         check_choice("gate", gate, (*ACTIVATIONS, None))
-        check_choice("norm", norm, (*NORMS, None))
+        check_choice("norm", norm, (*HEAD_NORMS, None))
         check_choice("norm_affine", norm_affine, (False, "shared", "channel"))
         check_choice("score_norm", score_norm, (False, True, "absolute"))
         check_choice("form", form, (*FORMS, "auto"))
@@ -193,7 +209,7 @@ class MultiScaleRetention(HasBackend):
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_value_dim, bias, **dd)
         self.g_proj = nn.Linear(dim, value_dim, bias, **dd) if gate else None
         self.out_proj = nn.Linear(value_dim, dim, bias, **dd)
-        self.gate = ACTIVATIONS[gate] if gate else None
+        self.gate_activation = ACTIVATIONS[gate] if gate else None
         self.norm = (
             HeadNorm(num_heads, self.head_value_dim, norm, norm_affine, norm_eps, **dd) if norm else nn.Identity()
         )
@@ -213,6 +229,36 @@ class MultiScaleRetention(HasBackend):
             self.norm.reset_parameters()
         self.decay.reset_parameters()
 
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        return_state: Literal[False] = False,
+        **options: Unpack[ForwardOptions],
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        return_state: Literal[True],
+        **options: Unpack[ForwardOptions],
+    ) -> tuple[Tensor, RetentionState]: ...
+    @overload
+    def forward(
+        self,
+        x: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *,
+        return_state: bool,
+        **options: Unpack[ForwardOptions],
+    ) -> Tensor | tuple[Tensor, RetentionState]: ...
     def forward(
         self,
         x: Tensor,
@@ -227,14 +273,14 @@ class MultiScaleRetention(HasBackend):
         rotation: Tensor | None = None,
         form: str | None = None,
         backend: str | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, RetentionState]:
         """Compute retention of the tokens of x; with `state`, x continues the sequence of the state.
 
         Shapes: x, key and value (B, T, dim); mask (B, T) bool; cu_seqlens (N + 1,) int32 with B = 1; y (B, T, dim).
         Args:
             x: input of the queries and the gate.
             key: input of the keys; default: x.
-        value: input of the values; default: key.
+            value: input of the values; default: key.
             mask: True = real token; padding may stand anywhere.
             cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
             state: the state that an earlier call returned; default: the beginning of a sequence.
@@ -243,7 +289,7 @@ class MultiScaleRetention(HasBackend):
                 causal=False. Rotary positions still count the tokens one by one.
             rotation: the result of `self.rotation`, so that many layers can share it; default: computed here.
             form: of this call; default: that of the layer.
-        backend: of this call; default: that of the layer.
+            backend: of this call; default: that of the layer.
         Returns: y; with return_state, the pair (y, state).
         Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
             call.
@@ -289,6 +335,9 @@ class MultiScaleRetention(HasBackend):
             return self._output(retained, x, v.dtype)
         out, new = retained
         return self._output(out, x, v.dtype), new
+
+    if TYPE_CHECKING:
+        __call__ = forward  # calls of the layer have its types
 
     def step(
         self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
@@ -417,18 +466,18 @@ class MultiScaleRetention(HasBackend):
 
     def _gated(self, out: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return gate(x W_g) * norm(out), (B, T, num_heads, value_dim / num_heads), in `dtype`."""
-        if self.gate is None or self.g_proj is None:
+        if self.gate_activation is None or self.g_proj is None:
             return self.norm(out).to(dtype)
         gate = self.g_proj(x).view_as(out)
         few = out.numel() <= GATED_AT_ONCE
         if few or torch.is_grad_enabled() or torch.compiler.is_compiling() or out.device.type != "cpu":
-            return (self.gate(gate) * self.norm(out)).to(dtype)
+            return (self.gate_activation(gate) * self.norm(out)).to(dtype)
         # A part of the tokens at a time, written over `out`: the intermediate results stay in the processor's cache.
         gated = out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
         tokens = max(1, GATED_AT_ONCE * out.shape[1] // out.numel())
         for parts in zip(*(z.split(tokens, dim=1) for z in (out, gate, gated)), strict=True):
             out_i, gate_i, gated_i = parts
-            torch.mul(self.gate(gate_i), self.norm(out_i), out=gated_i)
+            torch.mul(self.gate_activation(gate_i), self.norm(out_i), out=gated_i)
         return gated
 
     def _check_causal(self) -> None:
@@ -441,15 +490,9 @@ class MultiScaleRetention(HasBackend):
         key: Tensor,
         value: Tensor,
         *,
-        mask: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        state: RetentionState | None = None,
         return_state: bool = False,
-        grid: tuple[int, int] | None = None,
-        rotation: Tensor | None = None,
-        form: str | None = None,
-        backend: str | None = None,
         here: bool = True,
+        **options: Unpack[ForwardOptions],
     ) -> None:
         """Check the inputs of `forward`. Raises: ShapeError, ValueError or TypeError that names the argument.
 
@@ -457,6 +500,9 @@ class MultiScaleRetention(HasBackend):
         """
         self._check_tensors(x, key, value, here)
         check_flags(return_state=return_state)
+        mask, cu_seqlens, state = options.get("mask"), options.get("cu_seqlens"), options.get("state")
+        grid, rotation = options.get("grid"), options.get("rotation")
+        form, backend = options.get("form"), options.get("backend")
         if form is not None:
             check_form(form)
         if backend is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from .arguments import check_token_ids
 from .decoding import stream
 from .errors import ShapeError
-from .ffn import BACKENDS, NORMS, FeedForward, MixtureOfExperts
-from .layer import ACTIVATIONS, MultiScaleRetention
+from .ffn import FeedForward, MixtureOfExperts
+from .layer import ACTIVATIONS, ForwardOptions, MultiScaleRetention
+from .norm import BACKENDS, NORMS
 from .options import (
     check_choice,
     check_device,
@@ -32,6 +33,11 @@ from .options import (
     shown,
 )
 from .state import RetentionState
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["PRESETS", "BackboneOutput", "BlockOutput", "DropPath", "RetNet", "RetNetBackbone", "RetNetBlock"]
 
 # Sizes for RetNet.from_preset. The small presets are for trials on a CPU; `python -m benchmarks quality` compares their
 # options. Their heads look back about 2 to 128 tokens, those of the paper 32 and more. The large presets have the
@@ -54,7 +60,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The option `retention` of a model may hold every option of MultiScaleRetention but these.
 _OF_THE_MODEL = ("dim", "num_heads", "device", "dtype")
-RETENTION_OPTIONS = tuple(
+_RETENTION_OPTIONS = tuple(
     name for name in inspect.signature(MultiScaleRetention).parameters if name not in _OF_THE_MODEL
 )
 
@@ -170,8 +176,8 @@ class RetNetBlock(nn.Module):
         check_whole("dim", dim)
         check_is("ffn", ffn, nn.Module, "an nn.Module")
         check_is("retention", retention, dict, "options of MultiScaleRetention by name")
-        if unknown := [name for name in retention if name not in RETENTION_OPTIONS]:
-            names = ", ".join(RETENTION_OPTIONS)
+        if unknown := [name for name in retention if name not in _RETENTION_OPTIONS]:
+            names = ", ".join(_RETENTION_OPTIONS)
             raise TypeError(f"retention must hold options of MultiScaleRetention, {names}; got {shown(unknown)}")
         check_choice("norm", norm, NORMS)
         check_eps("norm_eps", norm_eps)
@@ -188,18 +194,19 @@ class RetNetBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.norm_before, self.alpha = norm_before, alpha
 
-    def forward(self, x: Tensor, **options: Any) -> BlockOutput:
+    def forward(self, x: Tensor, *, return_state: bool = False, **options: Unpack[ForwardOptions]) -> BlockOutput:
         """Map x (B, T, dim) to the output of the block.
 
         Args:
             x: (B, T, dim).
-            options: the options of `MultiScaleRetention.forward`, by name.
+            return_state: fill the state of the output.
+            options: the further options of `MultiScaleRetention.forward`, by name.
         Returns: a `BlockOutput`.
         Raises: the errors of `MultiScaleRetention.forward`.
         """
-        self.retention.check_inputs(x, x, x, **options)
-        y = self.retention(self.retention_norm(x) if self.norm_before else x, **options)
-        y, state = y if options.get("return_state") else (y, None)
+        self.retention.check_inputs(x, x, x, return_state=return_state, **options)
+        y = self.retention(self.retention_norm(x) if self.norm_before else x, return_state=return_state, **options)
+        y, state = (y, None) if isinstance(y, Tensor) else y
         return self._after_retention(x, y, state, options.get("mask"))
 
     def step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
@@ -467,6 +474,16 @@ class RetNetBackbone(nn.Module):
         return block(x, **options)
 
 
+class _Options(TypedDict, total=False):
+    """The types of the options of `RetNet.forward` but return_state, which decides its result."""
+
+    state: list[RetentionState] | None
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    form: str | None
+    backend: str | None
+
+
 class RetNet(nn.Module):
     """A language model: token indices in, logits out.
 
@@ -534,6 +551,18 @@ class RetNet(nn.Module):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {shown(preset)}")
         return cls(**{**PRESETS[preset], **changes})
 
+    @overload
+    def forward(
+        self, tokens: Tensor, *, return_state: Literal[False] = False, **options: Unpack[_Options]
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self, tokens: Tensor, *, return_state: Literal[True], **options: Unpack[_Options]
+    ) -> tuple[Tensor, list[RetentionState]]: ...
+    @overload
+    def forward(
+        self, tokens: Tensor, *, return_state: bool, **options: Unpack[_Options]
+    ) -> Tensor | tuple[Tensor, list[RetentionState]]: ...
     def forward(
         self,
         tokens: Tensor,
@@ -544,7 +573,7 @@ class RetNet(nn.Module):
         return_state: bool = False,
         form: str | None = None,
         backend: str | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, list[RetentionState]]:
         """Return the logits of tokens, and with return_state also the state after the last token.
 
         Shapes: tokens (B, T); logits (B, T, vocab_size); mask (B, T) bool; cu_seqlens (N + 1,) int32 with B = 1.
@@ -552,10 +581,10 @@ class RetNet(nn.Module):
             tokens: int32 or int64 indices below vocab_size.
             state: the states of all blocks from an earlier call, whose sequence the tokens continue.
             mask: True = real token; padding may stand anywhere.
-        cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
+            cu_seqlens: borders of N sequences that are packed into one row, as in `retain`.
             return_state: return the states too.
-        form: of this call; default: that of each layer.
-        backend: of this call; default: that of each layer.
+            form: of this call; default: that of each layer.
+            backend: of this call; default: that of each layer.
         Returns: logits; with return_state, the pair (logits, list of one `RetentionState` per block).
         Raises: ShapeError, ValueError or TypeError that names the argument; BackendError if no backend can run the
             call.
@@ -566,6 +595,9 @@ class RetNet(nn.Module):
         )
         out = self.backbone(self.embedding(tokens), state=state, **options)
         return (self.head(out.hidden), out.state) if return_state else self.head(out.hidden)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # calls of the model have its types
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: list[RetentionState], *, mask: Tensor | None = None) -> Tensor:

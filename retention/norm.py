@@ -9,10 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import check_input
-from .backends.xformers import norm as xformers_norm
 from .options import check_choice, check_device, check_dtype, check_eps, check_is, check_whole
+from .xformers import norm as xformers_norm
+
+__all__ = ["BACKENDS", "HEAD_NORMS", "NORMS", "HeadNorm", "RMSNorm", "set_norm_backend"]
 
 BACKENDS = ("torch", "xformers")
+HEAD_NORMS = ("group", "rms")  # kinds of `HeadNorm`
 
 
 class RMSNorm(nn.RMSNorm):
@@ -35,6 +38,9 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x (..., dim)."""
         return _rms_norm(x, self.weight, self.eps, self.backend)
+
+
+NORMS: dict[str, type[nn.Module]] = {"rms": RMSNorm, "layer": nn.LayerNorm}  # norms of a whole width
 
 
 class HeadNorm(nn.Module):
@@ -73,7 +79,7 @@ class HeadNorm(nn.Module):
         super().__init__()
         check_whole("num_heads", num_heads)
         check_whole("head_dim", head_dim)
-        check_choice("kind", kind, ("group", "rms"))
+        check_choice("kind", kind, HEAD_NORMS)
         check_choice("affine", affine, (False, "shared", "channel"))
         check_eps("eps", eps)
         check_device(device)

@@ -13,6 +13,8 @@ from .decay import geometric_sum
 from .state import state_dtype
 from .times import counts, token_times
 
+__all__ = ["score_divisor", "total_decay"]
+
 
 def total_decay(call: Call, inputs: Inputs) -> Tensor:
     """Return the divisor of decay_norm before its square root, sum_i D_ni of each token n, (B, H, T) or (1, H, T).

@@ -13,6 +13,23 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
+__all__ = [
+    "DTYPES",
+    "check_choice",
+    "check_device",
+    "check_dtype",
+    "check_eps",
+    "check_factor",
+    "check_flags",
+    "check_is",
+    "check_number",
+    "check_rates",
+    "check_whole",
+    "is_whole",
+    "number",
+    "shown",
+]
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 

@@ -15,7 +15,9 @@ from .constants import as_tensor, kept
 from .errors import ShapeError
 from .options import check_dtype, check_factor, check_flags, check_is, check_whole, shown
 
-SCHEDULES = ("paper", "rope", "xpos")
+__all__ = ["frequencies", "pair_decays", "rotate", "rotation", "rotation_table", "turned"]
+
+_ROTARIES = ("paper", "rope", "xpos")
 
 
 def frequencies(rotary: str, key_dim: int, base: float = 10000.0) -> tuple[float, ...]:
@@ -34,8 +36,8 @@ def frequencies(rotary: str, key_dim: int, base: float = 10000.0) -> tuple[float
         >>> frequencies("rope", 4), frequencies("paper", 4)
         ((1.0, 0.01), (1.0, 0.0001))
     """
-    if not isinstance(rotary, str) or rotary not in SCHEDULES:
-        raise ValueError(f"rotary must be one of {', '.join(map(repr, SCHEDULES))} or None; got rotary {shown(rotary)}")
+    if not isinstance(rotary, str) or rotary not in _ROTARIES:
+        raise ValueError(f"rotary must be one of {', '.join(map(repr, _ROTARIES))} or None; got rotary {shown(rotary)}")
     check_whole("key_dim", key_dim)
     check_factor("base", base)
     if key_dim % 2:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .decay import decay_matrix
 from .state import state_dtype
 
+__all__ = ["grid_decays", "grid_scores", "repeated_heads", "scores"]
+
 
 def scores(
     q: Tensor,

@@ -11,6 +11,8 @@ from torch import Tensor
 from .errors import ShapeError
 from .options import check_device, check_is, is_whole
 
+__all__ = ["RetentionState", "state_dtype"]
+
 
 @dataclass
 class RetentionState:

@@ -8,6 +8,8 @@ from torch import Tensor
 from .call import Call, Inputs
 from .state import RetentionState
 
+__all__ = ["counts", "token_times"]
+
 
 def token_times(
     batch: int,

@@ -1,5 +1,6 @@
 """Small models of transformers with attention, one of each family, and a batch for them."""
 
+import pytest
 import torch
 import transformers
 
@@ -91,6 +92,12 @@ NAMES = {  # in the README, where it is not that of the class
     "Whisper": "Whisper's encoder",
 }
 LENGTHS = (100, 70, 7)
+
+
+def each(families, quick):
+    """A test for each of the families; those that are not `quick` are slow, by their number."""
+    cases = [family if family in quick else pytest.param(family, marks=pytest.mark.slow) for family in families]
+    return pytest.mark.parametrize("family", cases)
 
 
 def build(family):

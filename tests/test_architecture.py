@@ -1,6 +1,7 @@
 """The folder layout is the architecture: this file fails when an import or the packaging contradicts it."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT 
 LEVELS = (
     ("version", "errors", "constants", "options"),
     ("decay", "rotary", "state"),
-    ("call",),
+    ("call", "xformers"),
     ("times", "scores"),
     ("normalisers",),
     ("arguments",),
@@ -40,7 +41,7 @@ DOORS = {
     "filelock": "saving",
     "matplotlib": "plot",
     "typer": "cli",
-    "xformers": "xformers",
+    "xformers": "library",
     "triton": "triton",
     "fla": "fla",
 }
@@ -138,6 +139,40 @@ def test_backends_do_not_import_each_other():
             assert not found & (names - {own})
 
 
+RESULTS = {"BackboneOutput", "Choice", "Chunked"}  # classes of objects that users get, and need not name
+
+
+def public(source):
+    """The names that a file defines for others: without an underscore, at its top."""
+    for node in ast.parse(source).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names = [getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)]
+        yield from (name for name in names if name and not name.startswith("_"))
+
+
+def used_nowhere_else(path, source, others):
+    return {
+        name for name in public(source) if not any(name in words for other, words in others.items() if other != path)
+    }
+
+
+def test_names_that_no_other_file_uses_are_private():
+    tops = ("retention", "integrations", "tests", "benchmarks", "docs")
+    texts = {path: path.read_text() for top in tops for path in (ROOT / top).rglob("*.py")}
+    words = {path: set(re.findall(r"\w+", text)) for path, text in texts.items()}
+    room = ROOT / "retention"
+    unused = {
+        str(path.relative_to(ROOT)): names
+        for path, text in texts.items()
+        if path.is_relative_to(room) and path.name != "cli.py"
+        if (names := used_nowhere_else(path, text, words) - RESULTS)
+    }
+    assert not unused
+    assert used_nowhere_else(Path("a.py"), "NEW = 1\n_OWN: int = 2\ndef seen(): ...", {Path("b.py"): {"seen"}}) == {
+        "NEW"
+    }
+
+
 def undeclared(source):
     """Names that a file defines, and neither lists in `__all__` nor marks as private."""
     tree = ast.parse(source)
@@ -158,7 +193,7 @@ def undeclared(source):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if path.relative_to(ROOT).parts[0] == "integrations" and path.parent.name != "swap"],
+    [path for path in FILES if path.parent.name != "swap" and path.name != "cli.py"],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_a_name_is_public_by_all_or_private_by_an_underscore(path):
@@ -185,11 +220,15 @@ def test_every_package_is_shipped():
     assert set(listed) == {name if name.startswith("retention") else f"retention.{name}" for name in there}
 
 
-def test_import_retention_needs_torch_and_einops_alone():
-    code = "import sys, retention; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+@pytest.mark.slow
+def test_the_core_torchscales_names_and_attention_need_torch_and_einops_alone():
+    """xformers is imported at first use, and only there."""
+    names = "retention, retention.integrations.torchscale, retention.backends.xformers.attention"
+    code = f"import sys, {names}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+    others = {"transformers", "accelerate", "safetensors", "typer", "datasets", "matplotlib", "timm", "torchscale"}
     assert {"torch", "einops"} <= loaded
-    assert not loaded & {"transformers", "accelerate", "typer", "xformers", "timm", "triton", "datasets", "matplotlib"}
+    assert not loaded & {*others, "xformers", "triton"}
 
 
 def test_the_mapped_folder_has_one_name():

@@ -35,6 +35,7 @@ def lines(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_run_is_kept_with_where_it_was_measured_and_a_picture(tmp_path):
     file = tmp_path / "op.jsonl"
     run("--results", file, "op", "--length", 8, "--backend", "chunked", "--backend", "eager", "--quick")
@@ -120,6 +121,7 @@ def test_extra_memory_is_the_peak_of_tensors():
     assert extra_memory(some) == pytest.approx(12e6, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 def test_freed_memory_is_kept_once_that_is_asked_for():
     """Page faults of 64 MB that were free already: as malloc comes, and then."""

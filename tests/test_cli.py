@@ -1,9 +1,9 @@
 """`python -m retention` and what the command needs."""
 
 import errno
-import os
+import importlib
 import re
-import subprocess
+import runpy
 import sys
 from typing import get_args, get_type_hints
 
@@ -39,29 +39,42 @@ def test_report_warns_of_a_second_owner_of_the_name(monkeypatch):
     assert "WARNING: several distributions own the package `retention`: multiscale-retention, retention" in report()
 
 
-def test_module_runs():
-    assert "backends on cpu" in subprocess.check_output([sys.executable, "-m", "retention"], text=True)
+def test_module_runs(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "retention.__main__")  # as if nothing had imported it
+    runpy.run_module("retention", run_name="__main__")
+    assert "backends on cpu" in capsys.readouterr().out
 
 
-def test_the_command_says_what_to_install_without_typer():
-    code = "import sys; sys.modules['typer'] = None; from retention.cli import main"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert 'pip install "multiscale-retention[cli]"' in result.stderr
+def test_the_command_says_what_to_install_without_typer(monkeypatch):
+    monkeypatch.setattr(retention, "cli", cli)  # back again after the test
+    monkeypatch.delitem(sys.modules, "retention.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r'pip install "multiscale-retention\[cli\]"'):
+        importlib.import_module("retention.cli")
 
 
-def test_an_error_that_nobody_foresaw_is_one_line_unless_its_traceback_is_asked_for():
-    code = "from retention import cli; cli.app.command('fail')(lambda: {}['key']); cli.main()"
-    for extra, shown in (({}, False), ({"RETENTION_TRACEBACK": "1"}, True)):
-        result = subprocess.run(
-            [sys.executable, "-c", code, "fail"],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, **extra},
-        )
-        assert result.returncode == 1
-        assert ("Traceback" in result.stderr) == shown
-        assert ("error: KeyError: 'key'\nRETENTION_TRACEBACK=1 shows" in result.stderr) != shown
+@pytest.fixture
+def failing(monkeypatch):
+    """The command has an error that nobody foresaw."""
+    monkeypatch.delenv("RETENTION_TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["retention", "fail"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer puts its own there
+    monkeypatch.setattr(cli.app, "registered_commands", [*cli.app.registered_commands])
+    cli.app.command("fail")(lambda: {}["key"])
+
+
+def test_an_error_that_nobody_foresaw_is_one_line(failing, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    assert "error: KeyError: 'key'\nRETENTION_TRACEBACK=1 shows" in capsys.readouterr().err
+
+
+def test_the_traceback_of_an_error_that_nobody_foresaw_is_shown_if_asked_for(failing, monkeypatch, capsys):
+    monkeypatch.setenv("RETENTION_TRACEBACK", "1")
+    with pytest.raises(KeyError):
+        cli.main()
+    assert "error: " not in capsys.readouterr().err
 
 
 def options_of_commands():

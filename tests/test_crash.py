@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="it limits the size of files as Linux does")
 def test_what_was_killed_and_resumed_gives_what_an_uninterrupted_run_gives():
     words = [sys.executable, "-m", "tests.crash", "--kills", "6"]

@@ -53,6 +53,7 @@ def desk(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("document", WITH_SNIPPETS, ids=names(WITH_SNIPPETS))
 def test_snippets_run(document, desk, registry):
     exec(compile(program(text_of(document)), str(document), "exec"), {"__name__": document.stem})

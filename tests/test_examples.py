@@ -34,12 +34,14 @@ def test_layers_are_trained_and_write_what_one_pass_would(monkeypatch, tmp_path,
     assert "\ndef " in text
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_is_trained_replaced_and_trained_on(monkeypatch, tmp_path, capsys):
     text = run("vision.py", monkeypatch, tmp_path, capsys)
     assert "retention in 4 layers" in text
     assert len(re.findall(r"\d+\.\d %", text)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [(), ("--window", "8")], ids=["retention", "window"])
 def test_attention_is_replaced_and_maps_are_drawn(monkeypatch, tmp_path, capsys, window):
     text = run("replace_attention.py", monkeypatch, tmp_path, capsys, *window)

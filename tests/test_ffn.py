@@ -1,10 +1,14 @@
 """The feed-forward, dense and with experts, against its formula."""
 
+import sys
+import types
+
 import pytest
 import torch
+from fake_xformers import fake, hide
 from torch.nn import functional as F
 
-from retention import BackendError
+from retention import BackendError, backends
 from retention.ffn import FeedForward, MixtureOfExperts
 from retention.model import RetNetBackbone
 
@@ -56,6 +60,7 @@ def test_each_token_goes_through_its_experts(top_k):
         torch.testing.assert_close(got, sum(chances[i] / total * moe.experts[i](token) for i in best))
 
 
+@pytest.mark.slow
 def test_compiled_experts_give_the_same():
     moe, x = drawn(MixtureOfExperts(6, 10, num_experts=4, top_k=2)), torch.randn(2, 5, 6).double()
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
@@ -123,6 +128,7 @@ def test_xformers_swiglu_has_the_parameters_of_the_other_and_is_asked_for(monkey
     assert plain(x).unique().numel() > 1
 
 
+@pytest.mark.slow
 def test_xformers_swiglu_under_autocast_and_in_one_compiled_graph():
     ffn, x = drawn(FeedForward(6, 10, **SILU)).float(), torch.randn(2, 3, 6)
     plain = FeedForward(6, 10, activation="silu")
@@ -166,3 +172,31 @@ def test_the_backend_reaches_every_block_and_experts_refuse_it():
     assert [block.ffn.backend for block in model.blocks] == ["xformers"] * 2
     with pytest.raises(ValueError, match="ffn_backend 'xformers' computes .*; got .*, moe_freq 2"):
         RetNetBackbone(16, 2, 2, activation_fn="silu", ffn_backend="xformers", moe_freq=2, moe_expert_count=2)
+
+
+def wrong_swiglu(real):
+    def swiglu(*args, op):
+        return real.swiglu(*args) * 1.1
+
+    return fake(swiglu=swiglu, SwiGLUEagerOp=None)
+
+
+BROKEN_SWIGLU = {
+    "missing": (lambda real: {"xformers": None}, ModuleNotFoundError, 'not installed: pip install "xformers==0.0.35"'),
+    "too new": (lambda real: fake(), ImportError, "cannot import name 'SwiGLUEagerOp'.*pip install --force-reinstall"),
+    "wrong": (wrong_swiglu, ArithmeticError, "its swiglu, or its gradient, is wrong.*pip install"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_SWIGLU)
+def test_an_unusable_swiglu_is_an_error_when_the_layer_is_built(case, unprobed):
+    make, cause, message = BROKEN_SWIGLU[case]
+    from xformers import ops
+
+    hide(unprobed)
+    for name, module in make(types.SimpleNamespace(swiglu=ops.swiglu)).items():
+        unprobed.setitem(sys.modules, name, module)
+    with pytest.raises(BackendError, match=f"(?s)xformers' swiglu cannot run on cpu: .*{message}") as error:
+        FeedForward(4, 4, activation="silu", backend="xformers")
+    assert isinstance(error.value.__cause__, cause)
+    assert backends._backends["xformers"].cause is None, "the products are another part"

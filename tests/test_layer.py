@@ -320,6 +320,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
 # --- compile, export --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"interleaved": False, "learnable_decay": True}], ids=str)
 def test_compiles_to_one_graph_and_does_not_recompile(options):
     layer, x = make(dtype=torch.float32, **options), torch.randn(2, 9, 32, requires_grad=True)
@@ -341,6 +342,7 @@ def test_compiles_to_one_graph_and_does_not_recompile(options):
     torch.testing.assert_close(state.kv, other.kv)
 
 
+@pytest.mark.slow
 def test_one_decoding_step_compiles_and_exports():
     layer, x = make(dtype=torch.float32), torch.randn(2, 1, 32)
 

@@ -58,6 +58,7 @@ def test_presets_have_the_parameters_their_formula_says(name):
     assert sum(p.numel() for p in model.parameters()) == vocab * dim + layers * (retention + ffn) + norms + decays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "billions"), [("300m", 0.30), ("1.3b", 1.3), ("2.7b", 2.7), ("6.7b", 6.7)])
 def test_paper_presets_have_the_size_in_their_name(name, billions):
     model = RetNet.from_preset(name, device="meta")

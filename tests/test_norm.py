@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from retention import BackendError, MultiScaleRetention, RetNet, set_norm_backend
-from retention.backends.xformers import norm
 from retention.norm import HeadNorm, RMSNorm
+from retention.xformers import norm
 
 EPS = 0.1
 

@@ -11,9 +11,9 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from retention.backends.xformers import probe
 from retention.integrations.transformers import compat
 from retention.version import __version__
+from retention.xformers import probe
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -29,7 +29,7 @@ HOMES = {"sklearn": "scikit-learn"}  # distributions that go by another name tha
 EXTRAS = {
     "retention": (),
     "retention/cli.py": ("cli",),
-    "retention/backends/xformers": ("xformers",),
+    "retention/xformers": ("xformers",),
     "integrations": (),
     "integrations/checkpoints.py": ("transformers",),
     "integrations/weights.py": ("transformers",),

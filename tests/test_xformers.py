@@ -3,7 +3,6 @@
 import gc
 import subprocess
 import sys
-import types
 import weakref
 from itertools import pairwise
 
@@ -11,15 +10,16 @@ import cases
 import oracle
 import pytest
 import torch
+from fake_xformers import fake, hide
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retention
 from retention import BackendError, MultiScaleRetention, RetentionState, backends, explain, retain
 from retention.__main__ import report
-from retention.backends.xformers import XFormers, blocks, chunkwise, parallel, probe
+from retention.backends.xformers import XFormers, chunkwise, parallel
 from retention.backends.xformers.operator import block_sparse
-from retention.ffn import FeedForward
+from retention.xformers import library
 
 LOG_DECAY = torch.tensor([-0.01, -0.3], dtype=torch.float64)
 X = dict(backend="xformers")
@@ -40,6 +40,7 @@ def small(registry):
 # --- the same numbers -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(cases.calls(), st.integers(1, 4))
 def test_several_blocks_agree_with_the_definition(small, case, times):
@@ -172,6 +173,7 @@ def test_gradients_of_everything_are_those_of_finite_differences(form, options, 
     assert torch.autograd.gradcheck(run, [x.requires_grad_() for x in inputs], fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck looks at it itself
 def test_the_operator_keeps_torchs_contract():
     q, k, v = (x.requires_grad_() for x in qkv(kv_heads=1, length=35))
@@ -191,6 +193,7 @@ def test_the_operator_keeps_torchs_contract():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_is_kept_stays_bounded_over_many_lengths(monkeypatch):
     monkeypatch.setattr(parallel.patterns, "limit", 4 * 2**20)
     seen = []
@@ -234,8 +237,8 @@ def test_eps_leaves_out_blocks_that_have_decayed_and_no_others(small):
     q, k, v = qkv(length=320, dtype=torch.float32)
     retention.register("rough", XFormers(eps=1e-4, block_size=16))
     want, got = (retain(q, k, v, LOG_DECAY, backend=name, form="parallel") for name in (small, "rough"))
-    walk = parallel.Walk(q, k, LOG_DECAY, None, 16, 1.0, True, (), 1e-4)
-    slow, fast = (len(walk.pattern(heads).apart) for heads in walk.groups)
+    plan = parallel.Plan(q, k, LOG_DECAY, None, 16, 1.0, True, (), 1e-4)
+    slow, fast = (len(plan.pattern(heads).apart) for heads in plan.groups)
     assert slow == 20 * 21 // 2, "0.99^320 is above 1e-4"
     assert fast == 20 + 19 + 18, (
         "0.74^n is above 1e-4 up to n = 30: the own block, the one before, the next begins at 17"
@@ -300,10 +303,12 @@ torch.testing.assert_close(grad, x.grad, rtol=0.02, atol=0.02)
 """
 
 
+@pytest.mark.slow
 def test_the_first_use_may_be_inside_a_compiled_graph():
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", FRESH], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"mask": torch.arange(40) > torch.tensor([[2], [0]])}, {"form": "parallel"}], ids=str
 )
@@ -323,21 +328,6 @@ def test_a_layer_around_it_compiles_to_one_graph_and_does_not_recompile(options)
 
 
 # --- the library ------------------------------------------------------------------------------------------------------
-
-
-def fake(**names):
-    """Modules `xformers`, `xformers.ops` and `xformers.sparse` that have no other names than these."""
-    modules = {name: types.ModuleType(name) for name in ("xformers", "xformers.ops", "xformers.sparse")}
-    for module in modules.values():
-        vars(module).update(names)
-    modules["xformers"].__path__ = []
-    return modules
-
-
-def hide(monkeypatch):
-    """As if xformers had not been imported."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
-        monkeypatch.delitem(sys.modules, name)
 
 
 def wrong_product(real):
@@ -371,11 +361,12 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_an_unusable_xformers_is_an_error_with_cause_and_cure(case, unprobed):
     make, cause, message = BROKEN[case]
-    real = blocks.library()
-    blocks.library.cache_clear()
+    real = library.sparse()
+    library.sparse.cache_clear()
     for name, module in make(real).items():
         unprobed.setitem(sys.modules, name, module)
     inputs = (*qkv(), LOG_DECAY)
@@ -388,34 +379,6 @@ def test_an_unusable_xformers_is_an_error_with_cause_and_cure(case, unprobed):
     torch.testing.assert_close(retain(*inputs), retain(*inputs, backend="eager"))
 
 
-def wrong_swiglu(real):
-    def swiglu(*args, op):
-        return real.swiglu(*args) * 1.1
-
-    return fake(swiglu=swiglu, SwiGLUEagerOp=None)
-
-
-BROKEN_SWIGLU = {
-    "missing": (lambda real: {"xformers": None}, ModuleNotFoundError, 'not installed: pip install "xformers==0.0.35"'),
-    "too new": (lambda real: fake(), ImportError, "cannot import name 'SwiGLUEagerOp'.*pip install --force-reinstall"),
-    "wrong": (wrong_swiglu, ArithmeticError, "its swiglu, or its gradient, is wrong.*pip install"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN_SWIGLU)
-def test_an_unusable_swiglu_is_an_error_when_the_layer_is_built(case, unprobed):
-    make, cause, message = BROKEN_SWIGLU[case]
-    from xformers import ops
-
-    hide(unprobed)
-    for name, module in make(types.SimpleNamespace(swiglu=ops.swiglu)).items():
-        unprobed.setitem(sys.modules, name, module)
-    with pytest.raises(BackendError, match=f"(?s)xformers' swiglu cannot run on cpu: .*{message}") as error:
-        FeedForward(4, 4, activation="silu", backend="xformers")
-    assert isinstance(error.value.__cause__, cause)
-    assert backends._backends["xformers"].cause is None, "the products are another part"
-
-
 def test_an_xformers_that_fails_to_import_in_its_own_way_is_no_exception(unprobed, tmp_path):
     package = tmp_path / "xformers"
     package.mkdir()
@@ -425,35 +388,3 @@ def test_an_xformers_that_fails_to_import_in_its_own_way_is_no_exception(unprobe
     with pytest.raises(BackendError, match="OSError: libsomething.so: cannot open.*pip install") as error:
         retain(*qkv(), LOG_DECAY, **X)
     assert isinstance(error.value.__cause__, OSError)
-
-
-def test_it_says_what_it_found(unprobed):
-    for text in (explain(*qkv(), LOG_DECAY), report()):
-        assert "xformers 0." in text
-        assert "compiled library: " in text
-        assert "attention operators: " in text
-    assert "none takes a call on cpu" in probe.found("cpu")
-    root = OSError("libcudart.so.12: cannot open shared object file")
-    try:
-        raise RuntimeError("cannot load") from root
-    except RuntimeError as error:
-        unprobed.setattr(blocks.library().package._cpp_lib, "_cpp_library_load_exception", error)
-    assert "compiled library: not loaded (OSError: libcudart.so.12: cannot open" in probe.found("cpu")
-    unprobed.setattr(blocks.library().package._cpp_lib, "_cpp_library_load_exception", None)
-    assert "compiled library: loaded" in probe.found("cpu")
-    unprobed.delattr(blocks.library().package._cpp_lib, "_cpp_library_load_exception")
-    assert "compiled library: unknown (AttributeError" in probe.found("cpu")
-
-
-def test_operators_that_take_a_call_are_listed(unprobed):
-    from xformers.ops import fmha
-
-    class Taking:
-        NAME = "fast"
-
-        @staticmethod
-        def not_supported_reasons(inputs):
-            return []
-
-    unprobed.setattr(fmha, "ALL_FW_OPS", [*fmha.ALL_FW_OPS, Taking])
-    assert "attention operators: fast" in probe.found("cpu")

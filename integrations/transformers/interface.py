@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
-from retention.backends.xformers import attention as xformers_attention
 from retention.decay import check_decay
 from retention.options import check_is
+from retention.xformers import attention as xformers_attention
 
 from ..swap import Heads, HostedRetention
 from .compat import AttentionMaskInterface, sdpa_mask

@@ -17,6 +17,8 @@ from ..decay import decay_factors
 from ..scores import grid_decays, grid_scores, repeated_heads, scores
 from ..state import state_dtype
 
+__all__ = ["SCORES_AT_ONCE", "Eager", "backend"]
+
 SCORES_AT_ONCE = 2**22  # scores of a grid; more do not fit the processor's cache
 
 

@@ -17,14 +17,16 @@ from ..call import Call
 from ..errors import BackendError
 from ..scores import repeated_heads
 
-TESTED = "0.6.0"
-INSTALL = f'pip install "flash-linear-attention=={TESTED}"'
-MOST_KEYS = 256
-ENOUGH_HEADS = 128  # rows times heads that fill a GPU without parts of sequences side by side
-BLOCK = 128  # channels of v of one program of fused_chunk
+__all__ = ["backend", "route"]
+
+_TESTED = "0.6.0"
+_INSTALL = f'pip install "flash-linear-attention=={_TESTED}"'
+_MOST_KEYS = 256
+_ENOUGH_HEADS = 128  # rows times heads that fill a GPU without parts of sequences side by side
+_BLOCK = 128  # channels of v of one program of fused_chunk
 
 
-class Fla:
+class _Fla:
     """The backend "fla": the chunkwise form, on GPUs; see `Backend`."""
 
     def why_not(self, call: Call) -> list[str]:
@@ -43,14 +45,16 @@ class Fla:
             reasons.append(f"computes products of {call.dtype} less exactly than in it; use half precision")
         if call.out_dtype != call.dtype:
             reasons.append(f"returns {call.dtype}, not {call.out_dtype}")
-        if call.key_dim > MOST_KEYS or call.key_dim % 2 or call.value_dim % 2:
-            reasons.append(f"has even head dims and key_dim up to {MOST_KEYS}, not {call.key_dim} and {call.value_dim}")
+        if call.key_dim > _MOST_KEYS or call.key_dim % 2 or call.value_dim % 2:
+            reasons.append(
+                f"has even head dims and key_dim up to {_MOST_KEYS}, not {call.key_dim} and {call.value_dim}"
+            )
         if call.chunk_size is not None:
             reasons.append("chooses its chunks itself; leave chunk_size out")
         if call.device != "cuda":
             reasons.append(f"needs a GPU, not {call.device}")
         elif _missing():
-            reasons.append(f"needs flash-linear-attention, which cannot be imported ({_missing()}): {INSTALL}")
+            reasons.append(f"needs flash-linear-attention, which cannot be imported ({_missing()}): {_INSTALL}")
         return reasons
 
     def __call__(
@@ -78,15 +82,15 @@ class Fla:
         return out.transpose(1, 2), final if call.return_state else None
 
 
-backend = Fla()
+backend = _Fla()
 
 
 def route(call: Call) -> Callable[..., tuple[Tensor, Tensor | None]]:
     """Return the function that has fewer bytes to move: fused_chunk if heads fill the GPU without cutting sequences."""
     from fla.ops.simple_gla import chunk_simple_gla, fused_chunk_simple_gla
 
-    filled = call.batch * call.heads * -(-call.value_dim // BLOCK) >= ENOUGH_HEADS
-    return fused_chunk_simple_gla if filled and call.key_dim <= BLOCK else chunk_simple_gla
+    filled = call.batch * call.heads * -(-call.value_dim // _BLOCK) >= _ENOUGH_HEADS
+    return fused_chunk_simple_gla if filled and call.key_dim <= _BLOCK else chunk_simple_gla
 
 
 @functools.cache

@@ -24,7 +24,9 @@ from torch.library import CustomOpDef
 from ..state import state_dtype
 from .packing import borders, empty, pack, unpack
 
-TENSORS = 7  # inputs before the options
+__all__ = ["differentiable", "gradients", "outputs", "packed_backward", "packed_forward"]
+
+_TENSORS = 7  # inputs before the options
 
 
 def outputs(
@@ -110,9 +112,9 @@ def differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
         return gradients(q, k, v, log_decay, state)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.options, ctx.return_state = inputs[TENSORS:-2], inputs[-2]
+        ctx.options, ctx.return_state = inputs[_TENSORS:-2], inputs[-2]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:TENSORS])
+        ctx.save_for_backward(*inputs[:_TENSORS])
         ctx.out = output[0].shape, output[0].dtype
 
     def autograd(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+__all__ = ["ask_for_huge_pages", "borders", "clear_outside", "empty", "pack", "segment_borders", "unpack"]
+
 _madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None  # Linux only
 
 

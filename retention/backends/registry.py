@@ -28,6 +28,19 @@ from ..errors import BackendError
 from ..options import shown
 from . import chunked, eager, fla, triton, xformers
 
+__all__ = [
+    "Absent",
+    "check_name",
+    "choose",
+    "explain",
+    "found_by",
+    "load_plugins",
+    "names",
+    "register",
+    "unregister",
+    "why_not",
+]
+
 # The forms that form="auto" tries, in order. `python -m benchmarks op` measures them, for grids `... vision`.
 _PREFERRED = {
     "token": ("recurrent", "chunkwise", "parallel"),
@@ -35,9 +48,9 @@ _PREFERRED = {
     "short": ("parallel", "chunkwise", "recurrent"),
     "sequence": ("chunkwise", "parallel", "recurrent"),
 }
-SMALL_GRID = 24 * 24
-SHORT, FEW_SCORES = 64, 2**19  # limits of a "short" call: tokens; query-key pairs of all heads and rows
-SHORT_BOTH_WAYS, FEW_BOTH_WAYS = 200, 2**22  # the same without causality, where the chunkwise form walks twice
+_SMALL_GRID = 24 * 24
+_SHORT, _FEW_SCORES = 64, 2**19  # limits of a "short" call: tokens; query-key pairs of all heads and rows
+_SHORT_BOTH_WAYS, _FEW_BOTH_WAYS = 200, 2**22  # the same without causality, where the chunkwise form loops twice
 
 
 class Absent:
@@ -199,11 +212,11 @@ def _kind(call: Call) -> str:
     if call.length == 1 and (call.has_state or call.return_state):
         return "token"
     if call.grid is not None:
-        return "small grid" if call.length <= SMALL_GRID else "sequence"
+        return "small grid" if call.length <= _SMALL_GRID else "sequence"
     if call.packed or torch.compiler.is_exporting():  # an exported program must suit all lengths
         return "sequence"
     both_ways = not call.causal and not call.masked  # a mask costs the parallel form a decay matrix per row
-    short, few = (SHORT_BOTH_WAYS, FEW_BOTH_WAYS) if both_ways else (SHORT, FEW_SCORES)
+    short, few = (_SHORT_BOTH_WAYS, _FEW_BOTH_WAYS) if both_ways else (_SHORT, _FEW_SCORES)
     return "short" if call.length <= short and call.batch * call.heads * call.length**2 <= few else "sequence"
 
 

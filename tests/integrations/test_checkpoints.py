@@ -56,6 +56,7 @@ def source(decoder, folder, **beside):
     return file
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize(("batch", "length", "sizes"), SHAPES)
 def test_torchscale(batch, length, sizes, dtype, tmp_path):
@@ -91,6 +92,7 @@ def test_what_the_weights_of_torchscale_do_not_tell_comes_from_a_config(options,
     assert peers.deviation(peers.run(again, tokens)[0], ours(tokens).logits) <= 1e-5
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize(("batch", "length", "sizes"), SHAPES[1:])
 def test_yet_another_retnet(batch, length, sizes, dtype, tmp_path):
@@ -114,6 +116,7 @@ def test_yet_another_retnet_uses_one_activation_in_both_places(kind, tmp_path):
     assert peers.deviation(ours(tokens).logits, model.forward_parallel(tokens)) <= 1e-10
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("lm", [False, True], ids=["paper", "use_lm_decay"])
 @pytest.mark.parametrize(
@@ -153,6 +156,7 @@ def test_a_folder_of_syncdoth_with_its_config(sharded, tmp_path):
     assert ours.config.pad_token_id == 3
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize("stacked", [False, True], ids=["per-head", "stacked"])
 @pytest.mark.parametrize(("batch", "length", "sizes"), [*SHAPES, (1, 30, SMALL | dict(heads=12, dim=48, value_dim=96))])
@@ -165,6 +169,7 @@ def test_jamie_stirling(batch, length, sizes, stacked, dtype, tmp_path):
     assert peers.deviation(ours(inputs_embeds=x).last_hidden_state, forward(x.double())) <= BOUND[dtype]
 
 
+@pytest.mark.slow
 @DTYPES
 @pytest.mark.parametrize(("batch", "length", "sizes"), SHAPES)
 def test_retnet_pytorch(batch, length, sizes, dtype, tmp_path):
@@ -177,6 +182,7 @@ def test_retnet_pytorch(batch, length, sizes, dtype, tmp_path):
     assert peers.deviation(ours(inputs_embeds=x).last_hidden_state, wanted) <= BOUND[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["syncdoth", "jamie_stirling", "retnet_pytorch"])
 def test_each_comparison_can_fail(name, tmp_path):
     vocab = dict(vocab=50) if name == "syncdoth" else {}

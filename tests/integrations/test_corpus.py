@@ -30,6 +30,7 @@ def expected(tokenizer, texts):
 # --- text files -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_default_corpus_is_python_with_files_held_out():
     train, valid = read_texts()
     assert len(train) > 5_000_000
@@ -229,6 +230,7 @@ def test_a_dataset_is_held_out_as_files_are(codec, count, tokenizer, tmp_path):
     assert (got.unit, got.bytes_per_token, got.vocabulary) == (want.unit, want.bytes_per_token, want.vocabulary)
 
 
+@pytest.mark.slow
 def test_no_more_is_held_out_than_is_useful(tmp_path):
     files = saved(tmp_path / "data", train={"text": ["x" * 9_999] * 1000})
     corpus = read_corpus(files, ByteCodec(), 16)

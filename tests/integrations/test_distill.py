@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from retention.integrations.swap import replace_attention
 from retention.integrations.transformers.training import distill
 
+pytestmark = pytest.mark.slow
 SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 
 

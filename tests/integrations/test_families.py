@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from hosts import ENCODERS, GROUPED, MORE, SIZES, build, documented_names, padded
+from hosts import ENCODERS, GROUPED, MORE, SIZES, build, documented_names, each, padded
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
@@ -39,7 +39,7 @@ def test_the_page_on_replacement_lists_the_families_that_are_tested():
 
 # --- decoders ---------------------------------------------------------------------------------------------------------
 
-each_family = pytest.mark.parametrize("family", MORE)
+each_family = each(MORE, quick=["GPTJ"])
 
 
 @each_family
@@ -88,6 +88,7 @@ def test_gradients_reach_every_projection(family):
     assert not [name for name, p in model.named_parameters() if p.grad is None and "experts" not in name]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPTJ", "GPTNeo", "Falcon-grouped", "DeepseekV3"])
 def test_the_softmax_is_gone_and_all_else_is_where_it_was(family):
@@ -127,7 +128,7 @@ def encoder(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ENCODERS)
+@each(ENCODERS, quick=["Bert"])
 def test_encoders_look_both_ways_and_are_restored(family):
     model, batch = encoder(family)
     want = model(**batch).last_hidden_state
@@ -140,6 +141,7 @@ def test_encoders_look_both_ways_and_are_restored(family):
     assert torch.equal(model(**batch).last_hidden_state, want)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Bert", "XLMRoberta"])
 def test_padding_leaves_an_encoder_alone(family):

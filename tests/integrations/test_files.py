@@ -521,6 +521,7 @@ def check_damaged(kind, folder, seeds):
             assert kind != "zip" or all(torch.equal(x, want[name]) for name, x in got.items()), seed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["safetensors", "zip", "pickle", "legacy", "config", "index"])
 def test_damaged_files_are_loaded_or_refused(kind, tmp_path):
     check_damaged(kind, tmp_path, range(40))

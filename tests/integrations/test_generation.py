@@ -24,7 +24,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
 
-from retention.backends.chunked import walk
+from retention.backends.chunked import loop
 from retention.decay import HeadDecay
 from retention.integrations.transformers import RetentionCacheLayer, RetNetConfig, RetNetForCausalLM, modeling
 from retention.integrations.transformers.compat import CACHE
@@ -110,6 +110,7 @@ def test_greedy_is_the_argmax_of_whole_parallel_passes(model, mode):
     check_greedy(model, forward_mode=mode)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"use_cache": False}, {"cache_implementation": "static"}, {"prefill_chunk_size": 70}]
 )
@@ -117,6 +118,7 @@ def test_greedy_with_other_caches(model, options):
     check_greedy(model, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -131,10 +133,12 @@ def test_greedy_with_every_option(options):
     check_greedy(make(**options))
 
 
+@pytest.mark.slow
 def test_beam_search_with_several_sequences_is_that_without_a_cache(model):
     check_beams(model)
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_only(model):
     kwargs = dict(max_new_tokens=NEW, do_sample=True, top_k=20, num_return_sequences=2)
     outs = []
@@ -144,6 +148,7 @@ def test_sampling_depends_on_the_seed_only(model):
     assert torch.equal(*outs)
 
 
+@pytest.mark.slow
 def test_compiled_decoding_is_one_graph_without_breaks(model):
     torch._dynamo.reset()
     config = CompileConfig(fullgraph=True, backend="aot_eager", mode=None, dynamic=False)
@@ -273,6 +278,7 @@ def llama():
     return LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)).eval()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # transformers' own, of options that do not go together
 @pytest.mark.parametrize("name", KEYWORDS)
 def test_every_keyword_of_generate_does_with_a_cache_what_it_does_without(name):
@@ -316,6 +322,7 @@ def test_attention_weights_are_refused_in_generate(model):
 # --- exported decoding ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # torch.export's own
 @pytest.mark.parametrize("retention", [None, {"score_norm": True, "num_kv_heads": 2}, {"rotary": "xpos"}])
 def test_an_exported_program_decodes_step_by_step_and_begins_anew_at_position_0(retention):
@@ -444,19 +451,22 @@ def test_a_cache_of_keys_and_values_is_refused(model):
 # --- these tests can fail ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wrong_decay_of_the_state_across_chunks_is_caught(model, monkeypatch):
-    right = walk.Factors.carry.func
-    monkeypatch.setattr(walk.Factors, "carry", property(lambda self: 0.9 * right(self)))
+    right = loop.Factors.carry.func
+    monkeypatch.setattr(loop.Factors, "carry", property(lambda self: 0.9 * right(self)))
     with pytest.raises(AssertionError):
         check_greedy(model)
 
 
+@pytest.mark.slow
 def test_a_missing_reordering_of_beams_is_caught(model, monkeypatch):
     monkeypatch.setattr(RetentionCacheLayer, "reorder_cache", lambda self, beam_idx: None)
     with pytest.raises(AssertionError):
         check_beams(model)
 
 
+@pytest.mark.slow
 def test_a_dropped_padding_mask_is_caught(model, monkeypatch):
     monkeypatch.setattr(modeling, "token_mask", lambda *_: None)
     with pytest.raises(AssertionError):

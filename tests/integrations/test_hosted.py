@@ -187,6 +187,7 @@ def calls(draw, sequences):
     return found
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @drawn(
     window=st.none() | st.integers(1, 7),
@@ -384,6 +385,7 @@ def test_the_state_keeps_its_size_and_its_place(sinks, tmp_path):
     assert torch.equal(torch.load(tmp_path / "state.pt", weights_only=True).keys, twice.keys)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "sinks"), [(5, 3), (None, 4)])
 def test_a_step_compiles_once(window, sinks):
@@ -463,6 +465,7 @@ def test_what_a_window_cannot_do_is_an_error():
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPT2-scaled", "GPTNeoX", "Llama", "Qwen3", "OPT"])
 def test_calibration_sees_what_attention_gave_and_gives_heads_its_size(family):
@@ -511,6 +514,7 @@ def test_calibration_keeps_packed_sequences_apart():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_is_calibrated_and_computes_retention_afterwards():
     model, (rows, _) = build("Llama"), padded()

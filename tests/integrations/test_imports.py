@@ -47,6 +47,7 @@ def test_public_names_can_be_imported(room, name):
     assert namespace[name].__name__ == name
 
 
+@pytest.mark.slow
 def test_swap_imports_transformers_only_for_names_that_need_it():
     code = """
 import sys

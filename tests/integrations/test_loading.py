@@ -35,6 +35,7 @@ def train_a_little(model):
 # --- saved and opened -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "Gemma2", "GPTNeoX"])
 @pytest.mark.parametrize(
@@ -144,6 +145,7 @@ def test_a_folder_of_the_first_version_opens(tmp_path):
 # --- refused ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_without_those_of_retention_are_refused_and_so_are_left_over_ones(tmp_path):
     model = build("Llama")
     replace_attention(model)
@@ -194,28 +196,22 @@ def test_a_config_that_names_layers_which_are_not_there_is_refused(tmp_path):
         load_swapped(tmp_path)
 
 
-def in_a_new_process(code, folder):
-    """What a process prints that has not imported the library, with its files in the folder."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder / "modules")}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        env=environment,
-        check=False,
-    )
-    return done.stdout + done.stderr
-
-
 OPEN = """
-import sys, transformers
-{first}
-try:
-    model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], {arguments})
-    print("opened", [name for name, _ in model.named_parameters() if "retention" in name][:1])
-except Exception as error:
-    print("refused", type(error).__name__, error)
+import json, os, sys
+from transformers import AutoModelForCausalLM, PreTrainedModel
+for folder, first, options in json.loads(sys.argv[1]):
+    if os.fork():  # so that transformers is imported once
+        os.wait()
+        print("END", flush=True)
+        continue
+    exec(first)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        print("opened", [name for name, _ in model.named_parameters() if "retention" in name][:1])
+    except Exception as error:
+        print("refused", type(error).__name__, error)
+    sys.stdout.flush()
+    os._exit(0)
 """
 MISSING = """
 import importlib.abc
@@ -225,26 +221,49 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ImportError(name)
 sys.meta_path.insert(0, Missing())
 """
+TRUST = {"trust_remote_code": True}
+WAYS = {  # what is run before the folder is opened, and with which options it is
+    "plain": ("", {}),
+    "trusting": ("", TRUST),
+    "imported": ("import retention.integrations.transformers", {}),
+    "missing": (MISSING, TRUST),
+}
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folders of a replaced model and of a RetNet."""
+    models = {"replaced": build("Llama"), "RetNet": RetNetForCausalLM(RetNetConfig(dim=16, num_layers=1, num_heads=2))}
+    replace_attention(models["replaced"])
+    folder = tmp_path_factory.mktemp("saved")
+    for kind, model in models.items():
+        model.save_pretrained(folder / kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def answers(saved):
+    """What processes print that have not imported the library, by the kind of model and the way they open it."""
+    asked = [(kind, way) for kind in ("replaced", "RetNet") for way in WAYS]
+    calls = json.dumps([(str(saved / kind), *WAYS[way]) for kind, way in asked])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(saved / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, calls], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdin=subprocess.DEVNULL, env=environment, check=True,
+    )  # fmt: skip
+    return dict(zip(asked, done.stdout.split("END\n"), strict=False))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["replaced", "RetNet"])
-def test_a_process_without_the_library_refuses_and_says_what_to_do(kind, tmp_path):
-    if kind == "RetNet":
-        model = RetNetForCausalLM(RetNetConfig(dim=16, num_layers=1, num_heads=2))
-    else:
-        model = build("Llama")
-        replace_attention(model)
-    model.save_pretrained(tmp_path)
-    plain = in_a_new_process(OPEN.format(first="", arguments=""), tmp_path)
-    assert "refused ValueError" in plain
-    assert "trust_remote_code=True" in plain
-    trusting = in_a_new_process(OPEN.format(first="", arguments="trust_remote_code=True"), tmp_path)
-    assert "opened ['model." in trusting
-    imported = in_a_new_process(OPEN.format(first="import retention.integrations.transformers", arguments=""), tmp_path)
-    assert "opened ['model." in imported
-    missing = in_a_new_process(OPEN.format(first=MISSING, arguments="trust_remote_code=True"), tmp_path)
-    assert 'this model needs the library multiscale-retention: pip install "multiscale-retention' in missing
-    card = (tmp_path / "README.md").read_text()
+def test_a_process_without_the_library_refuses_and_says_what_to_do(kind, answers, saved):
+    assert "refused ValueError" in answers[kind, "plain"]
+    assert "trust_remote_code=True" in answers[kind, "plain"]
+    assert "opened ['model." in answers[kind, "trusting"]
+    assert "opened ['model." in answers[kind, "imported"]
+    install = 'this model needs the library multiscale-retention: pip install "multiscale-retention'
+    assert install in answers[kind, "missing"]
+    card = (saved / kind / "README.md").read_text()
     assert "import retention.integrations.transformers" in card
     assert "AutoModelForCausalLM.from_pretrained" in card
 
@@ -273,6 +292,7 @@ def wrapped(model, kind):
     return DistributedDataParallel(model)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("kind", ["compile", "sequential", "peft", "ddp"])
 @pytest.mark.parametrize("inside", ["replace", "restore", "neither"])
@@ -365,6 +385,7 @@ def test_a_wrapper_of_several_processes_is_refused():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_runs_what_is_in_it():
     model, ids = build("Llama"), padded()[0][2][None]

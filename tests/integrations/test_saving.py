@@ -117,6 +117,7 @@ def test_a_full_disk_says_which_checkpoint_is_kept(tmp_path, monkeypatch):
     assert saving.last_checkpoint(tmp_path).name == "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_a_write_that_the_system_cuts_off_is_one_line(tmp_path):
     """A limit on the size of files, which torch's writer meets in its own code."""
     code = f"""
@@ -136,6 +137,7 @@ except OSError as error:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_does_not_hold_its_folder(tmp_path):
     code = f"""
 import time

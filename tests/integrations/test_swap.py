@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from hosts import FAMILIES, GROUPED, SIZES, build, padded
+from hosts import FAMILIES, GROUPED, SIZES, build, each, padded
 from transformers import DynamicCache
 from transformers.models.falcon.modeling_falcon import FalconAttention
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -34,7 +34,7 @@ def quiet():
 
 # --- every family -----------------------------------------------------------------------------------------------------
 
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = each(FAMILIES, quick=["Llama"])
 all_or_some = pytest.mark.parametrize("layers", [None, [1]], ids=["all", "hybrid"])
 all_some_or_beside_exact_attention = pytest.mark.parametrize(
     "options", [{}, {"layers": [1]}, {"window": 9, "sinks": 4}], ids=["all", "hybrid", "window and sinks"]
@@ -216,6 +216,7 @@ def test_fresh_layers_have_new_weights_under_the_same_parameters(family):
 # --- by name ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", ["GPT2", "GPTNeoX", "Llama", "Qwen3", "OPT", "Phi"])
 def test_the_attention_implementation_is_what_replacement_begins_with(family):
@@ -321,13 +322,14 @@ def test_lora_trains_a_replaced_model():
     assert all("q_proj.lora" in name for name in trained)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [{}, {"window": 9, "sinks": 4}], ids=str)
 def test_a_replaced_model_compiles(exact):
     model, (rows, _) = build("Llama"), padded()
     replace_attention(model, **exact)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    want = model(rows[0][None], use_cache=False).logits
-    torch.testing.assert_close(compiled(rows[0][None], use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
+    compiled, prompt = torch.compile(model, fullgraph=True, backend="aot_eager"), rows[0][None, :20]
+    want = model(prompt, use_cache=False).logits
+    torch.testing.assert_close(compiled(prompt, use_cache=False).logits, want, rtol=1e-4, atol=1e-4)
 
 
 def test_a_module_under_two_names_is_replaced_once():

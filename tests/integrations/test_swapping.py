@@ -38,6 +38,7 @@ def run(*words):
     return CliRunner().invoke(app, ["swap", *map(str, words)])
 
 
+@pytest.mark.slow
 def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     out = tmp_path / "out"
     result = run(host, text, "--out", out, *QUIET)
@@ -65,6 +66,7 @@ def test_the_command_replaces_trains_and_writes(host, text, tmp_path):
     assert "tokens must be at most 60, for which the model has positions left; got 61" in too_long.output
 
 
+@pytest.mark.slow
 def test_the_plot_names_the_model_and_shows_all_parts(host, text, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(swapping, "draw_recovery", lambda *args: drawn.append(args))
@@ -77,6 +79,7 @@ def test_the_plot_names_the_model_and_shows_all_parts(host, text, tmp_path, monk
     assert re.fullmatch(r"host, [\d,]+ parameters, with retention in 2 layers; training on 768 bytes", title)
 
 
+@pytest.mark.slow
 def test_layers_are_replaced_in_parts(host, text, tmp_path):
     options = ["--layers", "1,0", "--parts", "2", "--window", "9", "--sinks", "0"]
     result = run(host, text, "--out", tmp_path / "out", *QUIET, *options)
@@ -108,6 +111,7 @@ def load_part(checkpoint):
     return load_file(checkpoint / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_resume_gives_what_an_uninterrupted_run_gives(host, text, tmp_path, monkeypatch):
     words = [host, text, *QUIET, "--sample", "0"]
     assert run(*words, "--out", tmp_path / "whole").exit_code == 0
@@ -131,6 +135,7 @@ def test_ctrl_c_saves_and_resume_gives_what_an_uninterrupted_run_gives(host, tex
         assert torch.equal(weight, cut[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
 def test_a_signal_of_a_cluster_saves_too(name, host, text, tmp_path, monkeypatch):
     class Heard(swapping.SaveOnInterrupt):
@@ -158,6 +163,7 @@ def test_a_signal_outside_of_the_steps_stops_at_once(host, text, tmp_path, monke
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_gives_the_same_whether_the_one_before_was_trained_or_loaded(text, tmp_path):
     """With dropout, whose random numbers the first stage would use up."""
     sizes = dict(vocab_size=256, n_embd=16, n_layer=2, n_head=2, n_positions=64)
@@ -172,6 +178,7 @@ def test_a_stage_gives_the_same_whether_the_one_before_was_trained_or_loaded(tex
         assert torch.equal(weight, cut[name]), name
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_of_a_stage_is_left_out_with_a_line(host, text, tmp_path):
     out = tmp_path / "out"
     words = [host, text, "--out", out, *QUIET, "--sample", "0", "--save-every", "2"]
@@ -185,6 +192,7 @@ def test_a_damaged_checkpoint_of_a_stage_is_left_out_with_a_line(host, text, tmp
     assert (out / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_host_whose_weights_changed_cannot_be_resumed(host, text, tmp_path):
     out = tmp_path / "out"
     assert run(host, text, "--out", out, *QUIET, "--sample", "0").exit_code == 0
@@ -204,6 +212,7 @@ def test_a_second_run_in_the_same_folder_is_refused(host, text, tmp_path):
     assert "another run writes to" in result.output
 
 
+@pytest.mark.slow
 def test_every_phase_shows_its_progress(host, text, tmp_path):
     result = run(host, text, "--out", tmp_path / "out", *QUIET)
     bars = ["Loading weights", "digest of the weights", "calibrating", "evaluating", "Writing model shards"]
@@ -211,6 +220,7 @@ def test_every_phase_shows_its_progress(host, text, tmp_path):
     assert result.stderr.startswith("loading the libraries\n")
 
 
+@pytest.mark.slow
 def test_a_training_that_diverges_says_so(host, text, tmp_path):
     result = run(host, text, "--out", tmp_path / "out", *QUIET, "--transfer-lr", "1e30")
     assert result.exit_code == 1
@@ -229,6 +239,7 @@ def test_a_missing_model_is_called_a_model(tmp_path, monkeypatch):
     assert result.exit_code == 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
     out = tmp_path / "out"
     assert run(host, text, "--out", out, *QUIET, "--sample", "0").exit_code == 0
@@ -269,6 +280,7 @@ def test_what_cannot_be_is_said_before_anything_is_written(host, text, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_model_that_has_retention_or_knows_too_few_tokens_is_refused(host, text, tmp_path):
     assert run(host, text, "--out", tmp_path / "out", *QUIET, "--sample", "0").exit_code == 0
     assert (
@@ -282,6 +294,7 @@ def test_a_model_that_has_retention_or_knows_too_few_tokens_is_refused(host, tex
     )
 
 
+@pytest.mark.slow
 def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_before_it(
     host, text, tmp_path, monkeypatch
 ):

@@ -89,6 +89,7 @@ def test_prefix_tokens_take_part_without_decay(prefix, kv_heads, grid):
     torch.testing.assert_close(got.transpose(1, 2), want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replaced_model_is_the_model_with_the_formula_instead_of_the_softmax(family, monkeypatch):
     model, prefix = build(family), FAMILIES[family][2]
@@ -276,6 +277,7 @@ def test_gradient_checkpointing_changes_nothing(family):
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "dynamic", "eva"])
 def test_compiles_to_one_graph(family):
     model = build(family)

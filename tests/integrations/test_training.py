@@ -83,6 +83,7 @@ def replaced(arguments, **changes):
     return arguments
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_exactly(settings, tmp_path, monkeypatch):
     whole, loss, steps = losses_of(settings, tmp_path / "whole", monkeypatch)
     _, nothing, begun = losses_of(settings, tmp_path / "cut", monkeypatch, interrupt_at=6)
@@ -97,6 +98,7 @@ def test_an_interrupted_run_resumes_exactly(settings, tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_saving_resumes_from_the_last_complete_checkpoint(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
     for name in ("checkpoint-8", "checkpoint-12"):
@@ -115,6 +117,7 @@ def history_of(checkpoint):
     ]
 
 
+@pytest.mark.slow
 def test_after_a_resume_the_losses_are_those_of_the_whole_run(settings, tmp_path, monkeypatch):
     settings.steps = 24
     arguments = training._arguments
@@ -142,6 +145,7 @@ def test_a_short_run_logs_a_loss_more_often(steps, every, settings, tmp_path):
     assert training._arguments(dataclasses.replace(settings, steps=steps), tmp_path).logging_steps == every
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_left_out_with_a_line_and_the_last_whole_one_is_taken(settings, tmp_path, capsys):
     out = tmp_path / "run"
     loss = training.train(settings, out).loss
@@ -187,6 +191,7 @@ def diverge_after(step, monkeypatch, value=math.nan):
     monkeypatch.setattr(training, "Plot", Broken)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("step", "told"), [(5, "at step 6: the loss is nan"), (6, "at step 6: "), (8, "at step 8: ")])
 def test_a_training_that_diverges_stops_before_that_is_saved(step, told, value, settings, tmp_path, monkeypatch):
@@ -249,6 +254,7 @@ def test_kept_settings_are_read_as_they_were_written(tmp_path):
     assert Settings.read(tmp_path) == settings
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "run", monkeypatch)
     weights = (tmp_path / "run/model.safetensors").read_bytes()
@@ -258,6 +264,7 @@ def test_a_finished_run_is_not_trained_further(settings, tmp_path, monkeypatch):
     assert (tmp_path / "run/model.safetensors").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
     training.train(settings, tmp_path / "run")
     text.write_text(text.read_text().upper())
@@ -266,6 +273,7 @@ def test_a_changed_corpus_cannot_be_resumed(settings, text, tmp_path):
     assert "the corpus is not what it was when the run began" in result.output
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_path, monkeypatch):
     _, loss, _ = losses_of(settings, tmp_path / "whole", monkeypatch)
     (tmp_path / "run").mkdir()
@@ -275,6 +283,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(settings, tmp_pat
     assert f"validation {loss:.4f} nats" in result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_interrupted_command_says_how_to_go_on_and_by_its_code_what_stopped_it(
     name, settings, tmp_path, monkeypatch
@@ -296,11 +305,13 @@ def test_an_interrupted_command_says_how_to_go_on_and_by_its_code_what_stopped_i
     assert signal.getsignal(number) is before
 
 
+@pytest.mark.slow
 def test_training_learns(settings, tmp_path):
     settings.steps, settings.batch, settings.lr = 150, 8, 1e-2
     assert training.train(settings, tmp_path / "run").loss < 1.5  # nats per byte; 5.5 before training
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_command_trains_resumes_and_generates(text, tmp_path, monkeypatch, dtype):
     monkeypatch.setitem(PRESETS, "test", SMALL)
@@ -377,6 +388,7 @@ def test_bad_options_are_named_and_nothing_is_written(words, message, tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_settings(settings, tmp_path):
     out = tmp_path / "run"
     settings.steps = 4
@@ -393,6 +405,7 @@ def test_a_corpus_that_is_too_short_is_named(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_one_batch(settings, tmp_path, monkeypatch):
     settings.batch = 4
     _, loss, steps = losses_of(settings, tmp_path / "whole", monkeypatch)
@@ -402,6 +415,7 @@ def test_accumulated_batches_are_one_batch(settings, tmp_path, monkeypatch):
     assert same_loss == pytest.approx(loss, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(settings, tmp_path, monkeypatch):
     _, loss, steps = losses_of(settings, tmp_path / "plain", monkeypatch)
     settings.gradient_checkpointing = True
@@ -429,6 +443,7 @@ def test_the_experiment_tracker_is_the_users(settings, tmp_path, monkeypatch):
     assert training._arguments(settings, tmp_path).report_to == ["tensorboard"]
 
 
+@pytest.mark.slow
 def test_a_model_of_bytes_writes_from_an_empty_prompt(settings, tmp_path):
     settings.steps = 1
     training.train(settings, tmp_path / "run")
@@ -440,6 +455,7 @@ def test_a_model_of_bytes_writes_from_an_empty_prompt(settings, tmp_path):
     assert written == "".join(ByteCodec().text([0], new)) + "\n"
 
 
+@pytest.mark.slow
 def test_the_validation_loss_is_the_cross_entropy_alone(settings, tmp_path):
     settings.config = {**SMALL, "use_glu": False, "moe_freq": 1, "moe_expert_count": 2, "z_loss_coeff": 0.1}
     run = training.train(settings, tmp_path / "run")
@@ -464,6 +480,7 @@ def command(*words):
 QUICK = ["--steps", "2", "--batch", "2", "--context", "16", "--device", "cpu"]
 
 
+@pytest.mark.slow
 def test_a_config_is_the_models(text, tmp_path):
     options = {"dim": 24, "num_layers": 1, "num_heads": 3, "retention": {"rotary": None}}
     (tmp_path / "small.json").write_text(json.dumps(options))
@@ -516,6 +533,7 @@ def small(monkeypatch):
     return ["--preset", "test", *QUICK]
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_tokens_and_generates_with_them(text, tokenizer_folder, small, tmp_path):
     out = tmp_path / "run"
     printed = command("train", text, "--out", out, "--tokenizer", tokenizer_folder, *small, "--sample", 5)
@@ -546,6 +564,7 @@ def test_the_command_trains_on_tokens_and_generates_with_them(text, tokenizer_fo
     assert written[0].rstrip("\n") == tokenizer.decode(start + new).rstrip("\n")
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_a_saved_dataset(tokenizer_folder, small, tmp_path):
     texts = [f"{n} squared is {n * n}.\n" * 5 for n in range(60)]
     datasets.Dataset.from_dict({"body": texts}).save_to_disk(tmp_path / "data")
@@ -557,6 +576,7 @@ def test_the_command_trains_on_a_saved_dataset(tokenizer_folder, small, tmp_path
     assert "a resumed run keeps its settings; got files" in result.output
 
 
+@pytest.mark.slow
 def test_tokens_without_a_tokenizer_are_trained_on_and_not_read(small, tmp_path):
     datasets.Dataset.from_dict({"input_ids": [[n, 2 * n, 7] * 9 for n in range(99)]}).save_to_disk(tmp_path / "data")
     printed = command("train", tmp_path / "data", "--out", tmp_path / "run", *small)
@@ -567,6 +587,7 @@ def test_tokens_without_a_tokenizer_are_trained_on_and_not_read(small, tmp_path)
     assert "must hold the model's tokenizer, for it was trained on token ids" in result.output
 
 
+@pytest.mark.slow
 def test_a_changed_tokenizer_or_config_cannot_be_resumed(text, tokenizer_folder, small, tmp_path):
     out = tmp_path / "run"
     (tmp_path / "a.json").write_text('{"dim": 16, "num_layers": 1, "num_heads": 2}')
@@ -587,6 +608,7 @@ def test_a_changed_tokenizer_or_config_cannot_be_resumed(text, tokenizer_folder,
 # --- the plot ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_plot_shows_the_whole_run_after_a_resume(settings, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(progress, "draw", lambda *args: drawn.append(args) or draw(*args))
@@ -622,6 +644,7 @@ def torchrun(*words, interrupt_after=None):
     return "".join(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     transformers.__version__.startswith("5.16."), reason='on CPUs it cannot load the optimiser of several, onto "cpu:0"'
 )
@@ -650,6 +673,7 @@ def test_two_processes_train_stop_and_resume_as_one(text, tokenizer_folder, tmp_
     assert logged[0] == pytest.approx(logged[1], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_the_package_says_what_it_needs(tmp_path):
     code = "import sys; sys.modules['transformers'] = None; import retention.integrations.transformers"
     result = subprocess.run(

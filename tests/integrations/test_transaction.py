@@ -115,6 +115,7 @@ def works(batch, make):
         yield replace_attention, {"calibrate_on": batch}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS)
 def test_a_failure_at_any_call_leaves_the_model_as_it_was(make, monkeypatch):
     model, batch = make()
@@ -165,6 +166,7 @@ def outputs(model, batch):
     return getattr(found, "logits", found)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_restoring_leaves_names_order_random_numbers_and_outputs_as_they_were(family):

@@ -285,6 +285,7 @@ def test_packed_batches_of_the_flattening_collator_are_each_sequence_alone(optio
     assert CACHE not in out
 
 
+@pytest.mark.slow
 def test_the_trainer_takes_packed_batches_and_accumulates_them_exactly(tmp_path):
     """The same step from one batch of four as from four of one, although they differ in length."""
     rows = [{"input_ids": torch.randint(256, (n,)).tolist()} for n in (30, 3, 70, 9)]
@@ -314,6 +315,7 @@ def test_the_trainer_takes_packed_batches_and_accumulates_them_exactly(tmp_path)
     assert logits.shape == (1, 30, 256)  # without the cache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "label"), [(RetNetForSequenceClassification, 1), (RetNetForTokenClassification, [0, 1, 2] * 3)]
 )

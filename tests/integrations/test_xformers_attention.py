@@ -41,6 +41,7 @@ def quiet():
     transformers.logging.set_verbosity_error()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("layers", [[], [1]], ids=["attention", "hybrid"])
@@ -131,6 +132,7 @@ def test_encoders_see_both_ways(operator):
     assert len(operator) == 3
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_model_runs_torchs():
     register_xformers_attention()
@@ -152,7 +154,7 @@ def test_what_it_cannot_do_is_an_error(unprobed):
     for name in [name for name in sys.modules if name.partition(".")[0] == "xformers"]:
         unprobed.delitem(sys.modules, name)
     unprobed.setitem(sys.modules, "xformers", None)
-    from retention.backends.xformers import probe
+    from retention.xformers import probe
 
     probe._trouble.cache_clear()
     with pytest.raises(BackendError, match="xformers' attention cannot run on cpu: needs xformers, which is not") as e:

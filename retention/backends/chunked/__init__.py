@@ -32,11 +32,13 @@ from ...state import state_dtype
 from ..operators import differentiable, gradients, outputs, packed_backward, packed_forward
 from ..packing import ask_for_huge_pages, clear_outside, segment_borders
 from .grid import on_grid, on_grid_anew
-from .walk import Decays, backward, forward
+from .loop import Decays, backward, forward
+
+__all__ = ["CHUNK_SIZE", "Chunked", "backend", "chunkwise", "chunkwise_backward"]
 
 CHUNK_SIZE = 64  # on CPU as fast as all sizes from 16 to 256, by `python -m benchmarks floor --chunks`
-GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
-HEADS_AT_ONCE = 32  # rows times heads; on CPU more do not fit the cache, and fewer leave threads idle
+_GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
+_HEADS_AT_ONCE = 32  # rows times heads; on CPU more do not fit the cache, and fewer leave threads idle
 
 
 class Chunked:
@@ -64,9 +66,9 @@ class Chunked:
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         if call.grid is not None:
-            walk = on_grid_anew if call.needs_grad else on_grid
-            side = isqrt(call.chunk_size or GRID_CHUNK_SIZE)
-            return walk(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
+            compute = on_grid_anew if call.needs_grad else on_grid
+            side = isqrt(call.chunk_size or _GRID_CHUNK_SIZE)
+            return compute(q, k, v, log_decay, grid=call.grid, scale=call.scale, side=side).to(call.out_dtype), None
         options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state, call.out_dtype)
         # For a short call the operator costs as much as the computation, and without gradients it is not needed.
         plain = type(q) is Tensor and not torch.compiler.is_compiling() and call.device != "meta"
@@ -156,6 +158,6 @@ def _pieces(q: Tensor, segments: list[int] | None) -> Iterator[tuple[slice, slic
             yield slice(0, 1), slice(start, end), slice(i, i + 1)
         return
     batch, heads = q.shape[:2]
-    step = max(1, HEADS_AT_ONCE // heads) if q.device.type == "cpu" else max(1, batch)
+    step = max(1, _HEADS_AT_ONCE // heads) if q.device.type == "cpu" else max(1, batch)
     for row in range(0, batch, step):
         yield slice(row, row + step), slice(None), slice(row, row + step)

@@ -23,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ...state import state_dtype
 
-SPREAD = 64  # columns over which a state is spread at a time
-AT_ONCE = 4096  # cells, of all rows of the batch together, that are differentiated at a time on CPU
+__all__ = ["on_grid", "on_grid_anew"]
+
+_SPREAD = 64  # columns over which a state is spread at a time
+_AT_ONCE = 4096  # cells, of all rows of the batch together, that are differentiated at a time on CPU
 
 
 def on_grid(
@@ -49,7 +51,7 @@ def on_grid(
 
 def on_grid_anew(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, **options: Any) -> Tensor:
     """Run `on_grid` and store only its inputs: the backward pass computes it again, a part of the batch at a time."""
-    rows = max(1, AT_ONCE // q.shape[2]) if q.device.type == "cpu" else max(1, len(q))
+    rows = max(1, _AT_ONCE // q.shape[2]) if q.device.type == "cpu" else max(1, len(q))
     run = partial(checkpoint, partial(on_grid, **options), use_reentrant=False, preserve_rng_state=False)
     parts = zip(*(x.split(rows) for x in (q, k, v)), strict=True)
     return torch.cat([run(*part, log_decay) for part in parts])
@@ -110,7 +112,7 @@ def _incoming(
 
 def _spread(state: Tensor, rate: Tensor) -> Tensor:
     """Return sum_c' gamma^|c - c'| S_c' for states S (B, H, columns, K, V)."""
-    parts = state.flatten(3).split(SPREAD, dim=2)
+    parts = state.flatten(3).split(_SPREAD, dim=2)
     outs = [_decay(rate, x.shape[2]) @ x for x in parts]
     for i, decay, before in _incoming([x.shape[2] for x in parts], rate, lambda i, decay: decay[:, None] @ parts[i]):
         outs[i] = outs[i] + decay[..., None] * before

@@ -16,6 +16,8 @@ from .operator import fused, fused_now, fused_step, fused_step_now
 from .plan import CHUNKS, MOST_KEYS, MOST_VALUES
 from .probe import cause, found, trouble
 
+__all__ = ["Triton", "backend"]
+
 
 class Triton:
     """The backend "triton": the parallel and the chunkwise form, and the recurrent one of `step`; see `Backend`."""

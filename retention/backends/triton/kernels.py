@@ -27,8 +27,10 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+__all__ = ["SIZES", "core", "join", "one_pass", "prepare", "slope", "step"]
+
 # The interpreter multiplies the bits of bfloat16 and cuts instead of rounding, so tiles are float32 there.
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 SIZES = [
     "places",
     "scale",
@@ -36,14 +38,14 @@ SIZES = [
     "groups",
     "chunks",
 ]  # no kernel of its own for a size that is 1 or a multiple of 16
-LOG2_E = tl.constexpr(1.4426950408889634)
-SLOWEST = tl.constexpr(-1e4)  # decays faster than exp(-1e4) are 0 after one token, and -inf * 0 would be NaN
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_SLOWEST = tl.constexpr(-1e4)  # decays faster than exp(-1e4) are 0 after one token, and -inf * 0 would be NaN
 
 
 @triton.jit
 def _rounded(x, DTYPE: tl.constexpr):
     """Return x as an operand of a product in DTYPE."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if _INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return bits.to(tl.float32, bitcast=True)
@@ -64,7 +66,7 @@ def _with_state(x, DTYPE: tl.constexpr):
 def _load(pointers, there):
     """Load numbers, 0 where there is none."""
     x = tl.load(pointers, mask=there, other=0.0)
-    if INTERPRETED and x.dtype == tl.bfloat16:
+    if _INTERPRETED and x.dtype == tl.bfloat16:
         return x.to(tl.float32)
     else:
         return x
@@ -129,7 +131,7 @@ def _cells(there, columns, N: tl.constexpr, BN: tl.constexpr):
 @triton.jit
 def _rate(log_decay, head):
     """Return log2(gamma) of a head."""
-    return tl.maximum(tl.load(log_decay + head).to(tl.float32), SLOWEST) * LOG2_E
+    return tl.maximum(tl.load(log_decay + head).to(tl.float32), _SLOWEST) * _LOG2_E
 
 
 @triton.jit
@@ -544,7 +546,7 @@ def core(
             r, f = tl.where(back, f, r), tl.where(back, r, f)
         y_i = _load(_pointers(y, y_stride, base, tokens, n), _real(there, n, width, EVEN_N))
         a = tl.load(tiles + c * (C * C) + i[:, None] * C + i[None, :])
-        if INTERPRETED and DTYPE == tl.bfloat16:
+        if _INTERPRETED and DTYPE == tl.bfloat16:
             a = a.to(tl.float32)
         z_i = tl.zeros([C, BN], tl.float32)
         z_i = _read_piece(z_i, x, x_stride, base, tokens, there, m, height, s0, EVEN, DTYPE, PRECISION)

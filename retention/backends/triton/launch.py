@@ -13,6 +13,8 @@ from torch import Tensor
 from . import kernels, pairs, places
 from .plan import Launch, Plan, Sizes, backward_plan, forward_plan, parallel_plan, power
 
+__all__ = ["Inputs", "Options", "backward", "forward", "kernel_of", "start", "step"]
+
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 _INTERPRETED = 4, 90  # multiprocessors, so few that short sequences are split too, and capability
 # A tensor of the arguments, and the flag of a kernel that says whether it is there.

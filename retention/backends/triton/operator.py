@@ -8,6 +8,8 @@ from torch.nn.functional import pad
 
 from ..operators import differentiable, gradients, outputs
 
+__all__ = ["fused", "fused_backward", "fused_now", "fused_step", "fused_step_now"]
+
 
 def fused_now(
     q: Tensor,

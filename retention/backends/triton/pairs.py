@@ -18,6 +18,8 @@ import triton.language as tl
 
 from .kernels import SIZES, _cells, _load, _pointers, _rate, _real, _rounded, _segment, _start, _store, _tokens
 
+__all__ = ["parallel"]
+
 
 @triton.jit(do_not_specialize=SIZES)
 def parallel(

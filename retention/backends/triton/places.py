@@ -8,10 +8,12 @@ from torch.nn.functional import pad
 
 from .plan import Plan
 
-Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
+__all__ = ["of"]
+
+_Tables = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
-def of(q: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, plan: Plan) -> Tables:
+def of(q: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, plan: Plan) -> _Tables:
     """Return the table (segments, 3), the index of real tokens (rows, length), and the first segment of each sequence.
 
     A row of the table is the row of the batch, the first token and the number of tokens; all tensors are int32. Without
@@ -24,7 +26,7 @@ def of(q: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, plan: Plan) ->
     return None, None, None
 
 
-def _of_mask(mask: Tensor, plan: Plan) -> Tables:
+def _of_mask(mask: Tensor, plan: Plan) -> _Tables:
     """Place the real tokens of each row before its padding; segments cut the real tokens."""
     sizes = mask.sum(1, keepdim=True)  # real tokens, (rows, 1)
     rows, length = mask.shape
@@ -39,7 +41,7 @@ def _of_mask(mask: Tensor, plan: Plan) -> Tables:
     return table, index, borders
 
 
-def _of_borders(cu_seqlens: Tensor, plan: Plan) -> Tables:
+def _of_borders(cu_seqlens: Tensor, plan: Plan) -> _Tables:
     """Cut each sequence of a packed row; segments that are left over have no tokens."""
     cu_seqlens = cu_seqlens.long()
     sizes = cu_seqlens.diff()

@@ -9,10 +9,25 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+__all__ = [
+    "CHUNKS",
+    "FEWEST_CHUNKS",
+    "MOST_CHUNKS",
+    "MOST_KEYS",
+    "MOST_VALUES",
+    "Launch",
+    "Plan",
+    "Sizes",
+    "backward_plan",
+    "forward_plan",
+    "parallel_plan",
+    "power",
+]
+
 CHUNKS = (16, 32, 64)
 MOST_KEYS, MOST_VALUES = 256, 512
-ONE_PASS_KEYS = 128  # with more, scores and state do not fit the registers of one program
-SIDE_BY_SIDE = 2  # programs for each multiprocessor
+_ONE_PASS_KEYS = 128  # with more, scores and state do not fit the registers of one program
+_SIDE_BY_SIDE = 2  # programs for each multiprocessor
 MOST_CHUNKS, FEWEST_CHUNKS = 64, 4  # of a segment: more take too long one by one, fewer cost more bytes than they save
 
 
@@ -24,10 +39,10 @@ class Sizes(NamedTuple):
         length: tokens of the longest sequence; for a packed row that of the row.
         packed: whether all sequences are in one row.
         item: bytes of a number of q, k and v.
-        masked: whether tokens are found by an index.
-        mixed: whether products with a state are in another dtype than the others, as in a call in float16.
         multiprocessors: of the device.
         capability: of the device, 90 for Hopper.
+        masked: whether tokens are found by an index.
+        mixed: whether products with a state are in another dtype than the others, as in a call in float16.
     """
 
     sequences: int
@@ -90,7 +105,7 @@ class Plan(NamedTuple):
 
 def forward_plan(sizes: Sizes) -> Plan:
     """Return the plan of the output and of the state after the last token."""
-    one_pass = sizes.key_dim <= ONE_PASS_KEYS
+    one_pass = sizes.key_dim <= _ONE_PASS_KEYS
     chunk, config = _core(sizes, backward=False) if not one_pass else _one_pass(sizes)
     plan = _cut(sizes, chunk, -(-sizes.value_dim // config[0]["BN"]))
     return plan._replace(launches=tuple(_forward(sizes, plan, one_pass, config)))
@@ -117,7 +132,7 @@ def parallel_plan(sizes: Sizes, backward: bool) -> Plan:
     return Plan(chunk, sizes.sequences, 1, sizes.length, False, (launch,))
 
 
-Config = tuple[dict[str, int], int, int]  # block sizes, warps, stages
+_Config = tuple[dict[str, int], int, int]  # block sizes, warps, stages
 
 
 def power(n: int) -> int:
@@ -129,7 +144,7 @@ def _cut(sizes: Sizes, chunk: int, blocks: int) -> Plan:
     """Choose the number of segments, for kernels with so many programs a head."""
     chunks = max(1, -(-sizes.length // chunk))
     programs = (1 if sizes.packed else sizes.sequences) * sizes.heads * blocks
-    wanted = max(-(-SIDE_BY_SIDE * sizes.multiprocessors // programs), -(-chunks // MOST_CHUNKS))
+    wanted = max(-(-_SIDE_BY_SIDE * sizes.multiprocessors // programs), -(-chunks // MOST_CHUNKS))
     each = max(1, chunks // wanted, min(chunks, FEWEST_CHUNKS))
     if sizes.packed:  # as long as its sequences are, so that there is little room for chunks that do not exist
         each = min(each, max(2, chunks // max(1, sizes.sequences)))
@@ -140,7 +155,7 @@ def _cut(sizes: Sizes, chunk: int, blocks: int) -> Plan:
     return Plan(chunk, segments, per, each * chunk, per > 1, ())
 
 
-def _forward(sizes: Sizes, plan: Plan, one_pass: bool, config: Config) -> Iterator[Launch]:
+def _forward(sizes: Sizes, plan: Plan, one_pass: bool, config: _Config) -> Iterator[Launch]:
     read, wrote = _inputs(sizes), sizes.value_dim * _tokens(sizes) * sizes.heads * sizes.item
     matrices = _matrices(sizes, plan)
     places = plan.segments * sizes.heads
@@ -160,7 +175,7 @@ def _forward(sizes: Sizes, plan: Plan, one_pass: bool, config: Config) -> Iterat
     yield Launch("one_pass" if one_pass else "core", places * parts, blocks, warps, stages, moved)
 
 
-def _backward(sizes: Sizes, plan: Plan, config: Config, parts: int) -> Iterator[Launch]:
+def _backward(sizes: Sizes, plan: Plan, config: _Config, parts: int) -> Iterator[Launch]:
     tokens = _tokens(sizes) * sizes.heads * sizes.item
     read = _inputs(sizes) + sizes.value_dim * tokens
     wrote, matrices = (2 * sizes.key_dim + sizes.value_dim) * tokens, 3 * _matrices(sizes, plan)
@@ -224,13 +239,13 @@ def _count(sizes: Sizes, blocks: dict[str, int]) -> int:
 
 # By the largest head dim: tokens of a chunk, block sizes, warps, stages. "exact" is float32, "mixed" float16, and "old"
 # both half precisions on chips before Hopper.
-_ONE_PASS: dict[str, dict[int, tuple[int, Config]]] = {
+_ONE_PASS: dict[str, dict[int, tuple[int, _Config]]] = {
     "new": {64: (64, ({"BK": 64, "BN": 64}, 4, 2)), 128: (64, ({"BK": 128, "BN": 64}, 8, 2))},
-    "mixed": {64: (64, ({"BK": 64, "BN": 64}, 4, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
+    "mixed": {64: (64, ({"BK": 64, "BN": 32}, 4, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
     "old": {64: (64, ({"BK": 64, "BN": 64}, 8, 2)), 128: (64, ({"BK": 128, "BN": 32}, 8, 2))},
     "exact": {64: (16, ({"BK": 64, "BN": 32}, 8, 1)), 128: (16, ({"BK": 128, "BN": 32}, 8, 1))},
 }
-_CORE: dict[str, dict[int, tuple[int, Config]]] = {
+_CORE: dict[str, dict[int, tuple[int, _Config]]] = {
     "new": {
         64: (64, ({"BM": 64, "BN": 64}, 4, 2)),
         128: (64, ({"BM": 128, "BN": 128}, 8, 2)),
@@ -258,29 +273,29 @@ _CORE: dict[str, dict[int, tuple[int, Config]]] = {
 }
 
 
-def _one_pass(sizes: Sizes) -> tuple[int, Config]:
+def _one_pass(sizes: Sizes) -> tuple[int, _Config]:
     chunk, (blocks, warps, stages) = _fitted(
         sizes, _ONE_PASS, sizes.key_dim, {"BK": sizes.key_dim, "BN": sizes.value_dim}
     )
     return chunk, (blocks, 8 if _ragged(sizes) else warps, stages)
 
 
-def _core(sizes: Sizes, backward: bool) -> tuple[int, Config]:
+def _core(sizes: Sizes, backward: bool) -> tuple[int, _Config]:
     widest = max(sizes.key_dim, sizes.value_dim)
     rows, columns = (widest, widest) if backward else (sizes.key_dim, sizes.value_dim)
     return _fitted(sizes, _CORE, rows, {"BM": rows, "BN": columns})
 
 
 def _fitted(
-    sizes: Sizes, table: dict[str, dict[int, tuple[int, Config]]], width: int, dims: dict[str, int]
-) -> tuple[int, Config]:
+    sizes: Sizes, table: dict[str, dict[int, tuple[int, _Config]]], width: int, dims: dict[str, int]
+) -> tuple[int, _Config]:
     """Return the entry of a table, with a chunk of at most the tokens asked for and blocks of at most the head dims."""
     chunk, (blocks, warps, stages) = table[_kind(sizes)][max(64, power(width))]
     asked = chunk if sizes.chunk_size is None else max(size for size in CHUNKS if size <= sizes.chunk_size)
     return min(chunk, asked), ({name: min(n, power(dims[name])) for name, n in blocks.items()}, warps, stages)
 
 
-def _pairs(sizes: Sizes) -> tuple[int, Config]:
+def _pairs(sizes: Sizes) -> tuple[int, _Config]:
     chunk, side, warps, stages = {"exact": (16, 32, 4, 1), "old": (64, 64, 8, 1)}.get(_kind(sizes), (64, 64, 4, 2))
     chunk = min(chunk, power(sizes.length))
     widest = power(max(sizes.key_dim, sizes.value_dim))
@@ -288,7 +303,7 @@ def _pairs(sizes: Sizes) -> tuple[int, Config]:
     return chunk, ({"BM": min(widest, side), "BN": min(widest, side)}, warps, stages)
 
 
-def _square(sizes: Sizes) -> Config:
+def _square(sizes: Sizes) -> _Config:
     """Return the configuration of `prepare` and `slope`, which take the state in blocks."""
     keys, values, warps, stages = {"exact": (32, 32, 4, 1), "old": (64, 32, 8, 2)}.get(_kind(sizes), (64, 64, 4, 2))
     warps = 8 if _ragged(sizes) else warps

@@ -10,8 +10,10 @@ import torch
 
 from .operator import fused
 
-INSTALL = "pip install triton"
-OLDEST = 8, 0  # compute capability: products of bfloat16
+__all__ = ["cause", "found", "trouble"]
+
+_INSTALL = "pip install triton"
+_OLDEST = 8, 0  # compute capability: products of bfloat16
 _answers: dict[str, str | None] = {}
 _causes: dict[str, BaseException] = {}
 
@@ -51,8 +53,11 @@ def _trouble(device: str) -> str | None:
         return f"needs an NVIDIA GPU, not {'ROCm' if device == 'cuda' else device}"
     if device == "cuda" and not torch.cuda.is_available():
         return "torch finds no GPU"
-    if device == "cuda" and min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())) < OLDEST:
-        return f"needs GPUs of compute capability {OLDEST[0]}.{OLDEST[1]} or newer"
+    if (
+        device == "cuda"
+        and min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())) < _OLDEST
+    ):
+        return f"needs GPUs of compute capability {_OLDEST[0]}.{_OLDEST[1]} or newer"
     try:
         import triton  # noqa: F401 -- first, so that a missing library raises ModuleNotFoundError with this name
 
@@ -61,7 +66,7 @@ def _trouble(device: str) -> str | None:
     except Exception as error:  # a broken installation may fail in any way
         _causes[device] = error
         if isinstance(error, ModuleNotFoundError) and error.name == "triton":
-            return f"needs Triton, which is not installed: {INSTALL}"
+            return f"needs Triton, which is not installed: {_INSTALL}"
         what = f"{type(error).__name__}: {error}".replace("\n", " ")
         return f"does not work here ({what})"
     return None

@@ -7,7 +7,7 @@ is small.
 xformers is imported at first use, and used only after a small test of its results and gradients on the device. The
 functions used need no compiled library and run on every device.
 
-The files `swiglu`, `norm` and `attention` use other parts of xformers, for the layers around retention.
+Other parts of xformers, for the layers around retention, are in `retention.xformers`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...call import Call
+from ...xformers.probe import cause, found, trouble
 from .blocks import SMALLEST
 from .operator import block_sparse
-from .probe import cause, found, trouble
+from .trial import products
+
+__all__ = ["XFormers", "backend"]
 
 
 class XFormers:
@@ -58,17 +61,17 @@ class XFormers:
             reasons.append("does not overwrite a state")
         if call.transformed:
             reasons.append("has no rule for torch.func transforms and forward-mode differentiation")
-        broken = trouble("cpu" if call.device == "meta" else call.device)
+        broken = trouble("cpu" if call.device == "meta" else call.device, products)
         return reasons + ([broken] if broken else [])
 
     @property
     def cause(self) -> BaseException | None:
         """The exception that keeps xformers from running at all, or None."""
-        return cause()
+        return cause(products)
 
     def found(self, device: str) -> str | None:
         """Return a line on the xformers found, for people; None if it cannot be used."""
-        return found(device)
+        return None if trouble(device, products) else found(device)
 
     def __call__(
         self,

@@ -7,26 +7,18 @@ multiplies a dense matrix. Both run in plain torch on every device, without the 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
-from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...xformers.library import sparse
+
+__all__ = ["SMALLEST", "Alignment", "Blocks", "Piece", "block_size"]
+
 SMALLEST = 16  # tokens: the smallest block of a BlockSparseTensor
-
-
-@functools.cache
-def library() -> SimpleNamespace:
-    """Import the parts of xformers that are used, at first use. Raises: any exception that xformers raises."""
-    import xformers
-    from xformers.ops import masked_matmul
-    from xformers.sparse import BlockSparseTensor
-
-    return SimpleNamespace(package=xformers, masked_matmul=masked_matmul, BlockSparseTensor=BlockSparseTensor)
 
 
 class Blocks:
@@ -43,20 +35,20 @@ class Blocks:
         turned = (column * len(layout) + row).argsort()  # order of the blocks in the transposed matrix
         self.turned = None if bool((turned.diff() == 1).all()) else turned
         nothing = torch.empty((), device=layout.device).expand(1, len(row), size, size)
-        self.mask = library().BlockSparseTensor(nothing, self.layout)
+        self.mask = sparse().BlockSparseTensor(nothing, self.layout)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the values of a bᵀ, (R, stored blocks, C, C), for a and b (R, L, D)."""
-        return library().masked_matmul(a[:, None], b.contiguous()[:, None].mT, self.mask).values()
+        return sparse().masked_matmul(a[:, None], b.contiguous()[:, None].mT, self.mask).values()
 
     def times(self, values: Tensor, x: Tensor) -> Tensor:
         """Return the matrix of `values` times x (R, L, D)."""
-        return (library().BlockSparseTensor(values, self.layout) @ x[:, None])[:, 0]
+        return (sparse().BlockSparseTensor(values, self.layout) @ x[:, None])[:, 0]
 
     def transposed_times(self, values: Tensor, x: Tensor) -> Tensor:
         """Return the transposed matrix of `values` times x (R, L, D)."""
         values = (values if self.turned is None else values[:, self.turned]).mT
-        return (library().BlockSparseTensor(values, self.layout.mT) @ x[:, None])[:, 0]
+        return (sparse().BlockSparseTensor(values, self.layout.mT) @ x[:, None])[:, 0]
 
 
 class Piece(NamedTuple):

@@ -23,8 +23,10 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import Alignment, Blocks, Piece, block_size
 
-BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads that fit the processor's cache
-BLOCKS_ELSEWHERE = 1024
+__all__ = ["Plan", "backward", "forward"]
+
+_BLOCKS_AT_ONCE = {"cpu": 32}  # chunks times heads that fit the processor's cache
+_BLOCKS_ELSEWHERE = 1024
 
 
 @functools.lru_cache(maxsize=64)
@@ -34,7 +36,7 @@ def _diagonal(blocks: int, size: int, device: torch.device) -> Blocks:
         return Blocks(torch.eye(blocks, dtype=torch.bool, device=device), size)
 
 
-class Walk:
+class Plan:
     """The decays and pieces that `forward` and `backward` share.
 
     Rows of the batch and heads are one dimension R; a state is (segments, R, K, V). C is the size of a chunk.
@@ -52,7 +54,7 @@ class Walk:
         inner = (self.rate * self.distance).exp()[:, None]
         self.inner = inner.tril() if causal else inner
         alignment = Alignment(self.borders, self.size, q.device)
-        at_once = BLOCKS_AT_ONCE.get(q.device.type, BLOCKS_ELSEWHERE)
+        at_once = _BLOCKS_AT_ONCE.get(q.device.type, _BLOCKS_ELSEWHERE)
         blocks = max(1, at_once // max(1, len(self.rate)))
         self.pieces = list(alignment.pieces(blocks)) if self.rows else []
 
@@ -89,7 +91,7 @@ class Walk:
         return tuple((self.rate[..., None] * age).exp() for age in self.ages(piece, reverse))
 
 
-class Scan:
+class _Scan:
     """The recurrence x <- added + carry x, chunk by chunk, from `start` of each segment to its `end`.
 
     start and end are (segments, R, K, V), or None for 0 and for no output.
@@ -118,31 +120,31 @@ class Scan:
 
 
 def forward(
-    walk: Walk, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor | None, final: Tensor | None
+    plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor, state: Tensor | None, final: Tensor | None
 ) -> None:
     """Write the outputs to `out` and the states after the segments to `final`.
 
     Shapes: q (B, H, T, K); k (B, Hkv, T, K); v (B, Hkv, T, V); out (B, H, T, V); state, final (B or N, H, K, V) or
         None.
     """
-    for reverse in walk.directions:
-        scan = Scan(reverse, walk.states(state), walk.states(final))
-        for piece in walk.order(reverse):
-            q_, k_, v_ = (walk.load(piece, x) for x in (q, k, v))  # (R, n C, K), (R, n C, K), (R, n C, V)
-            q_ = q_ * walk.scale
-            read, write, carry = walk.factors(piece, reverse)
+    for reverse in plan.directions:
+        scan = _Scan(reverse, plan.states(state), plan.states(final))
+        for piece in plan.order(reverse):
+            q_, k_, v_ = (plan.load(piece, x) for x in (q, k, v))  # (R, n C, K), (R, n C, K), (R, n C, V)
+            q_ = q_ * plan.scale
+            read, write, carry = plan.factors(piece, reverse)
             # A = gamma^n B + (write * k)ᵀ v; found is B of each chunk, (R, n, K, V)
-            found = scan((walk.chunks(k_) * write).mT @ walk.chunks(v_), carry, piece.segments)
-            y = ((walk.chunks(q_) * read) @ found).flatten(1, 2)  # (read * q) B, (R, n C, V)
+            found = scan((plan.chunks(k_) * write).mT @ plan.chunks(v_), carry, piece.segments)
+            y = ((plan.chunks(q_) * read) @ found).flatten(1, 2)  # (read * q) B, (R, n C, V)
             if not reverse:  # + ((q kᵀ) * D) v
-                diagonal = walk.diagonal(piece)
-                y += diagonal.times(diagonal.product(q_, k_).mul_(walk.inner), v_)
+                diagonal = plan.diagonal(piece)
+                y += diagonal.times(diagonal.product(q_, k_).mul_(plan.inner), v_)
             piece.store(out, y, add=reverse)
         scan.leave()
 
 
 def backward(
-    walk: Walk,
+    plan: Plan,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     state: Tensor | None,
@@ -157,52 +159,52 @@ def backward(
     tensors: q, k, v, dout. grads: the outputs dq, dk, dv. dfinal, dstate: gradients of the states after and before, or
         None.
     """
-    ddecay = walk.rate.new_zeros(len(walk.rate))
-    for reverse in walk.directions:
-        befores = _befores(walk, tensors[1], tensors[2], state, reverse)
-        scan = Scan(not reverse, walk.states(dfinal), walk.states(dstate))
-        for piece in walk.order(not reverse):
-            q_, k_, v_, dy = (walk.load(piece, x) for x in tensors)
-            q_ = q_ * walk.scale
-            q_i, k_i, v_i, dy_i = (walk.chunks(x) for x in (q_, k_, v_, dy))
-            read, write, carry = walk.factors(piece, reverse)
+    ddecay = plan.rate.new_zeros(len(plan.rate))
+    for reverse in plan.directions:
+        befores = _befores(plan, tensors[1], tensors[2], state, reverse)
+        scan = _Scan(not reverse, plan.states(dfinal), plan.states(dstate))
+        for piece in plan.order(not reverse):
+            q_, k_, v_, dy = (plan.load(piece, x) for x in tensors)
+            q_ = q_ * plan.scale
+            q_i, k_i, v_i, dy_i = (plan.chunks(x) for x in (q_, k_, v_, dy))
+            read, write, carry = plan.factors(piece, reverse)
             # B and dA of each chunk, (R, n, K, V); dB = gamma^n dA + (read * q)ᵀ dout
             before, after = befores.pop(), scan((q_i * read).mT @ dy_i, carry, piece.segments)
             dq_i, dk_i, dv_i = (dy_i @ before.mT) * read, (v_i @ after.mT) * write, (k_i * write) @ after
             if decay_grad:  # every product times its exponent of gamma
-                read_age, write_age, count = walk.ages(piece, reverse)
+                read_age, write_age, count = plan.ages(piece, reverse)
                 ddecay += (q_i * dq_i * read_age + k_i * dk_i * write_age).sum((1, 2, 3))
                 ddecay += (before * after * (carry * count)).sum((1, 2, 3))
             dq, dk, dv = (x.flatten(1, 2) for x in (dq_i, dk_i, dv_i))
             if not reverse:
-                ddecay += _inner(walk, piece, (q_, k_, v_, dy), (dq, dk, dv), decay_grad)
-            for grad, part in zip(grads, (dq * walk.scale, dk, dv), strict=True):
+                ddecay += _inner(plan, piece, (q_, k_, v_, dy), (dq, dk, dv), decay_grad)
+            for grad, part in zip(grads, (dq * plan.scale, dk, dv), strict=True):
                 piece.store(grad, part, add=reverse)
         scan.leave()
-    return ddecay.view(walk.rows, walk.heads).sum(0)
+    return ddecay.view(plan.rows, plan.heads).sum(0)
 
 
 def _inner(
-    walk: Walk, piece: Piece, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...], decay_grad: bool
+    plan: Plan, piece: Piece, tensors: tuple[Tensor, ...], grads: tuple[Tensor, ...], decay_grad: bool
 ) -> Tensor:
     """Add the pairs inside chunks to the gradients of q, k and v, in place; return their part of dlog_decay, (R,)."""
     q, k, v, dy = tensors
     dq, dk, dv = grads
-    diagonal = walk.diagonal(piece)
+    diagonal = plan.diagonal(piece)
     scores = diagonal.product(q, k)  # q kᵀ inside each chunk, (R, n, C, C)
-    dscores = diagonal.product(dy, v).mul_(walk.inner)  # (dout vᵀ) * D
-    ddecay = (scores * dscores * walk.distance).sum((1, 2, 3)) if decay_grad else walk.rate.new_zeros(len(q))
+    dscores = diagonal.product(dy, v).mul_(plan.inner)  # (dout vᵀ) * D
+    ddecay = (scores * dscores * plan.distance).sum((1, 2, 3)) if decay_grad else plan.rate.new_zeros(len(q))
     dq += diagonal.times(dscores, k)
     dk += diagonal.transposed_times(dscores, q)
-    dv += diagonal.transposed_times(scores.mul_(walk.inner), dy)
+    dv += diagonal.transposed_times(scores.mul_(plan.inner), dy)
     return ddecay
 
 
-def _befores(walk: Walk, k: Tensor, v: Tensor, state: Tensor | None, reverse: bool) -> list[Tensor]:
+def _befores(plan: Plan, k: Tensor, v: Tensor, state: Tensor | None, reverse: bool) -> list[Tensor]:
     """Return the states before the chunks of each piece, (R, n, K, V) each."""
-    scan, found = Scan(reverse, walk.states(state)), []
-    for piece in walk.order(reverse):
-        k_, v_ = (walk.load(piece, x) for x in (k, v))
-        _, write, carry = walk.factors(piece, reverse)
-        found.append(scan((walk.chunks(k_) * write).mT @ walk.chunks(v_), carry, piece.segments))
+    scan, found = _Scan(reverse, plan.states(state)), []
+    for piece in plan.order(reverse):
+        k_, v_ = (plan.load(piece, x) for x in (k, v))
+        _, write, carry = plan.factors(piece, reverse)
+        found.append(scan((plan.chunks(k_) * write).mT @ plan.chunks(v_), carry, piece.segments))
     return found

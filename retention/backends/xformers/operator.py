@@ -11,6 +11,8 @@ from ..operators import differentiable, gradients, outputs, packed_backward, pac
 from ..packing import ask_for_huge_pages, clear_outside
 from . import chunkwise, parallel
 
+__all__ = ["block_sparse"]
+
 
 @torch.library.custom_op("retention::block_sparse", mutates_args=())
 @packed_forward
@@ -40,11 +42,11 @@ def block_sparse(
     if form == "chunkwise":
         if return_state:
             _begin(final, state)
-        walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
-        chunkwise.forward(walk, q, k, v, out, state, final if return_state else None)
-        clear_outside(walk.borders, out)
+        chunks = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
+        chunkwise.forward(chunks, q, k, v, out, state, final if return_state else None)
+        clear_outside(chunks.borders, out)
     else:
-        heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        heads = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
         parallel.forward(heads, q, k, v, out)
         clear_outside(heads.borders, out)
     return out, final
@@ -52,7 +54,7 @@ def block_sparse(
 
 @torch.library.custom_op("retention::block_sparse_backward", mutates_args=())
 @packed_backward
-def block_sparse_backward(
+def _block_sparse_backward(
     dout: Tensor,
     dfinal: Tensor | None,
     q: Tensor,
@@ -77,18 +79,18 @@ def block_sparse_backward(
     if form == "chunkwise":
         if state is not None:
             _begin(dstate, dfinal)
-        walk = chunkwise.Walk(q, log_decay, cu_seqlens, block_size, scale, causal)
+        chunks = chunkwise.Plan(q, log_decay, cu_seqlens, block_size, scale, causal)
         ends = (dfinal, None if state is None else dstate)
-        dlog_decay += chunkwise.backward(walk, tensors, grads, state, *ends, decay_grad)
-        clear_outside(walk.borders, *grads)
+        dlog_decay += chunkwise.backward(chunks, tensors, grads, state, *ends, decay_grad)
+        clear_outside(chunks.borders, *grads)
     else:
-        heads = parallel.Walk(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
+        heads = parallel.Plan(q, k, log_decay, cu_seqlens, block_size, scale, causal, grid, eps)
         dlog_decay += parallel.backward(heads, tensors, grads, decay_grad)
         clear_outside(heads.borders, *grads)
     return dq, dk, dv, dlog_decay, dstate
 
 
-differentiable(block_sparse, block_sparse_backward)
+differentiable(block_sparse, _block_sparse_backward)
 
 
 def _begin(end: Tensor, start: Tensor | None) -> None:

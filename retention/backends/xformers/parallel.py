@@ -18,7 +18,9 @@ from ...state import state_dtype
 from ..packing import segment_borders
 from .blocks import SMALLEST, Alignment, Blocks, block_size
 
-CACHE_BYTES = 64 * 2**20
+__all__ = ["SCORES_AT_ONCE", "Cache", "Pattern", "Plan", "backward", "forward", "patterns"]
+
+_CACHE_BYTES = 64 * 2**20
 SCORES_AT_ONCE = 4 * 2**20  # several heads are computed together up to this number of scores
 
 
@@ -61,10 +63,10 @@ class Cache:
         return sum(pattern.nbytes for pattern in self.kept.values())
 
 
-patterns = Cache(CACHE_BYTES)
+patterns = Cache(_CACHE_BYTES)
 
 
-class Walk:
+class Plan:
     """The heads of a call, G at a time; one at a time with eps, since each head then has blocks of its own.
 
     Rows of the batch and these heads are one dimension R. On a grid a block holds whole rows of the grid.
@@ -151,17 +153,17 @@ class Walk:
         return (rows.abs() + columns.abs()).to(self.dtype), seen
 
 
-def forward(walk: Walk, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
+def forward(plan: Plan, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> None:
     """Write out = ((scale q kᵀ) * D) v to `out`, for D on the blocks of the pattern."""
-    for heads in walk.groups:
-        q_, k_, v_ = (walk.load(x, heads) for x in (q, k, v))
-        pattern = walk.pattern(heads)
-        scores = walk.decays(pattern, pattern.blocks.product(q_ * walk.scale, k_))
-        walk.piece.store(walk.part(out, heads), pattern.blocks.times(scores, v_))
+    for heads in plan.groups:
+        q_, k_, v_ = (plan.load(x, heads) for x in (q, k, v))
+        pattern = plan.pattern(heads)
+        scores = plan.decays(pattern, pattern.blocks.product(q_ * plan.scale, k_))
+        plan.piece.store(plan.part(out, heads), pattern.blocks.times(scores, v_))
 
 
 def backward(
-    walk: Walk,
+    plan: Plan,
     tensors: tuple[Tensor, Tensor, Tensor, Tensor],
     grads: tuple[Tensor, Tensor, Tensor],
     decay_grad: bool,
@@ -172,22 +174,22 @@ def backward(
 
     tensors: q, k, v, dout. grads: the outputs dq, dk, dv.
     """
-    ddecay = torch.zeros(len(walk.rates), dtype=walk.dtype, device=walk.device)
-    sums = [grad.new_zeros(grad.shape, dtype=walk.dtype) for grad in grads]  # several heads may share a key
-    for heads in walk.groups:
-        q_, k_, v_, dy = (walk.load(x, heads) for x in tensors)
-        q_ = q_ * walk.scale
-        pattern = walk.pattern(heads)
+    ddecay = torch.zeros(len(plan.rates), dtype=plan.dtype, device=plan.device)
+    sums = [grad.new_zeros(grad.shape, dtype=plan.dtype) for grad in grads]  # several heads may share a key
+    for heads in plan.groups:
+        q_, k_, v_, dy = (plan.load(x, heads) for x in tensors)
+        q_ = q_ * plan.scale
+        pattern = plan.pattern(heads)
         blocks = pattern.blocks
-        scores, dscores = blocks.product(q_, k_), walk.decays(pattern, blocks.product(dy, v_))
+        scores, dscores = blocks.product(q_, k_), plan.decays(pattern, blocks.product(dy, v_))
         if decay_grad:
             weights = (scores * dscores * pattern.distance[pattern.apart]).sum((1, 2, 3))
             ddecay[heads.start : heads.stop] = weights.view(-1, len(heads)).sum(0)
-        walk.decays(pattern, scores)
-        dq = blocks.times(dscores, k_) * walk.scale
+        plan.decays(pattern, scores)
+        dq = blocks.times(dscores, k_) * plan.scale
         parts = dq, blocks.transposed_times(dscores, q_), blocks.transposed_times(scores, dy)
         for total, part in zip(sums, parts, strict=True):
-            walk.piece.store(walk.part(total, heads), part, add=True)
+            plan.piece.store(plan.part(total, heads), part, add=True)
     for grad, total in zip(grads, sums, strict=True):
         grad.copy_(total)
     return ddecay

@@ -11,30 +11,16 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor
 
-from ...errors import BackendError
-from .blocks import SMALLEST, library
-from .operator import block_sparse
+from ..errors import BackendError
+from . import library
+
+__all__ = ["INSTALL", "TESTED", "attention_operators", "cause", "expect", "found", "line", "require", "trouble"]
 
 TESTED = "0.0.35"
 INSTALL = f'pip install "xformers=={TESTED}"'
-REINSTALL = f'pip install --force-reinstall --no-deps "xformers=={TESTED}"'
-Trial = Callable[[str], None]  # tests a part of xformers on a device, and raises an exception if it fails
-_causes: dict[tuple[Trial, str], BaseException] = {}
-
-
-def products(device: str) -> None:
-    """Compare the block-sparse products of both forms, and their gradients, with the formula."""
-    library()
-    index = torch.arange(40.0, device=device)
-    inputs = [(index[:, None] * (i + 1) + torch.arange(2.0, device=device)).sin()[None, None] for i in range(3)]
-    inputs = [x.requires_grad_() for x in (*inputs, torch.tensor([-0.1], device=device))]
-    q, k, v, log_decay = inputs
-    decay = (log_decay * (index[:, None] - index).clamp(min=0)).exp().tril()
-    want = ((q @ k.mT) * decay) @ v
-    for form in ("chunkwise", "parallel"):
-        got, _ = block_sparse(*inputs, None, None, None, form, SMALLEST, 1.0, True, (), 0.0, False, q.dtype)
-        grads = [torch.autograd.grad(x.square().sum(), inputs, retain_graph=True) for x in (got, want)]
-        expect("its block-sparse products, or their gradients, are wrong", (got, *grads[0]), (want, *grads[1]))
+_REINSTALL = f'pip install --force-reinstall --no-deps "xformers=={TESTED}"'
+_Trial = Callable[[str], None]  # tests a part of xformers on a device, and raises an exception if it fails
+_causes: dict[tuple[_Trial, str], BaseException] = {}
 
 
 def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], within: float = 1e-3) -> None:
@@ -43,7 +29,7 @@ def expect(otherwise: str, got: tuple[Tensor, ...], want: tuple[Tensor, ...], wi
         raise ArithmeticError(otherwise)
 
 
-def trouble(device: str, trial: Trial = products) -> str | None:
+def trouble(device: str, trial: _Trial) -> str | None:
     """Return why a part of xformers cannot run on `device`, with the command that repairs it; None if it can."""
     return _trouble(trial, device)
 
@@ -52,7 +38,7 @@ def trouble(device: str, trial: Trial = products) -> str | None:
 trouble._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def require(what: str, device: str, trial: Trial) -> None:
+def require(what: str, device: str, trial: _Trial) -> None:
     """Check that a part of xformers runs on `device`. Raises: BackendError, from its cause, if it does not."""
     reason = trouble(device, trial)
     if reason:
@@ -60,34 +46,31 @@ def require(what: str, device: str, trial: Trial) -> None:
 
 
 @functools.cache
-def _trouble(trial: Trial, device: str) -> str | None:
+def _trouble(trial: _Trial, device: str) -> str | None:
     """Run a trial once for each device, in a thread of its own, and return the reason of its failure."""
     log = logging.getLogger("xformers")
     before, log.disabled = log.disabled, True  # xformers warns of a compiled library that most parts do not need
     try:
-        import xformers  # noqa: F401 -- first, so that a missing library raises ModuleNotFoundError with this name
-
+        library.package()  # first, so that a missing library raises ModuleNotFoundError with this name
         with ThreadPoolExecutor(1) as thread:  # another thread has no autocast, no_grad, tracing or transform
             thread.submit(trial, device).result()
     except Exception as error:  # a broken installation may fail in any way
         _causes[trial, device] = error
         if isinstance(error, ModuleNotFoundError) and error.name == "xformers":
             return f"needs xformers, which is not installed: {INSTALL}"
-        return f"xformers {_version()} does not work ({line(error)}); {TESTED} was tested: {REINSTALL}"
+        return f"xformers {_version()} does not work ({line(error)}); {TESTED} was tested: {_REINSTALL}"
     finally:
         log.disabled = before
     return None
 
 
-def cause(trial: Trial = products) -> BaseException | None:
+def cause(trial: _Trial) -> BaseException | None:
     """Return the first exception that a trial raised, on any device; None if it raised none."""
     return next((error for (tried, _), error in _causes.items() if tried is trial), None)
 
 
-def found(device: str) -> str | None:
-    """Return a line on the version, the compiled library and the attention operators for `device`; None if unusable."""
-    if trouble(device):
-        return None
+def found(device: str) -> str:
+    """Return a line on the version, the compiled library and the attention operators for `device`."""
     parts: dict[str, Callable[[], str]] = {
         "compiled library": _compiled,
         "attention operators": lambda: ", ".join(attention_operators(device)) or f"none takes a call on {device}",
@@ -103,14 +86,13 @@ def found(device: str) -> str | None:
 
 def attention_operators(device: str, dtype: torch.dtype = torch.float16) -> list[str]:
     """Return the names of xformers' forward operators of attention that take a plain call on `device`."""
-    from xformers.ops import fmha
-
+    fmha = library.attention()
     q = torch.empty(1, 64, 2, 64, device=device, dtype=dtype)
     return [op.NAME for op in fmha.ALL_FW_OPS if not op.not_supported_reasons(fmha.Inputs(q, q, q))]
 
 
 def _compiled() -> str:
-    error: BaseException | None = library().package._cpp_lib._cpp_library_load_exception
+    error: BaseException | None = library.package()._cpp_lib._cpp_library_load_exception
     return "loaded" if error is None else f"not loaded ({line(_root(error))})"
 
 

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import BackendError
+from ..errors import BackendError
+from . import library
 from .probe import expect, require
+
+__all__ = ["check", "swiglu"]
 
 
 def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor:
@@ -21,9 +24,6 @@ def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor
         an adapter or a quantiser adds to them.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
-    from xformers.ops import SwiGLUEagerOp
-    from xformers.ops import swiglu as compute
-
     for name, layer in (("fc1", fc1), ("gate", gate), ("fc2", fc2)):
         if type(layer) is not nn.Linear:
             raise BackendError(
@@ -31,7 +31,8 @@ def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor
                 "use the backend 'torch' of the feed-forward"
             )
     weights = (fc1.weight, fc1.bias, gate.weight, gate.bias, fc2.weight, fc2.bias)
-    return compute(x, *weights, op=SwiGLUEagerOp if torch.compiler.is_compiling() else None)
+    compute, in_torch = library.swiglu()
+    return compute(x, *weights, op=in_torch if torch.compiler.is_compiling() else None)
 
 
 def check() -> None:
@@ -41,16 +42,14 @@ def check() -> None:
 
 def _trial(device: str) -> None:
     """Compare outputs and gradients with the formula."""
-    from xformers.ops import SwiGLUEagerOp
-    from xformers.ops import swiglu as compute
-
+    compute, in_torch = library.swiglu()
     index = torch.arange(12.0, device=device)
     x, w1, w2 = (((index + i).sin().view(3, 4)).requires_grad_() for i in range(3))
     w3, b = index.cos().view(4, 3).requires_grad_(), index[:3].cos().requires_grad_()
     inputs = x, w1, w2, w3, b
     want = F.linear(F.silu(F.linear(x, w1, b)) * F.linear(x, w2, b), w3)
     wanted = torch.autograd.grad(want.square().sum(), inputs)
-    for op in (None, SwiGLUEagerOp):
+    for op in (None, in_torch):
         got = compute(x, w1, b, w2, b, w3, None, op=op)
         grads = torch.autograd.grad(got.square().sum(), inputs)
         expect("its swiglu, or its gradient, is wrong", (got, *grads), (want, *wanted))

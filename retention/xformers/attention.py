@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import ShapeError
+from ..errors import ShapeError
+from . import library
 from .probe import attention_operators, expect, require, trouble
+
+__all__ = ["SDPA", "Choice", "attend", "check", "choose", "why_not"]
 
 SDPA = "sdpa"
 
@@ -56,7 +59,7 @@ def attend(
     Raises: ShapeError or ValueError for arguments that do not fit.
     Examples:
         >>> import torch
-        >>> from retention.backends.xformers.attention import attend
+        >>> from retention.xformers.attention import attend
         >>> out, label = attend(*torch.ones(3, 1, 2, 4, 8, dtype=torch.float64), causal=True)
         >>> out.shape, label  # xformers has no operator for float64
         (torch.Size([1, 2, 4, 8]), 'sdpa')
@@ -119,9 +122,7 @@ def _plan(
 
 def _operator(inputs: Any) -> str:
     """Return the name of xformers' forward operator. Raises: NotImplementedError if one is missing, or its gradient."""
-    from xformers.ops import fmha
-
-    learning = _learning(inputs.query, inputs.key, inputs.value)
+    fmha, learning = library.attention(), _learning(inputs.query, inputs.key, inputs.value)
     if learning:
         fmha._dispatch_bw(inputs, None)
     return fmha._dispatch_fw(inputs, learning).NAME
@@ -129,10 +130,8 @@ def _operator(inputs: Any) -> str:
 
 def _efficient(inputs: Any) -> Tensor:
     """Run xformers and return out (B, H, T, V)."""
-    from xformers.ops import fmha
-
     options = dict(attn_bias=inputs.attn_bias, p=inputs.p, scale=inputs.scale)
-    out = fmha.memory_efficient_attention(inputs.query, inputs.key, inputs.value, **options)
+    out = library.attention().memory_efficient_attention(inputs.query, inputs.key, inputs.value, **options)
     return out.flatten(2, -2).transpose(1, 2)
 
 
@@ -144,8 +143,6 @@ def _inputs(
     In inference without a mask, shared heads become a fifth dimension, (B, T, Hkv, H / Hkv, K). Otherwise they are
     copied, since fewer forward operators and no backward operator take five dimensions.
     """
-    from xformers.ops import fmha
-
     bias = _causal(q, k) if causal else None if mask is None else _aligned(mask, q, k)
     shared, learning = q.shape[1] // k.shape[1], _learning(q, k, v)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -154,15 +151,14 @@ def _inputs(
     elif shared > 1:
         q = q.unflatten(2, (-1, shared))
         k, v = (x[:, :, :, None].expand(-1, -1, -1, shared, -1) for x in (k, v))
-    return fmha.Inputs(q, k, v, attn_bias=bias, p=dropout, scale=scale)
+    return library.attention().Inputs(q, k, v, attn_bias=bias, p=dropout, scale=scale)
 
 
 def _causal(q: Tensor, k: Tensor) -> Any:
-    from xformers.ops.fmha.attn_bias import LowerTriangularFromBottomRightMask, LowerTriangularMask
-
     if q.shape[2] == 1:
         return None
-    return LowerTriangularMask() if q.shape[2] == k.shape[2] else LowerTriangularFromBottomRightMask()
+    masks = library.attention().attn_bias
+    return masks.LowerTriangularMask() if q.shape[2] == k.shape[2] else masks.LowerTriangularFromBottomRightMask()
 
 
 def _aligned(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:

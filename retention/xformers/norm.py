@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import BackendError
+from ..errors import BackendError
+from . import library
 from .probe import expect, require
+
+__all__ = ["DEVICES", "DTYPES", "check", "rms_norm", "takes"]
 
 DEVICES = ("cuda",)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)  # the kernel computes in float32 for each of them
@@ -30,9 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     Shapes: x (..., D); weight (D,) or None. Returns (..., D).
     """
-    from xformers.ops.rmsnorm import rms_norm as compute
-
-    return compute(x.contiguous(), weight, eps)
+    return library.rms_norm()(x.contiguous(), weight, eps)
 
 
 def check(device: torch.device) -> None:

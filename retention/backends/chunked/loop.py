@@ -17,6 +17,8 @@ from torch import Tensor
 from ...decay import decay_matrix
 from ...state import state_dtype
 
+__all__ = ["Decays", "Factors", "backward", "forward"]
+
 
 class Factors:
     """The powers of gamma that multiply a chunk of n tokens in R rows, for one direction of time, made at first use.
@@ -88,7 +90,7 @@ class Decays:
         return self.known[key]
 
 
-class Chunks:
+class _Chunks:
     """A tensor (R, H or Hkv, T, D) as a list of chunks (R H, n, D) in float32, or in float64 for float64.
 
     A chunk is a view where strides, dtype and heads allow, else a copy that is made when it is asked for.
@@ -110,7 +112,7 @@ class Chunks:
         return x if self.groups == 1 else x.repeat_interleave(self.groups, dim=1)
 
 
-class Target:
+class _Target:
     """An output (R, H or Hkv, T, D), written by chunks (R H, n, D); heads that share a key/value head are summed."""
 
     def __init__(self, x: Tensor, heads: int, size: int):
@@ -132,7 +134,7 @@ class Target:
             self.parts[i].copy_(value)
 
 
-def _walk(chunks: Chunks, reverse: bool) -> list[int]:
+def _order(chunks: _Chunks, reverse: bool) -> list[int]:
     """Return the numbers of the chunks in the order of time, or in reverse."""
     order = list(range(len(chunks)))
     return order[::-1] if reverse else order
@@ -154,7 +156,7 @@ def _updated(s: Tensor | None, carry: Tensor, a: Tensor, factor: Tensor, b: Tens
     return _add_product(None if s is None else s.mul_(carry), (a * factor).transpose(1, 2), b)
 
 
-def _written(k: Chunks, v: Chunks, decays: Decays, reverse: bool, rows: int, s: Tensor | None, i: int) -> Tensor:
+def _written(k: _Chunks, v: _Chunks, decays: Decays, reverse: bool, rows: int, s: Tensor | None, i: int) -> Tensor:
     """Return the state after chunk i, gamma^n S + (write * k_i)^T v_i, and overwrite S, the state before it."""
     k_i = k[i]
     f = decays.factors(k_i.shape[1], reverse, rows)
@@ -181,12 +183,12 @@ def forward(
     Shapes: q (R, H, T, K); k (R, Hkv, T, K); v (R, Hkv, T, V); out (R, H, T, V); state (R, H, K, V) or None.
     """
     rows, heads = q.shape[:2]
-    q_, k_, v_ = (Chunks(x, heads, decays.size) for x in (q, k, v))
-    out_ = Target(out, heads, decays.size)
+    q_, k_, v_ = (_Chunks(x, heads, decays.size) for x in (q, k, v))
+    out_ = _Target(out, heads, decays.size)
     s = None
     for reverse in decays.directions():
         s = None if state is None else state.flatten(0, 1)  # S, (R H, K, V); None is 0
-        order = _walk(q_, reverse)
+        order = _order(q_, reverse)
         for i in order:
             q_i, k_i, v_i = q_[i], k_[i], v_[i]  # (R H, n, K), (R H, n, K), (R H, n, V)
             f = decays.factors(q_i.shape[1], reverse, rows)
@@ -234,20 +236,20 @@ def backward(
         dlog_decay = sum read_age * (q_i . [read * (dy_i S^T)]) + sum write_age * (k_i . [write * (v_i dS'^T)])
                    + sum |i - j| * (q_i k_i^T) * A + n <gamma^n S, dS'>
 
-    The last term needs S and dS' of a chunk at once, which are computed in opposite directions: see `Befores`.
+    The last term needs S and dS' of a chunk at once, which are computed in opposite directions: see `_Befores`.
 
     Shapes: as in `forward`; dout (R, H, T, V); dq, dk and dv as q, k and v; dfinal (R, H, K, V) or None. Returns dstate
         (R, H, K, V), None without a state, and dlog_decay (H,), 0 unless decay_grad.
     """
     rows, heads = q.shape[:2]
-    q_, k_, v_, dout_ = (Chunks(x, heads, decays.size) for x in (q, k, v, dout))
-    dq_, dk_, dv_ = (Target(x, heads, decays.size) for x in (dq, dk, dv))
+    q_, k_, v_, dout_ = (_Chunks(x, heads, decays.size) for x in (q, k, v, dout))
+    dq_, dk_, dv_ = (_Target(x, heads, decays.size) for x in (dq, dk, dv))
     ddecay, ds = decays.rate.new_zeros(rows * heads), None  # one number for each row and head
     for reverse in decays.directions():
-        order = _walk(q_, reverse)
+        order = _order(q_, reverse)
         written = partial(_written, k_, v_, decays, reverse, rows)
         s = None if state is None else state.flatten(0, 1)
-        befores = Befores(order, written) if decay_grad else None
+        befores = _Befores(order, written) if decay_grad else None
         for i in order:  # in the direction of S: the part of dq that is read from the state
             if befores is not None:
                 befores.pass_by(i, s)
@@ -296,7 +298,7 @@ def backward(
     return torch.zeros_like(state) if ds is None else ds.unflatten(0, (rows, heads)), ddecay
 
 
-class Befores:
+class _Befores:
     """The states S before the chunks, returned from the last chunk to the first, of which few exist at a time.
 
     In the direction of time, a copy of the state is kept before every m-th of N chunks, m = sqrt(N). In the other
