@@ -52,7 +52,7 @@ def newer(folder):
 
 def failures(overlay):
     """The lines in which pytest names what failed with these versions."""
-    files = sorted((ROOT / "tests/integrations").glob("test_*.py"))
+    files = sorted(file for folder in ("integrations", "cli") for file in (ROOT / "tests" / folder).glob("test_*.py"))
     touching = [path for path in files if re.search(r"\b(transformers|timm)\b", path.read_text())]
     command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", *touching]
     environment = os.environ | {"PYTHONPATH": str(overlay)}

@@ -28,7 +28,7 @@ SIZES = (224, 384, 512, 768, 1024)
 # Options of the retentive models, without the gate, so that all else equals the attention layer.
 SIDES: dict[str, dict[str, Any]] = {
     "attention": {},
-    "1-D retention": {"attn_layer": retention_layer(features=False, gate=None, grid=False)},
+    "1-D retention": {"attn_layer": retention_layer(features=False, gate=None, grid_decay=False)},
     "2-D retention": {"attn_layer": retention_layer(features=False, gate=None)},
 }
 TUNED = 0.2  # of the epochs, after the swap

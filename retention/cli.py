@@ -268,9 +268,13 @@ def swap(
         str,
         typer.Option(help="Activation of the output gate of the new layers: silu, gelu, relu, sigmoid; or none."),
     ] = "silu",
-    scales: Annotated[
+    num_decays: Annotated[
         int | None,
-        typer.Option(help="Number of decays per head; their scores are added. Default: 2; with --no-features 1."),
+        typer.Option(
+            "--num-decays",
+            "--scales",
+            help="Number of decays per head; their scores are added. Default: 2; with --no-features 1.",
+        ),
     ] = None,
     parts: Annotated[
         int,

@@ -193,7 +193,7 @@ def undeclared(source):
 
 @pytest.mark.parametrize(
     "path",
-    [path for path in FILES if path.parent.name != "swap" and path.name != "cli.py"],
+    [path for path in FILES if path.name != "cli.py"],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_a_name_is_public_by_all_or_private_by_an_underscore(path):
@@ -223,7 +223,7 @@ def test_every_package_is_shipped():
 @pytest.mark.slow
 def test_the_core_torchscales_names_and_attention_need_torch_and_einops_alone():
     """xformers is imported at first use, and only there."""
-    names = "retention, retention.integrations.torchscale, retention.backends.xformers.attention"
+    names = "retention, retention.integrations.torchscale, retention.xformers.attention"
     code = f"import sys, {names}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     others = {"transformers", "accelerate", "safetensors", "typer", "datasets", "matplotlib", "timm", "torchscale"}

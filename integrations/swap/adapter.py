@@ -11,6 +11,8 @@ from torch import nn
 
 from retention.options import check_is, check_whole, shown
 
+__all__ = ["Adapter", "Heads", "find_adapter", "full_name", "register_adapter", "register_recogniser"]
+
 # The integration that registers the adapters for a library's models; imported when the first such model is given.
 _INTEGRATIONS = {"timm": "timm", "torch": "torch_nn", "transformers": "transformers"}
 
@@ -113,10 +115,10 @@ class Adapter:
         """Undo `attach`. If some layers stay replaced, `attach` is called after it."""
 
 
-Recogniser = Callable[[type[nn.Module]], Adapter | None]
+_Recogniser = Callable[[type[nn.Module]], Adapter | None]
 
 _adapters: dict[str, Adapter] = {}  # keys: full names of classes
-_recognisers: list[Recogniser] = []
+_recognisers: list[_Recogniser] = []
 _found: dict[type[nn.Module], Adapter | None] = {}  # the answers of `find_adapter` so far
 
 
@@ -142,7 +144,7 @@ def register_adapter(attention: type[nn.Module] | str, adapter: Adapter) -> None
     _found.clear()
 
 
-def register_recogniser(recogniser: Recogniser) -> None:
+def register_recogniser(recogniser: _Recogniser) -> None:
     """Register a function that finds the adapter of a class without a registered one.
 
     Args:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from .retention import HostedRetention
 
+__all__ = ["Probe", "calibrate", "measured"]
+
 
 @torch.no_grad()
 def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, Any]) -> None:
@@ -37,7 +39,7 @@ def calibrate(model: nn.Module, layers: Mapping[str, Any], batch: Mapping[str, A
 def measured(layers: Mapping[str, Any]) -> Iterator[dict[str, Probe]]:
     """Let replaced layers return the output of their attention, and measure it and that of retention.
 
-    Compiled models run without compilation, as their code may ignore hooks that come or go.
+    Compiled models run without compilation, which one batch does not repay.
 
     Args:
         layers: the replaced layers by name.

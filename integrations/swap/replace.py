@@ -19,16 +19,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from retention.options import check_choice, check_flags, check_is, shown
 
+from ..renamed import former_options
 from .adapter import Adapter
 from .calibration import calibrate
-from .retention import HostedRetention
+from .retention import FORMER, HostedRetention
 from .swapped import Swapped, adapter_of, replaced_by, swapped_class
 from .transaction import all_or_nothing, kept_random_state
 from .whole import whole_models
 
+__all__ = ["SwapReport", "plan_replacement", "replace_attention", "restore_attention"]
+
 
 @dataclass
-class Place:
+class _Place:
     """An attention layer of a model: all its names, why it is kept (empty: it is not), and its lost features."""
 
     names: list[str]
@@ -71,6 +74,7 @@ class SwapReport:
         return "\n".join([*lines, f"parameters: {self.parameters_before:,} before, {self.parameters_after:,} after"])
 
 
+@former_options(FORMER)
 def replace_attention(
     model: nn.Module,
     *,
@@ -136,6 +140,7 @@ def replace_attention(
     return report
 
 
+@former_options(FORMER)
 def plan_replacement(
     model: nn.Module,
     *,
@@ -228,7 +233,7 @@ def _planned(
     where: Callable[[str, nn.Module], bool] | None,
     allow_lost: bool,
     options: dict[str, Any],
-) -> tuple[SwapReport, list[Place]]:
+) -> tuple[SwapReport, list[_Place]]:
     check_is("model", model, nn.Module, "an nn.Module")
     check_flags(allow_lost=allow_lost)
     if where is not None and not callable(where):
@@ -237,7 +242,7 @@ def _planned(
     if not places:
         raise ValueError(_nothing_found(model))
     wanted = range(len(places)) if layers is None else _indices(layers, len(places))
-    chosen: dict[int, Place] = {}
+    chosen: dict[int, _Place] = {}
     for i, place in enumerate(places):
         if i in wanted and (where is None or any(where(name, place.attention) for name in place.names)):
             place.kept = _objections(model, place, allow_lost, options)
@@ -267,19 +272,19 @@ def _planned(
     return report, list(chosen.values())
 
 
-def _refusal(chosen: Mapping[int, Place]) -> str:
+def _refusal(chosen: Mapping[int, _Place]) -> str:
     reasons = "\n".join(f"  {place.names[0]}: {place.kept}" for place in chosen.values() if place.kept)
     others = [i for i, place in chosen.items() if not place.kept]
     hint = f"\nlayers={others} leaves these out; so does a `where` that is False for them" if others else ""
     return f"nothing was replaced, because\n{reasons}{hint}"
 
 
-def _places(model: nn.Module) -> list[Place]:
+def _places(model: nn.Module) -> list[_Place]:
     """Return all layers that have an adapter, in the model's order; a module with several names is one layer."""
-    found: dict[int, Place] = {}
+    found: dict[int, _Place] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if adapter_of(module) is not None:
-            found.setdefault(id(module), Place([], module)).names.append(name)
+            found.setdefault(id(module), _Place([], module)).names.append(name)
     return list(found.values())
 
 
@@ -294,7 +299,7 @@ def _indices(layers: Iterable[int], count: int) -> set[int]:
     return {operator.index(i) % count for i in given}
 
 
-def _objections(model: nn.Module, place: Place, allow_lost: bool, options: dict[str, Any]) -> str:
+def _objections(model: nn.Module, place: _Place, allow_lost: bool, options: dict[str, Any]) -> str:
     """Return the reasons why a layer cannot be replaced, as one text; empty if there are none."""
     attention = place.attention
     if isinstance(attention, Swapped):

@@ -28,9 +28,14 @@ from retention.options import (
 )
 from retention.state import RetentionState, state_dtype
 
+from ..renamed import former_options
 from .adapter import Heads
 from .features import FeatureMap
 from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
+
+__all__ = ["FORMER", "HostedRetention"]
+
+FORMER = {"scales": "num_decays", "grid": "grid_decay"}  # former names of options, and the new ones
 
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
@@ -59,9 +64,9 @@ class HostedRetention(HasBackend):
 
     Args:
         heads: sizes of the layer's heads.
-        scales: number of decays of each head; the scores of all are added. Default: 2 with features, else 1.
-        decay: "paper", "log_linear", "short", or scales * num_heads log-decays (natural logarithm per token): first
-            those of the first scale for all heads, then those of the next. Default "short".
+        num_decays: number of decays of each head; the scores of all are added. Default: 2 with features, else 1.
+        decay: "paper", "log_linear", "short", or num_decays * num_heads log-decays (natural logarithm per token):
+            first the first one of all heads, then the second one of all heads, and so on. Default "short".
         learnable_decay: train the decays.
         features: True maps q and k by a `FeatureMap` each; False uses them as they are.
         window: number of the newest tokens, the token itself included, that each token attends to exactly, with the
@@ -74,8 +79,8 @@ class HostedRetention(HasBackend):
         gate: "silu", "gelu", "relu" or "sigmoid" multiplies the output by gate(W x + b), 1 at the start; None: no gate.
         causal: True: each token sees only the tokens before it, in an image along its rows; a call may have no prefix
             tokens then. None: each call decides.
-        grid: True: where the tokens form an image, the decay depends on the distance in rows plus that in columns;
-            False: on the distance along the rows, one after another. Only for calls that are not causal.
+        grid_decay: True: where the tokens form an image, the decay depends on the distance in rows plus that in
+            columns; False: on the distance along the rows, one after another. Only for calls that are not causal.
         backend, form, chunk_size: as in `retain`.
         device, dtype: of the parameters.
     Raises: TypeError or ValueError that names the option.
@@ -85,11 +90,12 @@ class HostedRetention(HasBackend):
         y, state = retention(x, q, k, v, scale=16**-0.5, return_state=True)  # y (B, T, 4, 16)
     """
 
+    @former_options(FORMER)
     def __init__(
         self,
         heads: Heads,
         *,
-        scales: int | None = None,
+        num_decays: int | None = None,
         decay: Any = "short",
         learnable_decay: bool = True,
         features: bool = True,
@@ -97,7 +103,7 @@ class HostedRetention(HasBackend):
         sinks: int = 0,
         gate: str | None = "silu",
         causal: bool | None = None,
-        grid: bool = True,
+        grid_decay: bool = True,
         backend: str = "auto",
         form: str = "auto",
         chunk_size: int | None = None,
@@ -106,11 +112,11 @@ class HostedRetention(HasBackend):
     ):
         super().__init__()
         check_is("heads", heads, Heads, "Heads")
-        check_flags(features=features, learnable_decay=learnable_decay, grid=grid)
+        check_flags(features=features, learnable_decay=learnable_decay, grid_decay=grid_decay)
         check_device(device)
         check_dtype(dtype)
-        scales = (2 if features else 1) if scales is None else scales
-        check_whole("scales", scales)
+        num_decays = (2 if features else 1) if num_decays is None else num_decays
+        check_whole("num_decays", num_decays)
         check_whole("window", window, optional=True)
         check_whole("chunk_size", chunk_size, optional=True)
         check_whole("sinks", sinks, 0)
@@ -122,13 +128,13 @@ class HostedRetention(HasBackend):
         check_choice("gate", gate, (*_OPEN, None))
         check_name(backend)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.heads, self.scales, self.features = heads, scales, features
-        self.window, self.sinks, self.causal, self.grid = window, sinks, causal, grid
+        self.heads, self.num_decays, self.features = heads, num_decays, features
+        self.window, self.sinks, self.causal, self.grid_decay = window, sinks, causal, grid_decay
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
-        values = log_decays(decay, scales * heads.num_heads)
+        values = log_decays(decay, num_decays * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
         self.options: dict[str, Any] = dict(
-            scales=scales,
+            num_decays=num_decays,
             decay=schedule,
             learnable_decay=learnable_decay,
             features=features,
@@ -136,14 +142,14 @@ class HostedRetention(HasBackend):
             sinks=sinks,
             gate=gate,
             causal=causal,
-            grid=grid,
+            grid_decay=grid_decay,
         )
-        by_scale = torch.tensor(values, dtype=torch.float64, device="cpu")  # the meta device holds no values
-        ordered = rearrange(by_scale, "(s n g) -> (n s g)", s=scales, n=heads.num_kv_heads)  # the order of `_heads`
+        by_rank = torch.tensor(values, dtype=torch.float64, device="cpu")  # the meta device holds no values
+        ordered = rearrange(by_rank, "(s n g) -> (n s g)", s=num_decays, n=heads.num_kv_heads)  # the order of `_heads`
         self.decay = HeadDecay(ordered, len(values), learnable=learnable_decay, **dd)
         if features:
-            self.q_map = FeatureMap(heads.num_heads, scales, heads.key_dim, **dd)
-            self.k_map = FeatureMap(heads.num_kv_heads, scales, heads.key_dim, **dd)
+            self.q_map = FeatureMap(heads.num_heads, num_decays, heads.key_dim, **dd)
+            self.k_map = FeatureMap(heads.num_kv_heads, num_decays, heads.key_dim, **dd)
         self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window or sinks else None
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
@@ -162,7 +168,7 @@ class HostedRetention(HasBackend):
         return {
             "window": (self.window or 0) * exact,
             "sinks": self.sinks * exact,
-            "retention": heads.num_heads * self.scales * math.prod(kv) * state_dtype(dtype).itemsize,
+            "retention": heads.num_heads * self.num_decays * math.prod(kv) * state_dtype(dtype).itemsize,
         }
 
     def reset_parameters(self) -> None:
@@ -173,7 +179,7 @@ class HostedRetention(HasBackend):
             self.k_map.reset_parameters()
         if self.rest is not None:
             nn.init.zeros_(self.rest.weight)
-            nn.init.constant_(self.rest.bias, math.log(self.scales * 2 * self.k_map.weight.shape[-1]))
+            nn.init.constant_(self.rest.bias, math.log(self.num_decays * 2 * self.k_map.weight.shape[-1]))
         nn.init.ones_(self.gain)
         if self.gate is not None:
             nn.init.zeros_(self.gate.weight)
@@ -227,8 +233,9 @@ class HostedRetention(HasBackend):
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
         if self.rest is not None:
-            _check_exact(causal, state)
+            self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
+        after: RetentionState | None
         if self.rest is not None:
             y, after = self._beside_exact(self.rest(x), q, k, v, call)
         else:
@@ -265,6 +272,30 @@ class HostedRetention(HasBackend):
                 f"x must be ({batch}, {length}, {heads.dim}), or an image of as many cells; got x {tuple(x.shape)}"
             )
 
+    def _check_exact(self, causal: bool, state: RetentionState | None, count: int) -> None:
+        """Check what a window and sinks need of a call; count: the number of its sequences."""
+        if not causal:
+            raise ValueError(
+                "window and sinks need causal retention; got causal False; leave them out, or pass causal=True"
+            )
+        if state is None:
+            return
+        if not isinstance(state, WindowState):
+            raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
+        heads, kept = self.heads, self.sinks + (self.window or 0)
+        shapes = (
+            ("time", state.time, (count,)),
+            ("keys", state.keys, (count, heads.num_kv_heads, kept, heads.key_dim)),
+            ("values", state.values, (count, heads.num_kv_heads, kept, heads.value_dim)),
+        )
+        for name, x, shape in shapes:
+            if not isinstance(x, Tensor) or x.shape != shape:
+                got = tuple(x.shape) if isinstance(x, Tensor) else shown(x)
+                raise ShapeError(
+                    f"state.{name} must be {shape}, for {count} sequences, window {self.window} and sinks "
+                    f"{self.sinks}; got state.{name} {got}; pass what this layer returned"
+                )
+
     def _retained(
         self, q: Tensor, k: Tensor, v: Tensor, call: _Call, taken: Tensor | None = None
     ) -> tuple[Tensor, RetentionState | None]:
@@ -294,7 +325,7 @@ class HostedRetention(HasBackend):
                 cu_seqlens=call.cu_seqlens,
                 state=state,
                 causal=call.causal,
-                grid=call.grid if self.grid and not call.causal else None,
+                grid=call.grid if self.grid_decay and not call.causal else None,
                 backend=self.backend,
                 form=self.form,
                 chunk_size=self.chunk_size,
@@ -302,7 +333,7 @@ class HostedRetention(HasBackend):
             )
             out, after = (found, None) if isinstance(found, Tensor) else found
             out = _with_prefix(q, k, v, prefix, out) if prefix else out
-        return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.scales), after
+        return reduce(out, "b (n s g) t v -> b (n g) t v", "sum", n=kv_heads, s=self.num_decays), after
 
     def _beside_exact(
         self, weight: Tensor, q: Tensor, k: Tensor, v: Tensor, call: _Call
@@ -331,24 +362,14 @@ class HostedRetention(HasBackend):
         return y, None if after is None else exact.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rearrange attention's heads into retention's: each scale of each key head, with its query heads."""
+        """Rearrange attention's heads into retention's: each decay of each key head, with its query heads."""
         if self.features:
             q, k = self.q_map(q), self.k_map(k)
             v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # ones give the sum of scores
         else:
-            q, k = (z[:, :, None].expand(-1, -1, self.scales, -1, -1) for z in (q, k))
+            q, k = (z[:, :, None].expand(-1, -1, self.num_decays, -1, -1) for z in (q, k))
         q = rearrange(q, "b (n g) s t k -> b (n s g) t k", n=k.shape[1])
-        return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.scales)
-
-
-def _check_exact(causal: bool, state: RetentionState | None) -> None:
-    """Check a call with a window or sinks. Raises: ValueError or TypeError."""
-    if not causal:
-        raise ValueError(
-            "window and sinks need causal retention; got causal False; leave them out, or pass causal=True"
-        )
-    if state is not None and not isinstance(state, WindowState):
-        raise TypeError(f"state must be a WindowState; got {type(state).__name__}; pass what this layer returned")
+        return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.num_decays)
 
 
 def _zero_at_padding(x: Tensor, mask: Tensor) -> Tensor:

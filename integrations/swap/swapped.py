@@ -10,6 +10,8 @@ from torch import nn
 from .adapter import Adapter, find_adapter, full_name
 from .retention import HostedRetention
 
+__all__ = ["Swapped", "adapter_of", "replaced_by", "swapped_class"]
+
 
 class Swapped:
     """Mixin of the class of a replaced attention layer.

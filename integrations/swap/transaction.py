@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+__all__ = ["all_or_nothing", "kept_random_state"]
+
 
 @contextmanager
 def all_or_nothing(models: Iterable[nn.Module], tensors: Iterable[Tensor] = ()) -> Iterator[None]:

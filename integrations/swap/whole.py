@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+__all__ = ["whole_models"]
+
 
 def whole_models(layers: Iterable[nn.Module]) -> list[nn.Module]:
     """Return the outermost living modules that contain one of `layers` at any depth.

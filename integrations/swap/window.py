@@ -23,6 +23,8 @@ from torch.nn import functional as F
 from retention.constants import traced
 from retention.state import RetentionState, state_dtype
 
+__all__ = ["Rows", "Tiles", "WindowState", "in_order", "join", "real_last", "rows", "tiles"]
+
 _TILE = 64  # tokens of a tile of packed sequences without a window
 
 
@@ -96,8 +98,8 @@ class Rows:
         Dtypes: both results are in `state_dtype`, float32 at least.
         """
         length, kv_heads, wide = self.length, self.keys.shape[1], state_dtype(q.dtype)
-        block = min(self.window, length) or length  # without a window, one block sees the sinks
-        missing = -length % block
+        block = max(1, min(self.window or length, length))  # without a window, one block sees the sinks
+        missing = -length % block if length else block
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, self.keys, self.values))
             q = rearrange(scale * q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
@@ -186,16 +188,15 @@ def rows(
     padding = (begin + length - end)[:, None]
     near = torch.arange(window + length, device=device)
     near = torch.where(near < window + padding, (near - padding).clamp(min=0), near)  # padding, then what is adjacent
-    position = torch.arange(sinks, device=device)
-    own = (position - begin[:, None] + padding).clamp(0, length - 1)
+    first = _first(sinks, begin, end, sinks + window + padding - begin[:, None])
 
     def build(x: Tensor, before: Tensor | None) -> Tensor:
         if before is None:
             before = x.new_zeros(*x.shape[:2], sinks + window, x.shape[3])
-        first, last = before.split([sinks, window], dim=2)
-        last = torch.cat([last, x], dim=2)
+        whole = torch.cat([before, x], dim=2)
+        last = whole[:, :, sinks:]
         last = last if mask is None or state is None else in_order(last, near)
-        return torch.cat([_filled(first, in_order(x, own), begin, end), last], dim=2) if sinks else last
+        return torch.cat([in_order(whole, first), last], dim=2) if sinks else last
 
     keys, values = build(k, None if state is None else state.keys), build(v, None if state is None else state.values)
     return Rows(keys, values, end - (window + length), window, sinks)
@@ -204,8 +205,8 @@ def rows(
 def tiles(k: Tensor, v: Tensor, window: int, sinks: int, cu_seqlens: Tensor, state: WindowState | None = None) -> Tiles:
     """Build the `Tiles` of a call from its keys and values and the states before its sequences.
 
-    Tiles have as many tokens as the window, or as the longest sequence if that is shorter. Time and memory of
-    `Tiles.attend` are O((T + N C) (S + W)).
+    Tiles have C = W tokens, or as many as the longest sequence if that is shorter. Time and memory of `Tiles.attend`
+    are O((T + N C) (S + W)).
 
     Shapes: k (1, Hkv, T, K); v (1, Hkv, T, V).
     Args:
@@ -213,58 +214,64 @@ def tiles(k: Tensor, v: Tensor, window: int, sinks: int, cu_seqlens: Tensor, sta
         cu_seqlens: (N + 1,), as in `retain`.
         state: the states after the tokens before, with N rows, or None.
     """
-    length, count, device = k.shape[2], len(cu_seqlens) - 1, k.device
+    length, count, kept, device = k.shape[2], len(cu_seqlens) - 1, sinks + window, k.device
     start, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     size = max(1, min(window or _TILE, length if traced() else int(lengths.max())))
-    before = (lengths + size - 1).div(size, rounding_mode="floor").cumsum(0)
-    before, last = F.pad(before, (1, 0))[:-1], before
-    tile = torch.arange((length + count * (size - 1)) // size, device=device)  # at least as many as there are
-    sequence = torch.searchsorted(last, tile, right=True).clamp(max=count - 1)
-    offset = ((tile - before[sequence]) * size)[:, None]
-    token = torch.arange(length, device=device)
-    of_token = torch.bucketize(token, cu_seqlens[1:], right=True)
-    queries = start[sequence, None] + offset + torch.arange(size, device=device)
+    sequence, offset, places = _cut(cu_seqlens.long(), length, size)
     begin = torch.zeros_like(lengths) if state is None else state.time
-    position = torch.arange(sinks, device=device)
+    each, last = torch.arange(count, device=device), torch.arange(-window, size, device=device)
+    own = (count * kept + start)[
+        :, None
+    ]  # the indices of tokens among the kept ones of all states and those of the call
 
-    def place(sequence: Tensor, offset: Tensor) -> Tensor:
-        """Where a token is among the windows of the states and the tokens of the call."""
-        old, new = (sequence + 1) * window + offset, count * window + start[sequence] + offset
-        return torch.where(offset < 0, old, new).clamp(max=count * window + length - 1)
+    def near(sequence: Tensor, offset: Tensor) -> Tensor:
+        found = torch.where(offset < 0, (sequence[:, None] + 1) * kept, own[sequence]) + offset
+        return found.clamp(max=count * kept + length - 1)
 
-    each = torch.arange(count, device=device)[:, None]
-    in_tile = place(sequence[:, None], offset + torch.arange(-window, size, device=device))
-    in_window = place(each, lengths[:, None] + torch.arange(-window, 0, device=device))
-    own = (start[:, None] + position - begin[:, None]).clamp(0, length - 1)
+    in_tiles, in_windows = near(sequence, offset[:, None] + last), near(each, lengths[:, None] + last[:window])
+    first = _first(sinks, begin, begin + lengths, own - begin[:, None], each[:, None] * kept)
 
     def build(x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         if before is None:
-            before = x.new_zeros(count, x.shape[1], sinks + window, x.shape[3])
-        first, near = before.split([sinks, window], dim=2)
-        near = torch.cat([near.transpose(0, 1).flatten(1, 2), x[0]], dim=1)  # (Hkv, N W + T, D)
-        first = _filled(first, x[0][:, own].transpose(0, 1), begin, begin + lengths)
-        one = torch.cat([first[sequence], near[:, in_tile].transpose(0, 1)], dim=2)
-        return one, torch.cat([first, near[:, in_window].transpose(0, 1)], dim=2)
+            before = x.new_zeros(count, x.shape[1], kept, x.shape[3])
+        whole = torch.cat([before.transpose(0, 1).flatten(1, 2), x[0]], dim=1)  # (Hkv, N (S + W) + T, D)
+        of_tiles = whole[:, torch.cat([first[sequence], in_tiles], dim=1)]
+        after = whole[:, torch.cat([first, in_windows], dim=1)]
+        return of_tiles.transpose(0, 1), after.transpose(0, 1)
 
     keys, keys_after = build(k, None if state is None else state.keys)
     values, values_after = build(v, None if state is None else state.values)
-    found = Rows(keys, values, begin[sequence] + offset[:, 0] - window, window, sinks)
-    offset_of_token = token - start[of_token]
-    places = before[of_token] * size + offset_of_token
-    return Tiles(found, queries.clamp(max=length - 1), places, keys_after, values_after)
+    cut = Rows(keys, values, begin[sequence] + offset - window, window, sinks)
+    queries = (start[sequence] + offset)[:, None] + torch.arange(size, device=device)
+    return Tiles(cut, queries.clamp(max=length - 1), places, keys_after, values_after)
 
 
-def _filled(before: Tensor, own: Tensor, begin: Tensor, end: Tensor) -> Tensor:
-    """Return the sinks after a call: those before it, then its own tokens, then zeros (B, Hkv, S, D).
+def _cut(cu_seqlens: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut packed sequences into M tiles of `size` tokens, of which the last of each sequence may be shorter.
+
+    Returns: the sequence of each tile and its offset there, both (M,), and the index of each token among the tokens of
+        all tiles, (length,). M depends on shapes only; tiles that are too many have offsets beyond their sequence.
+    """
+    count = len(cu_seqlens) - 1
+    ends = cu_seqlens.diff().add(size - 1).div(size, rounding_mode="floor").cumsum(0)  # in tiles
+    first = F.pad(ends, (1, 0))[:-1]
+    tile = torch.arange((length + count * (size - 1)) // size, device=cu_seqlens.device)
+    sequence = torch.searchsorted(ends, tile, right=True).clamp(max=count - 1)
+    token = torch.arange(length, device=cu_seqlens.device)
+    of_token = torch.bucketize(token, cu_seqlens[1:], right=True)
+    return sequence, (tile - first[sequence]) * size, first[of_token] * size + token - cu_seqlens[of_token]
+
+
+def _first(sinks: int, begin: Tensor, end: Tensor, own: Tensor, old: Tensor | int = 0) -> Tensor:
+    """Return the indices of the sinks after a call, (N, S).
 
     Args:
-        before: the sinks before the call, in the places up to `begin`.
-        own: the tokens of the call, in the places from `begin` to `end`.
-        begin, end: the numbers of tokens before and after the call, (B or 1,).
+        begin, end: the numbers of tokens before and after the call, (N,); the sinks between come from the call.
+        own, old: added to the index of a sink that comes from the call, and of any other, (N, 1).
     """
-    index = torch.arange(own.shape[2], device=own.device)[:, None]
-    begin, end = (x[:, None, None, None] for x in (begin, end))
-    return torch.where(index < begin, before, own.masked_fill(index >= end, 0))
+    index = torch.arange(sinks, device=begin.device)
+    new = (begin[:, None] <= index) & (index < end[:, None])
+    return index + torch.where(new, own, old)
 
 
 def _with(after: RetentionState, keys: Tensor, values: Tensor) -> WindowState:

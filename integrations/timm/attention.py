@@ -27,7 +27,9 @@ from retention.decay import check_decay
 from retention.errors import ShapeError
 from retention.state import RetentionState
 
+from ..renamed import former_options
 from ..swap import Adapter, Heads, HostedRetention, Swapped, register_adapter, replaced_by
+from ..swap.retention import FORMER
 
 __all__ = ["RetentionAttention", "TimmAttention", "Tokens", "bind", "retention_layer"]
 
@@ -213,6 +215,7 @@ class RetentionAttention(Swapped, Attention):
         self.retention.reset_parameters()
 
 
+@former_options(FORMER)
 def retention_layer(**options: Any) -> type[RetentionAttention]:
     """Return a class of attention layers with options of `HostedRetention`, for timm's attn_layer.
 

@@ -15,13 +15,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from ..files import listed, one_line, read_json, refused
 from ..swap import replace_attention
-from ..swap.retention import HostedRetention
+from ..swap.retention import FORMER, HostedRetention
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
 
 __all__ = ["RetentionInAttentionConfig", "load_swapped", "register_auto_classes"]
 
-_MOST = 10_000  # largest number of layers in a model, and of scales in a layer
-_OPTIONS = inspect.signature(HostedRetention).parameters.keys() - {"heads", "device", "dtype"}
+_MOST = 10_000  # largest number of layers in a model, and of decays of a head
+_OPTIONS = inspect.signature(HostedRetention).parameters.keys() - {"heads", "device", "dtype"} | FORMER.keys()
 _CHILD = ".retention."  # part of the names of retention's own parameters
 
 
@@ -68,6 +68,7 @@ class RetentionInAttentionConfig(PreTrainedConfig):
         layers = _of_type(config_dict, "retention_layers", dict)
         for name in layers:
             _check_layer(name, _of_type(layers, name, dict))
+        layers = {name: {FORMER.get(option, option): x for option, x in layers[name].items()} for name in layers}
         kept = {name: config_dict[name] for name in ("architectures", "dtype") if name in config_dict}
         host_class = _config_class(kind)
         with refused(f"attention_config has an option that no {kind} has"):
@@ -144,7 +145,8 @@ def _of_type(options: dict[str, Any], name: str, kind: type) -> Any:
 def _check_layer(name: str, options: dict[str, Any]) -> None:
     if unknown := sorted(options.keys() - _OPTIONS):
         raise ValueError(f"{name} has options that no replaced layer has: {listed(unknown)}; correct or remove them")
-    _check_at_most(f"scales of {name}", options.get("scales"))
+    for option in ("num_decays", "scales"):
+        _check_at_most(f"{option} of {name}", options.get(option))
 
 
 def _check_at_most(name: str, count: Any) -> None:

@@ -37,6 +37,8 @@ def update_marks(whole: nn.Module) -> None:
             new = copies.get(id(vars(module).get(name)))
             if isinstance(new, PreTrainedConfig):
                 setattr(module, name, new)
+    for model in models:
+        _upload_by_config(model)
 
 
 def _is_replaced(module: nn.Module) -> bool:
@@ -58,6 +60,15 @@ def _mark(config: Any, layers: dict[str, dict[str, Any]]) -> None:
     elif isinstance(config, MarkedConfig):
         delattr(config, MARK)
         cast(Any, config).__class__ = host_class
+
+
+def _upload_by_config(model: PreTrainedModel) -> None:
+    """Let the marked config upload the model, with a card that tells how to load it; else undo that."""
+    upload = "_upload_modified_files"
+    if isinstance(model.config, MarkedConfig):
+        vars(model)[upload] = model.config._upload_modified_files
+    else:
+        vars(model).pop(upload, None)
 
 
 def _set_stateful(model: PreTrainedModel, stateful: bool) -> None:

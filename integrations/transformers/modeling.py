@@ -121,6 +121,10 @@ class RetNetPreTrainedModel(PreTrainedModel):
                     child.initialised_by_parent = True  # type: ignore[assignment]
         super().post_init()
 
+    def _upload_modified_files(self, *args: Any, **options: Any) -> Any:
+        """Upload by the config, which writes a model card that tells how to load the model."""
+        return self.config._upload_modified_files(*args, **options)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, MultiScaleRetention | FeedForward | MixtureOfExperts):

@@ -7,12 +7,16 @@ import os
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
+
 from ..files import read_json
 
 __all__ = ["CODE", "INSTALL", "SaysHowToLoad"]
 
 INSTALL = 'pip install "multiscale-retention[transformers]"'
 CODE = "retention_model.py"
+_CARD_FILE = "README.md"
+_GENERATED = "This model card has been automatically generated."  # by transformers, which knows nothing of the model
 _CODE = f'''"""What trust_remote_code=True runs: the code of this model is in the library multiscale-retention."""
 
 try:
@@ -63,8 +67,24 @@ class SaysHowToLoad:
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         folder = Path(save_directory)
         (folder / CODE).write_text(_CODE)
-        if not (folder / "README.md").exists():
-            (folder / "README.md").write_text(self._card(folder.resolve().name))
+        if not (folder / _CARD_FILE).exists():
+            (folder / _CARD_FILE).write_text(self._card(folder.resolve().name))
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: Any, *args: Any, **options: Any) -> Any:
+        """Upload a saved folder to the hub; `push_to_hub` of transformers calls it for configs and models.
+
+        The model card that transformers generates for a new repository is replaced by one that tells how to load the
+        model. A card that a user wrote stays.
+        """
+        file = Path(working_dir, _CARD_FILE)
+        card = ModelCard(file.read_text(encoding="utf-8") if file.exists() else _GENERATED)
+        if _GENERATED in card.content:
+            ours = ModelCard(self._card(repo_id))
+            data: Any = ours.data
+            data.tags = list(dict.fromkeys([*data.tags, *(card.data.to_dict().get("tags") or [])]))
+            ours.save(file)
+        options["commit_message"] = options.get("commit_message") or "Upload model"
+        return super()._upload_modified_files(working_dir, repo_id, *args, **options)  # type: ignore[misc]
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike[str]) -> dict[str, Any]:

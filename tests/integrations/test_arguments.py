@@ -4,37 +4,11 @@ import copy
 import itertools
 import math
 
+import doors
 import pytest
 import torch
 import transformers
-from doors import (
-    BACKBONE,
-    COUNT,
-    DEVICE,
-    DIM,
-    DTYPE,
-    EPS,
-    FACTOR,
-    FLAG,
-    FORWARD,
-    HEADS,
-    IDS,
-    IDS_WRONG,
-    INPUT,
-    MASK,
-    MAYBE_WHOLE,
-    NAME,
-    RATE,
-    SCALE,
-    VOCAB,
-    WHOLE,
-    B,
-    Door,
-    T,
-    X,
-    cases,
-    check_refusals,
-)
+from doors import DIM, HEADS, IDS, VOCAB, B, Door, T, X, cases, check_refusals
 
 from retention import MultiScaleRetention
 from retention.integrations import timm as timm_retention
@@ -54,18 +28,18 @@ from retention.integrations.transformers.training.distill import recover, replac
 # Wrong for any number of heads.
 NO_DECAY = ["fast", "", 5, None, True, b"ab", [0.1, -0.1], [math.nan] * 2, ["a", "b"], [False, False], {0: -0.1}]
 HOSTED = dict(
-    scales=MAYBE_WHOLE,
+    num_decays=doors.MAYBE_WHOLE,
     decay=NO_DECAY,
-    learnable_decay=FLAG,
-    features=FLAG,
-    window=MAYBE_WHOLE,
-    sinks=COUNT,
-    gate=NAME,
+    learnable_decay=doors.FLAG,
+    features=doors.FLAG,
+    window=doors.MAYBE_WHOLE,
+    sinks=doors.COUNT,
+    gate=doors.NAME,
     causal=["no", 1, 0, False, [True]],
-    grid=FLAG,
-    backend=[*NAME, None],
-    form=[*NAME, None],
-    chunk_size=MAYBE_WHOLE,
+    grid_decay=doors.FLAG,
+    backend=[*doors.NAME, None],
+    form=[*doors.NAME, None],
+    chunk_size=doors.MAYBE_WHOLE,
 )
 COUNTS_OF_CONFIG = [True, -2, 1.5, "2", math.nan, [2]]
 
@@ -102,56 +76,67 @@ def integration_doors():
         model=[None, "model", transformers.LlamaForCausalLM],
         layers=["0", 1, [0.5], [True], ["0"], [2], [-3]],
         where=[3, "layers.0", [0]],
-        allow_lost=FLAG,
+        allow_lost=doors.FLAG,
         **{
             name: [x for x in values if not (name == "decay" and isinstance(x, list | torch.Tensor) and len(x) == 4)]
             for name, values in HOSTED.items()
         },
     )
-    config = {name: values for name, values in BACKBONE.items() if name not in ("device", "dtype")}
-    config |= dict(vocab_size=COUNT, num_heads=WHOLE, forward_mode=[*NAME, None], use_cache=FLAG, lm_head_bias=FLAG)
-    config |= dict(tie_word_embeddings=FLAG, output_retentions=FLAG, z_loss_coeff=EPS, router_aux_loss_coef=EPS)
-    config |= dict(initializer_range=[x for x in FACTOR if x is not None], bos_token_id=["a", True, 1.5])
-    theirs = dict.fromkeys(("decoder_embed_dim", "decoder_layers", "decoder_retention_heads"), WHOLE)
-    theirs |= dict.fromkeys(("dropout", "layernorm_eps", "drop_path_rate"), EPS)
-    theirs |= dict.fromkeys(("subln", "deepnorm", "chunkwise_recurrent", "no_scale_embedding"), FLAG)
-    theirs |= dict(vocab_size=COUNTS_OF_CONFIG, recurrent_chunk_size=COUNT, activation_fn=[None, 3, ["gelu"]])
-    ids = [x for x in IDS_WRONG if x is not None]
+    config = {name: values for name, values in doors.BACKBONE.items() if name not in ("device", "dtype")}
+    config |= dict(
+        vocab_size=doors.COUNT,
+        num_heads=doors.WHOLE,
+        forward_mode=[*doors.NAME, None],
+        use_cache=doors.FLAG,
+        lm_head_bias=doors.FLAG,
+    )
+    config |= dict(
+        tie_word_embeddings=doors.FLAG,
+        output_retentions=doors.FLAG,
+        z_loss_coeff=doors.EPS,
+        router_aux_loss_coef=doors.EPS,
+    )
+    config |= dict(initializer_range=[x for x in doors.FACTOR if x is not None], bos_token_id=["a", True, 1.5])
+    theirs = dict.fromkeys(("decoder_embed_dim", "decoder_layers", "decoder_retention_heads"), doors.WHOLE)
+    theirs |= dict.fromkeys(("dropout", "layernorm_eps", "drop_path_rate"), doors.EPS)
+    theirs |= dict.fromkeys(("subln", "deepnorm", "chunkwise_recurrent", "no_scale_embedding"), doors.FLAG)
+    theirs |= dict(vocab_size=COUNTS_OF_CONFIG, recurrent_chunk_size=doors.COUNT, activation_fn=[None, 3, ["gelu"]])
+    ids = [x for x in doors.IDS_WRONG if x is not None]
     recovering = dict(model=swapped, train_data=[], valid_data=[], out="runs")
     return {
         "Heads": Door(
             Heads,
             lambda: dict(dim=DIM, num_heads=2, num_kv_heads=2, key_dim=8, value_dim=8),
-            dict.fromkeys(("dim", "num_heads", "num_kv_heads", "key_dim", "value_dim"), WHOLE),
+            dict.fromkeys(("dim", "num_heads", "num_kv_heads", "key_dim", "value_dim"), doors.WHOLE),
         ),
         "HostedRetention": Door(
             HostedRetention,
-            lambda: dict(heads=heads, scales=1),
-            dict(HOSTED, heads=[None, 3, (DIM, 2)], device=DEVICE, dtype=DTYPE),
+            lambda: dict(heads=heads, num_decays=1),
+            dict(HOSTED, heads=[None, 3, (DIM, 2)], device=doors.DEVICE, dtype=doors.DTYPE),
         ),
         "HostedRetention.forward": Door(
             hosted.forward,
             lambda: dict(x=X, q=q, k=q, v=q, scale=0.5),
             dict(
-                x=[*INPUT[:8], *INPUT[12:13]],
+                x=[*doors.INPUT[:8], *doors.INPUT[12:13]],
                 **{name: [None, 3, q.tolist(), q.long(), q[0], q[..., :-1]] for name in "qkv"},
-                scale=[*SCALE, None],
-                causal=FLAG,
-                mask=MASK,
-                cu_seqlens=FORWARD["cu_seqlens"],
+                scale=[*doors.SCALE, None],
+                causal=doors.FLAG,
+                mask=doors.MASK,
+                cu_seqlens=doors.FORWARD["cu_seqlens"],
                 state=[{}, 3, [], q],
-                return_state=FLAG,
-                prefix=COUNT,
+                return_state=doors.FLAG,
+                prefix=doors.COUNT,
             ),
         ),
         "replace_attention": Door(
             replace_attention,
-            lambda: dict(model=llama(), scales=1),
-            dict(replacing, init=[*NAME, None], calibrate_on=[3, [IDS], IDS]),
+            lambda: dict(model=llama(), num_decays=1),
+            dict(replacing, init=[*doors.NAME, None], calibrate_on=[3, [IDS], IDS]),
             hides=tuple(HOSTED),
         ),
         "plan_replacement": Door(
-            plan_replacement, lambda: dict(model=llama(), scales=1), replacing, hides=tuple(HOSTED)
+            plan_replacement, lambda: dict(model=llama(), num_decays=1), replacing, hides=tuple(HOSTED)
         ),
         "restore_attention": Door(
             restore_attention, lambda: dict(model=copy.deepcopy(swapped)), dict(model=[None, "model", 3])
@@ -185,12 +170,14 @@ def integration_doors():
                 use_cache=["no", 1],
                 logits_to_keep=[True, -1, 1.5, "a"],
                 output_retentions=["no", 1],
-                forward_mode=NAME,
+                forward_mode=doors.NAME,
             ),
             hides=("name",),
         ),
         "RetNetForCausalLM.forward on embeddings": Door(
-            causal_lm.forward, lambda: dict(inputs_embeds=X), dict(inputs_embeds=[*INPUT[1:8], *INPUT[9:13]])
+            causal_lm.forward,
+            lambda: dict(inputs_embeds=X),
+            dict(inputs_embeds=[*doors.INPUT[1:8], *doors.INPUT[9:13]]),
         ),
         "torchscale.RetNetConfig": Door(torchscale.RetNetConfig, dict, theirs),
         "torchscale.RetNetDecoder": Door(
@@ -200,10 +187,10 @@ def integration_doors():
             decoder.forward,
             lambda: dict(prev_output_tokens=IDS),
             dict(
-                prev_output_tokens=IDS_WRONG[:9],
+                prev_output_tokens=doors.IDS_WRONG[:9],
                 incremental_state=[3, [], "x"],
-                features_only=FLAG,
-                token_embeddings=INPUT[1:8],
+                features_only=doors.FLAG,
+                token_embeddings=doors.INPUT[1:8],
             ),
         ),
         "torch's MultiheadAttention": Door(
@@ -219,12 +206,12 @@ def integration_doors():
             timm_retention.pyramid.Pyramid,
             lambda: dict(dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1)),
             dict(
-                softmax=FLAG,
-                in_chans=WHOLE,
-                num_classes=COUNT,
-                drop_rate=RATE,
-                drop_path_rate=RATE,
-                gate=NAME,
+                softmax=doors.FLAG,
+                in_chans=doors.WHOLE,
+                num_classes=doors.COUNT,
+                drop_rate=doors.RATE,
+                drop_path_rate=doors.RATE,
+                gate=doors.NAME,
                 gates=[None],
             ),
             hides=("gate", "gates"),
@@ -236,12 +223,12 @@ def integration_doors():
                 model=[None, 3, MultiScaleRetention(DIM, HEADS)],
                 out=[None, 3],
                 teacher=[3, "teacher"],
-                transfer_steps=COUNT,
-                tuning_steps=COUNT,
-                batch=WHOLE,
-                transfer_lr=FACTOR,
-                tuning_lr=FACTOR,
-                label_weight=EPS,
+                transfer_steps=doors.COUNT,
+                tuning_steps=doors.COUNT,
+                batch=doors.WHOLE,
+                transfer_lr=doors.FACTOR,
+                tuning_lr=doors.FACTOR,
+                label_weight=doors.EPS,
             ),
             runs=False,
         ),

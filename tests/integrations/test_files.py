@@ -382,7 +382,10 @@ def replaced(options):
         (replaced(3), "must have 'layers.0.self_attn', a dict; got 3"),
         (replaced({"gama": 1}), "layers.0.self_attn has options that no replaced layer has: gama; correct or remove"),
         (replaced({"where": "x"}), "layers.0.self_attn has options that no replaced layer has: where"),
-        (replaced({"scales": 10**12}), "scales of layers.0.self_attn must be at most 10,000; got 1000000000000"),
+        (
+            replaced({"num_decays": 10**12}),
+            "num_decays of layers.0.self_attn must be at most 10,000; got 1000000000000",
+        ),
         (replaced({"window": "x"}), "options for layers.0.self_attn that cannot be: window must be"),
         (replaced({"decay": [1] * 9}), "options for layers.0.self_attn that cannot be: decay must hold"),
         (replaced({"decay": 3}), "options for layers.0.self_attn that cannot be: decay must be"),

@@ -65,7 +65,7 @@ def test_a_replaced_layer_is_its_formula():
 @pytest.mark.parametrize("features", [True, False])
 def test_each_head_has_its_scales_whatever_it_shares(features):
     decay = [-0.1 * n for n in range(1, 9)]  # the first scale of four heads, then the second
-    retention = HostedRetention(Heads(32, 4, 2, 8, 8), scales=2, decay=decay, features=features, gate=None).double()
+    retention = HostedRetention(Heads(32, 4, 2, 8, 8), num_decays=2, decay=decay, features=features, gate=None).double()
     for parameter in retention.parameters():
         parameter.add_(0.3 * torch.randn_like(parameter))
     retention.decay.reset_parameters()
@@ -130,12 +130,12 @@ def formula(retention, x, q, k, v):
     near = (ago >= 0) & ((ago < window) | (n < retention.sinks))
     far = (ago >= 0) & ~near
     groups = q.shape[1] // k.shape[1]
-    log_decay = retention.decay(x.device, torch.float64).view(k.shape[1], retention.scales, groups)
+    log_decay = retention.decay(x.device, torch.float64).view(k.shape[1], retention.num_decays, groups)
     out = torch.zeros(*x.shape[:2], q.shape[1], v.shape[3]).double()
     for b, h in itertools.product(range(x.shape[0]), range(q.shape[1])):
         queries, keys = q[b, h], k[b, h // groups]
         scores = (SCALE * queries @ keys.T).exp() * near
-        for s in range(retention.scales):
+        for s in range(retention.num_decays):
             f = features_of(queries * SCALE**0.5, retention.q_map, h)[s]
             g = features_of(keys * SCALE**0.5, retention.k_map, h // groups)[s]
             decay = (log_decay[h // groups, s, h % groups] * (ago - window).clamp(min=0)).exp()
@@ -160,7 +160,7 @@ def at(part, x, *heads):
 
 @pytest.mark.parametrize("window", [1, 4, 7, 40])
 @pytest.mark.parametrize("length", [1, 7, 33])
-@pytest.mark.parametrize("options", [{}, {"scales": 1, "gate": None}], ids=["default", "one scale"])
+@pytest.mark.parametrize("options", [{}, {"num_decays": 1, "gate": None}], ids=["default", "one decay"])
 def test_a_window_attends_and_retention_gathers_what_has_left_it(window, length, options):
     retention, given = windowed(window, **options), inputs(length)
     leaves = [*(z.requires_grad_() for z in given), *retention.parameters()]
@@ -177,12 +177,13 @@ def calls(draw, sequences):
     """What each of some calls takes: how many tokens of each sequence, packed or as rows, and where the padding is."""
     found = []
     for _ in range(draw(st.integers(1, 4))):
-        counts = draw(st.lists(st.integers(0, 9), min_size=sequences, max_size=sequences).filter(any))
+        counts = draw(st.lists(st.integers(0, 9), min_size=sequences, max_size=sequences))
         order = None
         if not draw(st.booleans()):
             length = max(counts) + draw(st.integers(0, 2))
             places = [draw(st.permutations(range(length))) for _ in counts]
-            order = torch.tensor([[place < n for place in row] for n, row in zip(counts, places, strict=True)])
+            real = [[place < n for place in row] for n, row in zip(counts, places, strict=True)]
+            order = torch.tensor(real, dtype=torch.bool).view(sequences, length)
         found.append((counts, order))
     return found
 
@@ -243,8 +244,9 @@ def padded_rows(pieces, real):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_what_fits_into_the_window_is_attended_to_as_it_was(dtype):
-    retention = HostedRetention(HEADS, window=20, gate=None).to(dtype)
+@pytest.mark.parametrize(("window", "sinks"), [(20, 0), (14, 6), (None, 20)])
+def test_what_fits_into_window_and_sinks_is_attended_to_as_it_was(dtype, window, sinks):
+    retention = HostedRetention(HEADS, window=window, sinks=sinks, gate=None).to(dtype)
     x, q, k, v = (z.to(dtype) for z in inputs(20))
     found = retention(x, 3 * q, k, v, scale=SCALE)[0]
     assert found.dtype == dtype
@@ -254,7 +256,7 @@ def test_what_fits_into_the_window_is_attended_to_as_it_was(dtype):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"features": False}, {}, {"window": 4}], ids=str)
+@pytest.mark.parametrize("options", [{"features": False}, {}, {"window": 4}, {"sinks": 4}], ids=str)
 def test_sums_that_half_precision_cannot_hold_are_divided_first(options):
     heads = Heads(32, 2, 2, 8, 8)
     retention = HostedRetention(heads, decay=[-1e-4] * (2 if "features" in options else 4), gate=None, **options).half()
@@ -268,7 +270,7 @@ def test_sums_that_half_precision_cannot_hold_are_divided_first(options):
 
 @torch.no_grad()
 def test_half_precision_and_autocast_stay_near_the_formula():
-    retention, (x, q, k, v) = windowed(8), inputs(60)
+    retention, (x, q, k, v) = windowed(8, sinks=3), inputs(60)
     want = formula(retention, x, q, k, v)
     for dtype, bound in ((torch.float16, 4e-3), (torch.bfloat16, 3e-2)):  # the gate and the maps are of that dtype too
         half = retention.to(dtype)
@@ -288,11 +290,11 @@ def test_padding_anywhere_is_as_if_it_were_not_there():
     torch.testing.assert_close(found, rows_alone(retention, mask, *given), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (5, 0), (5, 3), (None, 3)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
-def test_whatever_stands_at_padding_reaches_no_real_token(window, value):
+def test_whatever_stands_at_padding_reaches_no_real_token(window, sinks, value):
     """Neither in what the layer gives nor in the gradients, from a state or without."""
-    retention = windowed(window)
+    retention = windowed(window, sinks=sinks)
     mask = torch.rand(4, 33) < 0.6
     mask[0], mask[1] = torch.arange(33) >= 11, torch.arange(33) < 11
     found = []
@@ -301,7 +303,7 @@ def test_whatever_stands_at_padding_reaches_no_real_token(window, value):
         given = [z.requires_grad_() for z in inputs(33, batch=4)]
         x = given[0].masked_fill(~mask[..., None], filled)
         q, k, v = (z.masked_fill(~mask[:, None, :, None], filled) for z in given[1:])
-        x = given[0] if window is None else x
+        x = x if window or sinks else given[0]
         first, state = retention(*at(slice(0, 20), x, q, k, v), scale=SCALE, mask=mask[:, :20], return_state=True)
         second, _ = retention(*at(slice(20, 33), x, q, k, v), scale=SCALE, mask=mask[:, 20:], state=state)
         y = torch.cat([first, second], dim=1)[mask]
@@ -462,6 +464,29 @@ def test_what_a_window_cannot_do_is_an_error():
         retention(*given, scale=SCALE, state=state)
 
 
+def test_a_state_of_another_layer_or_batch_is_an_error():
+    retention, given = windowed(4, sinks=2), inputs(9)
+    _, state = retention(*given, scale=SCALE, return_state=True)
+    _, other = windowed(5, sinks=2)(*given, scale=SCALE, return_state=True)
+    two = torch.tensor([0, 4, 9], dtype=torch.int32)
+    cases = (
+        (
+            given,
+            {"state": other},
+            r"state.keys must be \(2, 2, 6, 8\), for 2 sequences, window 4 and sinks 2; got .* 7, ",
+        ),
+        (given, {"state": state[:1]}, r"state.time must be \(2,\), .*; got state.time \(1,\); pass what this layer"),
+        (
+            [z[:1] for z in given],
+            {"state": state[[0, 1, 1]], "cu_seqlens": two},
+            r"state.time must be \(2,\), for 2 sequences",
+        ),
+    )
+    for call, options, message in cases:
+        with pytest.raises(ShapeError, match=message):
+            retention(*call, scale=SCALE, **options)
+
+
 # --- calibration ------------------------------------------------------------------------------------------------------
 
 
@@ -522,7 +547,7 @@ def test_a_compiled_model_is_calibrated_and_computes_retention_afterwards():
     other = copy.deepcopy(model)
     replace_attention(other, calibrate_on={"input_ids": ids})
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
     attended = compiled(ids, use_cache=False).logits
     replace_attention(compiled, calibrate_on={"input_ids": ids})
     for mine, wanted in zip(model.parameters(), other.parameters(), strict=True):

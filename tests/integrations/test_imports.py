@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from retention.integrations import swap
 from retention.integrations.renamed import former_names
@@ -92,3 +93,29 @@ def test_documents_use_no_former_name():
     assert "retention.integrations.swap" in shown
     modules = {former.rpartition(".")[0] for former in FORMER}
     assert [module for module in modules if re.search(rf"retention\.integrations\.{module}\b", shown)] == []
+
+
+@pytest.mark.slow
+def test_the_package_says_what_it_needs(tmp_path):
+    code = "import sys; sys.modules['transformers'] = None; import retention.integrations.transformers"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=Path(tmp_path)
+    )
+    assert 'pip install "multiscale-retention[transformers]"' in result.stderr
+
+
+@pytest.mark.parametrize("door", [swap.replace_attention, swap.plan_replacement, swap.HostedRetention])
+def test_former_names_of_options_work_and_warn(door):
+    model = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    what = swap.Heads(8, 2, 2, 4, 4) if door is swap.HostedRetention else model
+    with pytest.warns(DeprecationWarning, match="the option scales is deprecated .*; use num_decays") as caught:
+        found = door(what, scales=3)
+    assert caught[0].filename == __file__
+    if door is swap.replace_attention:
+        assert model.retention.num_decays == 3
+    elif door is swap.HostedRetention:
+        assert found.num_decays == 3
+    with pytest.raises(TypeError, match="scales is a former name of num_decays; got both; leave scales out"):
+        door(what, scales=3, num_decays=3)
+    with pytest.warns(DeprecationWarning, match="the option grid is deprecated .*; use grid_decay"):
+        door(torch.nn.MultiheadAttention(8, 2) if what is model else what, grid=False)

@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
+from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
 import transformers
 from hosts import GROUPED, SIZES, build, padded
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -45,7 +49,7 @@ def train_a_little(model):
         {"decay": "paper"},
         {"window": 9, "sinks": 4},
         {"sinks": 4},
-        {"scales": 3, "features": False},
+        {"num_decays": 3, "features": False},
     ],
     ids=str,
 )
@@ -274,6 +278,72 @@ def test_a_model_card_of_ones_own_stays(tmp_path):
     replace_attention(model)
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub that keeps what is uploaded, and has the model cards of `cards`, by repository."""
+    uploads, cards = {}, {}
+
+    def load(repo_id, **_):
+        if repo_id not in cards:
+            raise LocalEntryNotFoundError("no card")
+        return ModelCard(cards[repo_id])
+
+    def commit(self, repo_id, operations, commit_message, **_):
+        files = {operation.path_in_repo: operation.path_or_fileobj for operation in operations}
+        uploads[repo_id] = {name: Path(file).read_bytes() for name, file in files.items()}
+        uploads[repo_id]["message"] = commit_message
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, repo_id, **_: mock.MagicMock(repo_id=repo_id))
+    monkeypatch.setattr(HfApi, "create_commit", commit)
+    monkeypatch.setattr(ModelCard, "load", load)
+    return types.SimpleNamespace(uploads=uploads, cards=cards)
+
+
+def replaced_llama():
+    model = build("Llama")
+    replace_attention(model)
+    return model
+
+
+def small_retnet():
+    return RetNetForCausalLM(RetNetConfig(dim=16, num_layers=1, num_heads=2))
+
+
+@pytest.mark.parametrize("make", [replaced_llama, small_retnet])
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_an_uploaded_model_has_a_card_that_tells_how_to_load_it(make, way, hub, tmp_path):
+    original = make()
+    for model in (original, copy.deepcopy(original)):
+        if way == "push_to_hub":
+            model.push_to_hub("me/mine", tags=["small"])
+        else:
+            model.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine")
+        files = hub.uploads.pop("me/mine")
+        card = ModelCard(files["README.md"].decode())
+        assert 'AutoModelForCausalLM.from_pretrained("me/mine")' in card.text
+        assert "import retention.integrations.transformers" in card.text
+        assert 'pip install "multiscale-retention[transformers]"' in card.text
+        assert card.data.library_name == "transformers"
+        assert set(card.data.tags) == {"retention", *(["small"] if way == "push_to_hub" else [])}
+        assert files["message"] == "Upload model"
+        assert {"config.json", "model.safetensors", "retention_model.py"} <= files.keys()
+
+
+def test_a_card_on_the_hub_stays(hub):
+    hub.cards["me/mine"] = "---\ntags: [old]\n---\nWritten by hand."
+    replaced_llama().push_to_hub("me/mine")
+    assert b"Written by hand." in hub.uploads["me/mine"]["README.md"]
+    assert b"retention" not in hub.uploads["me/mine"]["README.md"]
+
+
+def test_a_restored_model_is_uploaded_as_before(hub):
+    model = replaced_llama()
+    restore_attention(model)
+    model.push_to_hub("me/mine")
+    assert b"retention" not in hub.uploads["me/mine"]["README.md"]
+    assert "retention_model.py" not in hub.uploads["me/mine"]
 
 
 # --- who is marked ----------------------------------------------------------------------------------------------------

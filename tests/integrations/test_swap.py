@@ -153,7 +153,7 @@ def test_cache_of_a_hybrid_holds_a_state_where_retention_is_and_keys_elsewhere()
     replace_attention(model, layers=[1])
     cache = model(rows[0][None])[CACHE]
     assert cache.layers[0].keys.shape == (1, 2, 100, 8)
-    assert cache.layers[1].state.kv.shape == (1, 2 * 4, 16, 9)  # two scales
+    assert cache.layers[1].state.kv.shape == (1, 2 * 4, 16, 9)  # two decays
     with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
         model.generate(rows[0][None], assistant_model=build("Llama"), max_new_tokens=3)
 
@@ -422,8 +422,8 @@ def test_errors_name_what_is_there():
         replace_attention(model, gates="silu")
     with pytest.raises(ValueError, match="gate must be one of 'silu', .*; got gate 'sil'"):
         replace_attention(model, gate="sil")
-    with pytest.raises(ValueError, match="scales must be an integer of at least 1; got scales 0"):
-        replace_attention(model, scales=0)
+    with pytest.raises(ValueError, match="num_decays must be an integer of at least 1; got num_decays 0"):
+        replace_attention(model, num_decays=0)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no attention that was replaced"):
         restore_attention(model)
     with pytest.raises(ValueError, match="FalconAttention has an adapter already"):
@@ -446,7 +446,7 @@ def test_errors_name_what_is_there():
         ),
         ({"calibrate_on": torch.zeros(1, 3).long()}, TypeError, "calibrate_on must be the keyword .*; got Tensor"),
         ({"window": True}, ValueError, "window must be an integer of at least 1, or None; got window True"),
-        ({"scales": True}, ValueError, "scales must be an integer of at least 1; got scales True"),
+        ({"num_decays": True}, ValueError, "num_decays must be an integer of at least 1; got num_decays True"),
         ({"decay": "fast"}, ValueError, "decay must be one of 'paper'"),
         ({"backend": "nonsense"}, ValueError, "nonsense"),
         ({"form": "sideways"}, ValueError, "form must be one of .*; got form 'sideways'"),

@@ -130,7 +130,7 @@ def test_along_the_rows_if_the_grid_is_not_wanted(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(F, "scaled_dot_product_attention", formula(1, 3, 5, DECAY, grid=False))
         want = model(x)
-    replace_attention(model, decay=DECAY, grid=False)
+    replace_attention(model, decay=DECAY, grid_decay=False)
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
 

@@ -61,7 +61,7 @@ def alone_in(out: Path) -> Iterator[None]:
     except Timeout:
         raise ValueError(f"another run writes to {out}; wait for its end, or name another --out") from None
     except NotImplementedError:  # some network file systems have no locks
-        tqdm.write(f"{out} cannot be locked; see to it that no other run writes there")
+        tqdm.write(f"{out} cannot be locked; make sure that no other run writes there")
     try:
         yield
     finally:

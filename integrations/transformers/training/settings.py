@@ -38,10 +38,10 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CHANGED = {
-    "vocabulary": "the tokenizer is not what it was when the run began; put it back, or begin a new run",
-    "weights": "the weights of the model are not what they were when the run began; put them back, or begin a new run "
-    "in another folder",
-    "corpus": "the corpus is not what it was when the run began; put its files back, or begin a new run",
+    "vocabulary": "the tokenizer has changed since the run began; restore it, or begin a new run",
+    "weights": "the weights of the model have changed since the run began; restore them, or begin a new run in another "
+    "folder",
+    "corpus": "the corpus has changed since the run began; restore its files, or begin a new run",
     "processes": "a resumed run keeps its number of processes, {begun}; got {found}; "
     "start it with torchrun --nproc_per_node {begun}",
 }
@@ -52,6 +52,7 @@ class Kept:
     """Base of settings that are stored beside the checkpoints of a run, so that `--resume` finds them."""
 
     FILE: ClassVar[str]
+    FORMER: ClassVar[dict[str, str]] = {}  # former names of settings, and the new ones
 
     @classmethod
     def read(cls, out: Path) -> Self:
@@ -66,6 +67,7 @@ class Kept:
             options = read_json(file, "the settings of a run")
         except ValueError as error:
             raise ValueError(f"{error}; begin a new run in another folder") from error
+        options = {cls.FORMER.get(name, name): value for name, value in options.items()}
         hints = get_type_hints(cls)
         unknown = sorted(options.keys() - {f.name for f in fields(cls)})
         if unknown:

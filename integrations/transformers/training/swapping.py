@@ -16,6 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
 
 from ...swap import SwapReport, plan_replacement
+from ...swap.retention import FORMER
 from ..compat import TRAINER_STATE_NAME, TrainerState, logging
 from ..replaced_config import marked_layers
 from .codec import Codec, load_codec
@@ -37,6 +38,7 @@ class SwapSettings(Kept):
     """The settings of a replacement; each field is an option of `retention swap`, whose help explains it."""
 
     FILE: ClassVar[str] = "swap.json"
+    FORMER: ClassVar[dict[str, str]] = FORMER
 
     model: str = ""  # a folder, or a name on the Hugging Face Hub
     files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
@@ -48,7 +50,7 @@ class SwapSettings(Kept):
     window: int | None = None  # in tokens; None: no window of exact attention
     sinks: int = 0
     gate: str | None = "silu"
-    scales: int | None = None  # None: 2 with features, else 1
+    num_decays: int | None = None  # None: 2 with features, else 1
     parts: int = 1
     transfer_steps: int = 600
     tuning_steps: int = 1400
@@ -73,7 +75,7 @@ class SwapSettings(Kept):
     @property
     def replacement(self) -> dict[str, Any]:
         """The options of `replace_attention`, except the layers."""
-        names = ("allow_lost", "scales", "decay", "features", "window", "sinks", "gate")
+        names = ("allow_lost", "num_decays", "decay", "features", "window", "sinks", "gate")
         return {name: getattr(self, name) for name in names}
 
     def check(self) -> None:

@@ -105,6 +105,13 @@ def test_the_window_and_the_sinks_are_kept_unless_said_otherwise(host, words, wi
     assert (found[0]["window"], found[0]["sinks"]) == (window, sinks)
 
 
+def test_a_run_that_began_with_former_names_of_settings_goes_on(tmp_path):
+    settings = dataclasses.asdict(SwapSettings(model="m", num_decays=3))
+    settings["scales"] = settings.pop("num_decays")
+    (tmp_path / "swap.json").write_text(json.dumps(settings))
+    assert SwapSettings.read(tmp_path) == SwapSettings(model="m", num_decays=3)
+
+
 def load_part(checkpoint):
     from safetensors.torch import load_file
 
@@ -201,7 +208,7 @@ def test_a_host_whose_weights_changed_cannot_be_resumed(host, text, tmp_path):
     model.save_pretrained(host)
     result = run("--resume", "--out", out)
     assert result.exit_code == 2
-    told = "the weights of the model are not what they were when the run began; put them back, or begin a new run"
+    told = "the weights of the model have changed since the run began; restore them, or begin a new run"
     assert told in result.output
 
 
@@ -246,7 +253,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
     assert "holds a run already; continue it with --resume" in run(host, text, "--out", out).output
     assert "a resumed run keeps its settings; got gate 'relu'" in run("--resume", "--out", out, "--gate", "relu").output
     text.write_text("other " * 9999)
-    assert "the corpus is not what it was" in run("--resume", "--out", out).output
+    assert "the corpus has changed" in run("--resume", "--out", out).output
     assert dataclasses.asdict(SwapSettings.read(out))["transfer_steps"] == 8
 
 
