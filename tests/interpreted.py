@@ -248,3 +248,24 @@ def test_one_node_for_export_and_right_fake_outputs():
         (*tensors, None, None, None, *CHUNKWISE, 0.3, 16, True, torch.float32),
         test_utils=("test_schema", "test_faketensor"),
     )
+
+
+def test_it_compiles_to_one_graph_with_gradients():
+    tensors = inputs(length=20)
+
+    def run(q, k, v, log_decay):
+        return retain(q, k, v, log_decay, backend="triton", form="chunkwise", chunk_size=16)
+
+    got, want = torch.compile(run, fullgraph=True, backend="aot_eager")(*tensors), run(*tensors)
+    assert torch.equal(got, want)
+    grads = [torch.autograd.grad(x.sum(), tensors) for x in (got, want)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_a_compiled_step_overwrites_its_state():
+    q, k, v, log_decay = (x.detach() for x in inputs(length=1))
+    plain, compiled = (retention.initial_state(1, 2, 8, 8) for _ in range(2))
+    run = torch.compile(lambda *x: step(*x, backend="triton"), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(run(q, k, v, log_decay, compiled), step(q, k, v, log_decay, plain, backend="triton"))
+    assert torch.equal(compiled.kv, plain.kv)
