@@ -248,7 +248,7 @@ _ONE_PASS: dict[str, dict[int, tuple[int, _Config]]] = {
 _CORE: dict[str, dict[int, tuple[int, _Config]]] = {
     "new": {
         64: (64, ({"BM": 64, "BN": 64}, 4, 2)),
-        128: (64, ({"BM": 128, "BN": 128}, 8, 2)),
+        128: (64, ({"BM": 128, "BN": 64}, 8, 2)),
         256: (64, ({"BM": 128, "BN": 64}, 8, 2)),
         512: (64, ({"BM": 128, "BN": 32}, 8, 1)),
     },
