@@ -20,6 +20,7 @@ from benchmarks.model import model
 from benchmarks.op import op
 from benchmarks.parity import parity
 from benchmarks.peers import peers
+from benchmarks.pretrained import pretrained
 from benchmarks.quality import quality
 from benchmarks.record import recording
 from benchmarks.report import report
@@ -36,6 +37,7 @@ COMMANDS = (
     peers,
     quality,
     swap,
+    pretrained,
     vision,
     xformers,
     parity,

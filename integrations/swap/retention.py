@@ -37,6 +37,8 @@ __all__ = ["FORMER", "HostedRetention"]
 
 FORMER = {"scales": "num_decays", "grid": "grid_decay"}  # former names of options, and the new ones
 
+_LEAST = 1e-20  # of a sum of scores; unimportant keys that are far away have sums of about 1e-10
+
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
 
@@ -69,6 +71,7 @@ class HostedRetention(HasBackend):
             first the first one of all heads, then the second one of all heads, and so on. Default "short".
         learnable_decay: train the decays.
         features: True maps q and k by a `FeatureMap` each; False uses them as they are.
+        key_importance: learn how much each key counts; see `FeatureMap`. Needs features. Default: as features.
         window: number of the newest tokens, the token itself included, that each token attends to exactly, with the
             layer's own exp(scale q . k). Default None: no window.
         sinks: number of the first tokens of each sequence that all later tokens attend to exactly. Default 0.
@@ -99,6 +102,7 @@ class HostedRetention(HasBackend):
         decay: Any = "short",
         learnable_decay: bool = True,
         features: bool = True,
+        key_importance: bool | None = None,
         window: int | None = None,
         sinks: int = 0,
         gate: str | None = "silu",
@@ -117,6 +121,10 @@ class HostedRetention(HasBackend):
         check_dtype(dtype)
         num_decays = (2 if features else 1) if num_decays is None else num_decays
         check_whole("num_decays", num_decays)
+        key_importance = features if key_importance is None else key_importance
+        check_flags(key_importance=key_importance)
+        if key_importance and not features:
+            raise ValueError("key_importance needs features=True; got features False, key_importance True")
         check_whole("window", window, optional=True)
         check_whole("chunk_size", chunk_size, optional=True)
         check_whole("sinks", sinks, 0)
@@ -138,6 +146,7 @@ class HostedRetention(HasBackend):
             decay=schedule,
             learnable_decay=learnable_decay,
             features=features,
+            key_importance=key_importance,
             window=window,
             sinks=sinks,
             gate=gate,
@@ -149,7 +158,7 @@ class HostedRetention(HasBackend):
         self.decay = HeadDecay(ordered, len(values), learnable=learnable_decay, **dd)
         if features:
             self.q_map = FeatureMap(heads.num_heads, num_decays, heads.key_dim, **dd)
-            self.k_map = FeatureMap(heads.num_kv_heads, num_decays, heads.key_dim, **dd)
+            self.k_map = FeatureMap(heads.num_kv_heads, num_decays, heads.key_dim, importance=key_importance, **dd)
         self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window or sinks else None
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
@@ -378,8 +387,8 @@ def _zero_at_padding(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _divided(sums: Tensor) -> Tensor:
-    """Divide by the sum of scores, which is the last channel."""
-    return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6)
+    """Divide by the sum of scores, which is the last channel; 0 where the sum is 0."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=_LEAST)
 
 
 def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:

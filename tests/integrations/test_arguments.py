@@ -32,6 +32,7 @@ HOSTED = dict(
     decay=NO_DECAY,
     learnable_decay=doors.FLAG,
     features=doors.FLAG,
+    key_importance=[x for x in doors.FLAG if x is not None],
     window=doors.MAYBE_WHOLE,
     sinks=doors.COUNT,
     gate=doors.NAME,
