@@ -14,6 +14,7 @@ from benchmarks.decode import decode
 from benchmarks.distributed import distributed
 from benchmarks.floor import floor
 from benchmarks.gate import gate
+from benchmarks.gpu.compiled import gpu_compile
 from benchmarks.layer import layer
 from benchmarks.measure import keep_freed_memory
 from benchmarks.model import model
@@ -45,6 +46,7 @@ COMMANDS = (
     distributed,
     floor,
     gate,
+    gpu_compile,
     compare,
     report,
 )
@@ -71,7 +73,7 @@ def main(
 ) -> None:
     if not fresh_memory:
         keep_freed_memory()
-    if context.invoked_subcommand not in (None, "compare", "report"):
+    if context.invoked_subcommand not in (None, "compare", "report", "gpu-compile"):
         context.with_resource(recording(context.invoked_subcommand, results))
 
 

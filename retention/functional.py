@@ -307,7 +307,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
     Examples:
         >>> import torch, retention
         >>> x = torch.ones(1, 1, 100, 8)
-        >>> print(retention.explain(x, x, x, torch.tensor([-0.1])).splitlines()[1])
+        >>> print(retention.explain(x, x, x, torch.tensor([-0.1])).splitlines()[2])
           chunkwise  chunked    can, and is chosen
     """
     tensors = {name: options.pop(name) for name in ("state", "mask", "cu_seqlens") if name in options}

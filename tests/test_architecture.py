@@ -44,6 +44,8 @@ DOORS = {
     "matplotlib": "plot",
     "typer": "cli",
     "xformers": "library",
+    "triton": "triton",
+    "fla": "fla",
 }
 
 

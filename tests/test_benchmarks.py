@@ -28,7 +28,7 @@ def run(*arguments, code=0):
 def test_help_records_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        assert "Usage" in run(command.__name__, "--help")
+        assert "Usage" in run(command.__name__.replace("_", "-"), "--help")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -72,7 +72,7 @@ def test_what_was_measured_before_a_failure_is_not_lost(tmp_path):
 
 def test_all_commands_explain_themselves():
     text = run("--help")
-    assert all(command.__name__ in text and command.__doc__ for command in COMMANDS)
+    assert all(command.__name__.replace("_", "-") in text and command.__doc__ for command in COMMANDS)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
