@@ -11,14 +11,17 @@ import typer
 
 from benchmarks.compare import compare
 from benchmarks.decode import decode
+from benchmarks.distributed import distributed
 from benchmarks.floor import floor
 from benchmarks.gate import gate
+from benchmarks.gpu.compiled import gpu_compile
 from benchmarks.layer import layer
 from benchmarks.measure import keep_freed_memory
 from benchmarks.model import model
 from benchmarks.op import op
 from benchmarks.parity import parity
 from benchmarks.peers import peers
+from benchmarks.pretrained import pretrained
 from benchmarks.quality import quality
 from benchmarks.record import recording
 from benchmarks.report import report
@@ -35,12 +38,15 @@ COMMANDS = (
     peers,
     quality,
     swap,
+    pretrained,
     vision,
     xformers,
     parity,
     stream,
+    distributed,
     floor,
     gate,
+    gpu_compile,
     compare,
     report,
 )
@@ -67,7 +73,7 @@ def main(
 ) -> None:
     if not fresh_memory:
         keep_freed_memory()
-    if context.invoked_subcommand not in (None, "compare", "report"):
+    if context.invoked_subcommand not in (None, "compare", "report", "gpu-compile"):
         context.with_resource(recording(context.invoked_subcommand, results))
 
 

@@ -219,12 +219,12 @@ def process_growth(prepare: Callable[..., Run], *args: object) -> int:
 
 def _process_growth(prepare: Callable[..., Run], *args: object) -> int:
     run = prepare(*args)
-    before = _peak()
+    before = peak_memory()
     run()
-    return _peak() - before
+    return peak_memory() - before
 
 
-def _peak() -> int:
+def peak_memory() -> int:
     """Return the peak memory of this process in bytes, from /proc if possible, as ru_maxrss starts at the parent's."""
     status = Path("/proc/self/status")
     if status.exists():

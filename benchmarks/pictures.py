@@ -202,11 +202,47 @@ def vision(lines: Sequence[Line]) -> Iterator[Picture]:
     yield Picture("timm's vit_tiny_patch16_224 on larger images, batch 1", [[*panels, memory]], corner(lines[0]))
 
 
+def pretrained(lines: Sequence[Line]) -> Iterator[Picture]:
+    """Yield a picture of the loss of a pretrained model by the tokens trained on after the replacement."""
+    panels = []
+    curves = [line for line in lines if line["kind"] == "curve"]
+    for context in dict.fromkeys(line["context"] for line in curves):
+        panel = Panel(f"context {context}", "tokens trained on", "loss per token", "nats")
+        mine = [line for line in curves if line["context"] == context]
+        for line in mine:
+            panel.curves[line["side"]] = {tokens: flat(loss) for tokens, loss in line["points"] if tokens}
+        ends = sorted({tokens for line in mine for tokens, _ in line["points"] if tokens})
+        panel.dashed["original"] = {tokens: flat(mine[0]["teacher"]) for tokens in ends}
+        panels.append(panel)
+    if panels:
+        yield Picture("A pretrained model with retention, on held-out Python source", [panels], corner(lines[0]))
+
+
+def distributed(lines: Sequence[Line]) -> Iterator[Picture]:
+    """Bytes by the number of tokens, and modelled throughput by the number of processes."""
+    sent = [line for line in lines if line["kind"] == "sent"]
+    modelled = [line for line in lines if line["kind"] == "modelled"]
+    bytes_by_length = Panel(f"sent, {sent[0]['ranks']} processes", "tokens", "bytes a process and layer", "B")
+    for line in sent:
+        curve = bytes_by_length.curves.setdefault(line["side"].partition(",")[0], {})
+        curve[line["length"]] = flat(line["bytes"])
+    panels = [bytes_by_length]
+    for scaling, title in (("weak", "weak scaling, modelled"), ("strong", "strong scaling, modelled")):
+        panel = Panel(f"{title}: 1.3b", "processes", "tokens a second and process", "tokens/s")
+        for line in modelled:
+            if line["scaling"] == scaling and line["preset"] == "1.3b":
+                put(panel, line, "ranks", flat(line["tokens_per_second"] / line["ranks"]))
+        panels.append(panel)
+    yield Picture("A sequence in parts: retention beside attention", [panels], corner(lines[0]))
+
+
 PICTURES: dict[str, Callable[[Sequence[Line]], Iterator[Picture]]] = {
     "op": op,
     "layer": layer,
     "decode": decode,
     "model": model,
     "peers": peers,
+    "pretrained": pretrained,
     "vision": vision,
+    "distributed": distributed,
 }

@@ -225,6 +225,7 @@ def recovered(model: Any, teacher: Any, corpus: Corpus, transfer: int, tuning: i
             teacher=teacher,
             transfer_steps=transfer,
             tuning_steps=tuning,
+            transfer_lr=4e-2,
             tuning_lr=lr,
             batch=BATCH,
             callbacks=[StageProgress(batch, corpus), stop],

@@ -13,6 +13,7 @@ from .call import FORMS, Call, Inputs, Options, ScoreNorm
 from .constants import is_constant, traced
 from .errors import ShapeError
 from .options import DTYPES, check_flags, check_whole, is_whole, number, shown
+from .sharding import whole_length
 from .state import RetentionState, state_dtype
 
 __all__ = [
@@ -179,10 +180,14 @@ def check_places(
 
 
 def check_contents(length: int, mask: Tensor | None, cu_seqlens: Tensor | None) -> None:
-    """Check the values of a mask or of borders that have passed `check_places`. Raises: ValueError."""
+    """Check the values of a mask or of borders that have passed `check_places`. Raises: ValueError.
+
+    The borders are those of the whole sequence, also where a call has a part of it, inside of `context_parallel`.
+    """
     if mask is not None and not traced() and mask.shape[0] == length > 2:
         _refuse_pairs(mask)
     if cu_seqlens is not None:
+        length = whole_length(length)
         borders = _values(cu_seqlens)
         sound = ((borders[..., 0] == 0) & (borders[..., -1] == length) & (borders.diff() >= 0).all(-1)).all()
         message = f"cu_seqlens must start at 0, not fall, and end at the length {length}; got cu_seqlens {{}}"

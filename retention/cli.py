@@ -211,7 +211,7 @@ def swap(
     command: typer.Context,
     model: Annotated[
         str,
-        typer.Argument(help="Language model of transformers: a folder, or a name on the Hugging Face Hub."),
+        typer.Argument(help="Language model of transformers: a folder, a GGUF file or a name on the Hugging Face Hub."),
     ] = "",
     files: Files = None,
     out: Annotated[
@@ -225,6 +225,14 @@ def swap(
             "Fewer layers lose less quality and save less memory."
         ),
     ] = "",
+    choose: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Number of layers to replace, instead of --layers: those that cost the least when each is replaced "
+            "alone. The costs are printed, and plotted in layers.png.",
+        ),
+    ] = None,
     allow_lost: Annotated[
         bool,
         typer.Option(
@@ -234,12 +242,13 @@ def swap(
         ),
     ] = False,
     decay: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Initial decays of the heads: short, log_linear or paper. They are trained. short, whose memory is "
-            "the shortest, suits contexts of a few hundred tokens."
+            help="Initial decays of the heads: short, log_linear or paper. They are trained. Heads remember about 2 to "
+            "128 tokens with short, 32 to 512 with log_linear, 32 and more with paper. Default: log_linear with "
+            "a window; without one, short."
         ),
-    ] = "short",
+    ] = None,
     features: Annotated[
         bool,
         typer.Option(
@@ -306,19 +315,32 @@ def swap(
         ),
     ] = None,
     transfer_lr: Annotated[
-        float,
+        float | None,
         typer.Option(
             help="Highest learning rate of the first stage, for the parameters of retention; the projections take a "
-            "tenth of it."
+            "tenth of it. Default: each layer gets the best of four rates, by a search of 8 steps at each."
         ),
-    ] = 4e-2,
+    ] = None,
     tuning_lr: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Highest learning rate of the second stage, for all weights. Lower it with a window: less is left to "
-            "learn."
+            help="Highest learning rate of the second stage. Default: the best of four rates, by a search of 8 steps "
+            "at each."
         ),
-    ] = 3e-4,
+    ] = None,
+    tune: Annotated[
+        str,
+        typer.Option(
+            help="Weights that the second stage trains: all, or those of the replaced layers. With layers, the "
+            "original shares all other weights with the model, which saves memory and time."
+        ),
+    ] = "all",
+    patience: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Number of evaluations without a lower loss after which a stage ends early. Default: never."
+        ),
+    ] = None,
     label_weight: Annotated[
         float,
         typer.Option(
@@ -436,6 +458,57 @@ def generate(
         if tokens > room:
             raise ValueError(f"tokens must be at most {room}, for which the model has positions left; got {tokens}")
     _write(loaded, codec, prompt, tokens, temperature=temperature, top_k=top_k, seed=seed)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(help="Language model to judge: a folder, a GGUF file or a name on the Hugging Face Hub."),
+    ],
+    files: Files = None,
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="The model before its attention was replaced. The others are compared with it, and it is also judged "
+            "with exact attention to the window and sinks alone."
+        ),
+    ] = "",
+    against: Annotated[
+        list[str] | None, typer.Option(help="Another model with the same tokenizer; repeat it for several.")
+    ] = None,
+    text_column: TextColumn = "text",
+    context: Annotated[int, typer.Option(min=64, help="Length of a test, in tokens.")] = 512,
+    items: Annotated[int, typer.Option(min=2, help="Number of sequences of each test. More give a finer result.")] = 32,
+    batch: Annotated[int, typer.Option(min=1, help="Number of sequences at a time. Lower it if memory runs out.")] = 4,
+    device: Device = "auto",
+    json: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
+) -> None:
+    """Judge a model beside the one it came from, on text that was held out from training.
+
+    The tests: loss by position, next tokens, copies of a passage, needles in a text, and continuations. All are made
+    from the text itself.
+    """
+    _say("loading the libraries", err=True)
+    with _told():
+        from .integrations.transformers.training import evaluation
+        from .integrations.transformers.training.train import quiet
+
+        quiet()
+        found = evaluation.evaluate(
+            model,
+            files or [],
+            teacher=teacher,
+            against=against or [],
+            column=text_column,
+            context=context,
+            count=items,
+            batch=batch,
+            device=device,
+        )
+        if json is not None:
+            evaluation.write(found, json)
+    typer.echo(evaluation.table(found))
 
 
 @app.command()

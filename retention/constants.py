@@ -7,7 +7,7 @@ checkpoint or initialisation on the meta device cannot spoil them. No code may w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cache, lru_cache, wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import torch
@@ -15,12 +15,24 @@ from torch import Tensor
 
 __all__ = ["as_tensor", "is_constant", "kept", "traced"]
 
+_kept: dict[Hashable, Tensor] = {}
 _by_id: dict[int, Tensor] = {}  # these tensors are never freed, so no other tensor gets their ids
 
 
 def as_tensor(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Return `values` as a tensor, the same one each time; inside a trace or a transform a new one."""
-    return torch.tensor(values, dtype=dtype, device=device) if traced() else _made(values, device, dtype)
+    """Return `values` as a tensor, the same one each time; inside a trace or a transform a new one.
+
+    While a CUDA graph is captured, a constant that was made before is returned, and none is kept.
+    """
+    if traced():
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = values, device, dtype
+    found = _kept.get(key)
+    if found is not None:
+        return found
+    if _captured():
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _keep(key, *key)
 
 
 def is_constant(x: Tensor) -> bool:
@@ -43,7 +55,7 @@ def kept(number: int, longest: int | None = None) -> Callable[[Callable[..., Ten
 
         @wraps(make)
         def of_any(x: Tensor, *rest: Any) -> Tensor:
-            if traced() or not is_constant(x) or (longest is not None and rest[0] > longest):
+            if traced() or _captured() or not is_constant(x) or (longest is not None and rest[0] > longest):
                 return make(x, *rest)
             return of_constant(id(x), *rest)
 
@@ -61,9 +73,14 @@ def traced() -> bool:
     )
 
 
-@cache
+def _captured() -> bool:
+    """Return whether a CUDA graph is being captured: memory of a tensor made now belongs to the graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @torch.inference_mode(False)
-def _made(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+def _keep(key: Hashable, values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     made = torch.tensor(values, dtype=dtype, device=device)
+    _kept[key] = made
     _by_id[id(made)] = made
     return made

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .constants import as_tensor, kept
+from .local import local
 from .options import check_device, check_dtype, check_flags, check_number, check_whole, number, shown
 
 __all__ = [
@@ -213,7 +214,7 @@ class HeadDecay(nn.Module):
         if self.shift is None:
             heads = as_tensor(self.values, device, dtype)
         else:
-            log_gap = as_tensor(self.log_gaps, device, dtype) + self.shift.to(dtype)
+            log_gap = as_tensor(self.log_gaps, device, dtype) + local(self.shift).to(dtype)
             # The bound keeps gamma above 0. The gradient ignores the bound, since a gradient of 0 would never leave it.
             log_gap = log_gap.detach().clamp(max=-1e-4) + (log_gap - log_gap.detach())  # the bracket is exactly 0
             heads = torch.log1p(-log_gap.exp())

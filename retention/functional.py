@@ -14,6 +14,7 @@ from .errors import ShapeError
 from .normalisers import score_divisor, total_decay
 from .options import check_device, check_dtype, check_flags, check_whole
 from .scores import scores as retention_scores
+from .sharding import active, alone, check_part, in_parts, refuse
 from .state import RetentionState, state_dtype
 from .times import counts
 
@@ -129,7 +130,9 @@ def retain(
         form=form,
         return_state=return_state,
     )
-    out, new = _run(describe(inputs, options), inputs, options)
+    call = describe(inputs, options)
+    check_part(call, score_norm == "absolute")
+    out, new = _run(call, inputs, options)
     return out if new is None else (out, new)
 
 
@@ -195,6 +198,7 @@ def step(
 
 def stepped(call: Call, inputs: Inputs, options: Options) -> Tensor:
     """Run `step` for arguments that have been checked and are described in `call`."""
+    refuse("a step of one token", "leave the context to decode")
     out, _ = _run(call, inputs, options)
     if inputs.state is not None:
         inputs.state.time += 1 if inputs.mask is None else counts(call, inputs)
@@ -232,6 +236,7 @@ def scores(
                 [0.5000, 1.0000, 0.0000],
                 [0.2500, 0.5000, 1.0000]])
     """
+    refuse("the matrix of all scores", "leave the context, or do not ask for scores")
     inputs = Inputs(q, k, k, log_decay, mask=mask)
     options = Options(
         scale=scale, causal=causal, grid=grid, decay_norm=decay_norm, score_norm=score_norm, form="parallel"
@@ -302,7 +307,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
     Examples:
         >>> import torch, retention
         >>> x = torch.ones(1, 1, 100, 8)
-        >>> print(retention.explain(x, x, x, torch.tensor([-0.1])).splitlines()[1])
+        >>> print(retention.explain(x, x, x, torch.tensor([-0.1])).splitlines()[2])
           chunkwise  chunked    can, and is chosen
     """
     tensors = {name: options.pop(name) for name in ("state", "mask", "cu_seqlens") if name in options}
@@ -316,23 +321,31 @@ def _run(call: Call, inputs: Inputs, options: Options) -> tuple[Tensor, Retentio
     """Choose a backend, run it outside of autocast, apply the normalisers and make the new state."""
     q, k, v, log_decay, state, mask, cu_seqlens = inputs
     decay_norm, score_norm, out_dtype = options.decay_norm, options.score_norm, call.out_dtype
-    if decay_norm or score_norm:  # sums may exceed the range of half precision, the normalised output does not
+    shard = active()
+    if (
+        decay_norm or score_norm or shard is not None
+    ):  # sums may exceed the range of half precision until they are final
         call = call._replace(out_dtype=state_dtype(call.dtype))
-    backend, call = backends.choose(call, options.backend)
+    borders = cu_seqlens if shard is None or cu_seqlens is None else shard.local_borders(cu_seqlens)
+    backend, part = backends.choose(call if shard is None else alone(call), options.backend)
 
     def run(values: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if call.device == "meta" or not torch.is_autocast_enabled(call.device):
-            return backend(call, q, k, values, log_decay, before, mask, cu_seqlens)
+            return backend(part, q, k, values, log_decay, before, mask, borders)
         with torch.autocast(call.device, enabled=False):  # the sums stay float32
-            return backend(call, q, k, values, log_decay, before, mask, cu_seqlens)
+            return backend(part, q, k, values, log_decay, before, mask, borders)
 
-    out, kv = run(v, None if state is None else state.kv)
-    mass = k_sum = None
+    sums = [(v, None if state is None else state.kv)]
+    if score_norm is True:  # sum_i R_ni is the retention of values that are all 1
+        before = None if state is None or state.k_sum is None else state.k_sum[..., None]
+        sums.append((torch.ones_like(v[..., :1]), before))
+    if shard is None:
+        results = [run(values, before) for values, before in sums]
+    else:
+        results = in_parts(shard, call, inputs, run, sums)
+    (out, kv), (mass, k_sum) = results[0], results[-1] if score_norm is True else (None, None)
     if score_norm == "absolute":
         mass = _scores(call, inputs).detach().abs().sum(-1, keepdim=True)
-    elif score_norm:  # sum_i R_ni is the retention of values that are all 1
-        before = None if state is None or state.k_sum is None else state.k_sum[..., None]
-        mass, k_sum = run(torch.ones_like(v[..., :1]), before)
 
     decay = total_decay(call, inputs).sqrt()[..., None] if decay_norm else None
     if mass is not None:

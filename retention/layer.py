@@ -41,6 +41,7 @@ from .options import (
     number,
 )
 from .rotary import frequencies, pair_decays, rotation, rotation_table, turned
+from .sharding import active
 from .state import RetentionState, state_dtype
 from .times import token_times
 
@@ -430,7 +431,7 @@ class MultiScaleRetention(HasBackend):
     ) -> Tensor | None:
         if self.freqs is None:
             return None
-        if mask is None and cu_seqlens is None and state is None:
+        if mask is None and cu_seqlens is None and state is None and active() is None:
             return rotation_table(x.shape[1], self.freqs, x.device, state_dtype(x.dtype))
         times = token_times(x.shape[0], x.shape[1], x.device, state, mask, cu_seqlens)
         return rotation(times.unsqueeze(1), self.freqs, state_dtype(x.dtype))

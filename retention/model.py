@@ -553,8 +553,18 @@ class RetNet(nn.Module):
         self.head = nn.Linear(dim, vocab_size, bias=False, device=device, dtype=dtype)
         if tie_embeddings:
             self.head.weight = self.embedding.weight
+        self._reset_embedding()
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters again, as after `to_empty` has moved the model from the meta device."""
+        for module in reversed(list(self.modules())):  # a layer initialises its children after they did themselves
+            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+        self._reset_embedding()
+
+    def _reset_embedding(self) -> None:
         for weight in (self.embedding.weight, self.head.weight):
-            nn.init.normal_(weight, std=dim**-0.5)
+            nn.init.normal_(weight, std=self.embedding.embedding_dim**-0.5)
 
     @classmethod
     @former_options(FORMER, FORMER_FLAGS)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import check_input
+from .local import local
 from .options import check_choice, check_device, check_dtype, check_eps, check_is, check_whole
 from .xformers import norm as xformers_norm
 
@@ -105,8 +106,8 @@ class HeadNorm(nn.Module):
         else:
             x = F.layer_norm(x, (self.head_dim,), eps=self.eps)
         if self.weight is not None:
-            x = x * self.weight
-        return x if self.bias is None else x + self.bias
+            x = x * local(self.weight)
+        return x if self.bias is None else x + local(self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.head_dim}, kind={self.kind!r}, affine={self.affine!r}, eps={self.eps}"

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from .call import Call, Inputs, ScoreNorm
 from .decay import geometric_sum
+from .sharding import token_indices
 from .state import state_dtype
-from .times import counts, token_times
+from .times import counts, segments, token_times
 
 __all__ = ["score_divisor", "total_decay"]
 
@@ -35,7 +36,7 @@ def total_decay(call: Call, inputs: Inputs) -> Tensor:
         return behind
     lengths = counts(call, inputs)[:, None]
     if cu_seqlens is not None:
-        lengths = lengths.repeat_interleave(lengths[:, 0], output_size=call.length).view(1, -1)
+        lengths = lengths[segments(cu_seqlens, token_indices(call.length, lengths.device))].view(1, -1)
     ahead = geometric_sum(rate, (lengths - times).clamp(min=1)[:, None].to(wide))  # token n and those after it
     return behind + ahead - 1  # token n itself is in both
 

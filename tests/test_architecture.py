@@ -17,10 +17,11 @@ ROOT = Path(__file__).parents[1]
 FILES = [path for top in ("retention", "integrations") for path in sorted((ROOT / top).rglob("*.py"))]
 # Each may import those to its left.
 LEVELS = (
-    ("version", "errors", "constants", "options"),
+    ("version", "errors", "constants", "local", "options"),
     ("decay", "rotary", "state"),
-    ("call", "xformers"),
-    ("times", "scores"),
+    ("call", "scores", "xformers"),
+    ("sharding",),
+    ("times",),
     ("normalisers",),
     ("arguments",),
     ("backends",),
@@ -28,6 +29,7 @@ LEVELS = (
     ("layer", "decoding", "former"),
     ("ffn",),
     ("model",),
+    ("distributed",),
     ("integrations",),
     ("cli", "__main__"),
 )
@@ -42,6 +44,8 @@ DOORS = {
     "matplotlib": "plot",
     "typer": "cli",
     "xformers": "library",
+    "triton": "triton",
+    "fla": "fla",
 }
 
 

@@ -79,20 +79,22 @@ def test_if_none_can_the_error_lists_all_of_them():
 
 def test_a_refusing_backend_is_passed_over_by_auto(registry):
     retention.register("moody", Refusing(), before="chunked")
-    assert backends.names() == ("moody", "chunked", "eager", "xformers")
+    assert backends.names() == ("triton", "moody", "chunked", "eager", "xformers", "fla")
     assert backends.choose(Call(**CALL))[0] is backends._backends["chunked"]
 
 
 def test_registration_is_never_by_accident(registry):
     with pytest.raises(ValueError, match="unique; got name 'eager' again"):
         retention.register("eager", Refusing())
-    with pytest.raises(ValueError, match="before must be one of chunked, eager, xformers; got before 'x'"):
+    with pytest.raises(ValueError, match="before must be one of triton, chunked, eager, xformers, fla; got before 'x'"):
         retention.register("moody", Refusing(), before="x")
-    with pytest.raises(ValueError, match="^name must be one of chunked, eager, xformers; got name 'moody'"):
+    with pytest.raises(
+        ValueError, match="^name must be one of triton, chunked, eager, xformers, fla; got name 'moody'"
+    ):
         retention.unregister("moody")
     retention.register("moody", Refusing())
     retention.unregister("moody")
-    assert backends.names() == ("chunked", "eager", "xformers")
+    assert backends.names() == ("triton", "chunked", "eager", "xformers", "fla")
 
 
 def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monkeypatch):
@@ -106,7 +108,17 @@ def test_plugins_come_from_entry_points_and_a_broken_one_says_why(registry, monk
     monkeypatch.setattr("retention.backends.registry.entry_points", lambda group: found)
     monkeypatch.setattr("retention.backends.registry._plugins_loaded", False)
     with pytest.warns(UserWarning, match="test_backends:refusing is not used: there is a backend 'eager' already"):
-        assert backends.names() == ("chunked", "eager", "xformers", "broken", "incomplete", "a_class", "good")
+        assert backends.names() == (
+            "triton",
+            "chunked",
+            "eager",
+            "xformers",
+            "fla",
+            "broken",
+            "incomplete",
+            "a_class",
+            "good",
+        )
     assert "AttributeError" in backends.why_not(Call(**CALL), "incomplete")[0]
     assert "must have the why_not and __call__ of `Backend`" in backends.why_not(Call(**CALL), "a_class")[0]
     assert backends.why_not(Call(**CALL), "broken") == [

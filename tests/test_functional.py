@@ -635,7 +635,11 @@ BAD = [
         ValueError,
         "form must be 'auto' or one of 'parallel', 'chunkwise', 'recurrent'; got form 'quick'",
     ),
-    ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of chunked, eager, xformers; got backend 'fast'"),
+    (
+        {"backend": "fast"},
+        ValueError,
+        "backend must be 'auto' or one of triton, chunked, eager, xformers, fla; got backend 'fast'",
+    ),
     ({"score_norm": "sum"}, ValueError, "score_norm must be False, True or 'absolute'; got score_norm 'sum'"),
     ({"backend": "eager", "form": "chunkwise"}, BackendError, "backend 'eager' cannot run retain.*not chunkwise"),
 ]

@@ -394,7 +394,10 @@ def test_one_decoding_step_compiles_and_exports():
         ({"score_norm": "absolute", "form": "chunkwise"}, "exists only in the parallel form; got form 'chunkwise'"),
         ({"decay": [-20.0] * 4, "learnable_decay": True}, "keeps gamma above 1e-4; got a log-decay of -20"),
         ({"form": "fast"}, "form must be one of 'parallel', 'chunkwise', 'recurrent', 'auto'; got form 'fast'"),
-        ({"backend": "cuda"}, "backend must be 'auto' or one of chunked, eager, xformers; got backend 'cuda'"),
+        (
+            {"backend": "cuda"},
+            "backend must be 'auto' or one of triton, chunked, eager, xformers, fla; got backend 'cuda'",
+        ),
         ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, or None; got chunk_size 0"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 __all__ = ["FeatureMap"]
 
 _SHARPNESS = 2.5  # factor of the initial identity; with 1 and with 5 the features approach the softmax more slowly
+_MOST = 10.0  # of u . x: float16 holds exp(11)
 
 
 class FeatureMap(nn.Module):
@@ -19,28 +20,48 @@ class FeatureMap(nn.Module):
     Each head has `num_decays` matrices W, one for each of its decays. The softmax goes over the features of all decays,
     so a token can choose a decay. Each W starts as a multiple of the identity.
 
-    Shapes: x (B, H, T, K) -> (B, H, num_decays, T, 2 K); weight (H, num_decays, K, K).
+    The features of a token have the sum 1, so no key would count more than another, as keys do in a softmax. With
+    `importance`, the features of each decay are multiplied by exp(u . x). The vector u is learnt and starts at 0.
+
+    Shapes: x (B, H, T, K) -> (B, H, num_decays, T, 2 K); weight (H, num_decays, K, K); u (H, num_decays, K).
     Args:
         num_heads: heads H of the input.
         num_decays: number of decays of each head.
         key_dim: channels K of one head.
-        device, dtype: of the weight; default: those of torch.
+        importance: learn the vectors u; for keys.
+        device, dtype: of the weights; default: those of torch.
     Source: Zhang et al. 2024, arXiv:2402.04347 (Hedgehog). Differs: one softmax goes over both signs and all decays,
-        and W starts larger.
+        W starts larger, and keys have an importance.
     """
 
-    def __init__(self, num_heads: int, num_decays: int, key_dim: int, device: Any = None, dtype: Any = None):
+    def __init__(
+        self,
+        num_heads: int,
+        num_decays: int,
+        key_dim: int,
+        *,
+        importance: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, num_decays, key_dim, key_dim, device=device, dtype=dtype))
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight = nn.Parameter(torch.empty(num_heads, num_decays, key_dim, key_dim, **dd))
+        self.importance = nn.Parameter(torch.empty(num_heads, num_decays, key_dim, **dd)) if importance else None
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set each W to its initial multiple of the identity."""
+        """Set each W to its initial multiple of the identity, and each u to 0."""
         self.weight.copy_(_SHARPNESS * torch.eye(self.weight.shape[-1]))
+        if self.importance is not None:
+            self.importance.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, H, T, K) to features (B, H, num_decays, T, 2 K)."""
         y = x[:, :, None] @ self.weight
         y = rearrange([y, -y], "sign b h s t k -> b h t (s sign k)").softmax(-1)
-        return rearrange(y, "b h t (s k) -> b h s t k", s=self.weight.shape[1])
+        y = rearrange(y, "b h t (s k) -> b h s t k", s=self.weight.shape[1])
+        if self.importance is None:
+            return y
+        return y * (x[:, :, None] @ self.importance[..., None]).clamp(max=_MOST).exp()  # (B, H, num_decays, T, 1)

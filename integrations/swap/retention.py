@@ -27,15 +27,18 @@ from retention.options import (
     number,
     shown,
 )
+from retention.sharding import active, refuse
 from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
 from .features import FeatureMap
-from .window import Rows, Tiles, WindowState, in_order, join, real_last, rows, tiles
+from .window import Rows, Tiles, WindowState, around_part, in_order, join, real_last, rows, tiles
 
 __all__ = ["FORMER", "HostedRetention"]
 
 FORMER = {"scales": "num_decays", "grid": "grid_decay"}  # former names of options, and the new ones
+
+_LEAST = 1e-20  # of a sum of scores; unimportant keys that are far away have sums of about 1e-10
 
 # The bias at which a gate is 1, or nearly 1 for the sigmoid.
 _OPEN = {"silu": 1.2784645, "gelu": 1.1444507, "relu": 1.0, "sigmoid": 6.0}
@@ -66,9 +69,11 @@ class HostedRetention(HasBackend):
         heads: sizes of the layer's heads.
         num_decays: number of decays of each head; the scores of all are added. Default: 2 with features, else 1.
         decay: "paper", "log_linear", "short", or num_decays * num_heads log-decays (natural logarithm per token):
-            first the first one of all heads, then the second one of all heads, and so on. Default "short".
+            first the first one of all heads, then the second one of all heads, and so on. Default: "log_linear" with a
+            window, since retention then covers what is farther away than the memory of "short"; else "short".
         learnable_decay: train the decays.
         features: True maps q and k by a `FeatureMap` each; False uses them as they are.
+        key_importance: learn how much each key counts; see `FeatureMap`. Needs features. Default: as features.
         window: number of the newest tokens, the token itself included, that each token attends to exactly, with the
             layer's own exp(scale q . k). Default None: no window.
         sinks: number of the first tokens of each sequence that all later tokens attend to exactly. Default 0.
@@ -96,9 +101,10 @@ class HostedRetention(HasBackend):
         heads: Heads,
         *,
         num_decays: int | None = None,
-        decay: Any = "short",
+        decay: Any = None,
         learnable_decay: bool = True,
         features: bool = True,
+        key_importance: bool | None = None,
         window: int | None = None,
         sinks: int = 0,
         gate: str | None = "silu",
@@ -117,6 +123,10 @@ class HostedRetention(HasBackend):
         check_dtype(dtype)
         num_decays = (2 if features else 1) if num_decays is None else num_decays
         check_whole("num_decays", num_decays)
+        key_importance = features if key_importance is None else key_importance
+        check_flags(key_importance=key_importance)
+        if key_importance and not features:
+            raise ValueError("key_importance needs features=True; got features False, key_importance True")
         check_whole("window", window, optional=True)
         check_whole("chunk_size", chunk_size, optional=True)
         check_whole("sinks", sinks, 0)
@@ -131,6 +141,7 @@ class HostedRetention(HasBackend):
         self.heads, self.num_decays, self.features = heads, num_decays, features
         self.window, self.sinks, self.causal, self.grid_decay = window, sinks, causal, grid_decay
         self.backend, self.form, self.chunk_size = backend, form, chunk_size
+        decay = ("log_linear" if window else "short") if decay is None else decay
         values = log_decays(decay, num_decays * heads.num_heads)
         schedule = decay if isinstance(decay, str) else list(values)
         self.options: dict[str, Any] = dict(
@@ -138,6 +149,7 @@ class HostedRetention(HasBackend):
             decay=schedule,
             learnable_decay=learnable_decay,
             features=features,
+            key_importance=key_importance,
             window=window,
             sinks=sinks,
             gate=gate,
@@ -149,7 +161,7 @@ class HostedRetention(HasBackend):
         self.decay = HeadDecay(ordered, len(values), learnable=learnable_decay, **dd)
         if features:
             self.q_map = FeatureMap(heads.num_heads, num_decays, heads.key_dim, **dd)
-            self.k_map = FeatureMap(heads.num_kv_heads, num_decays, heads.key_dim, **dd)
+            self.k_map = FeatureMap(heads.num_kv_heads, num_decays, heads.key_dim, importance=key_importance, **dd)
         self.rest = nn.Linear(heads.dim, heads.num_heads, **dd) if window or sinks else None
         self.norm = nn.Identity() if features else HeadNorm(heads.num_heads, heads.value_dim, "rms", False, 1e-6)
         self.gain = nn.Parameter(torch.empty(heads.num_heads, heads.value_dim, **dd))
@@ -232,8 +244,12 @@ class HostedRetention(HasBackend):
         causal = causal or self.causal is True
         if prefix and causal:
             raise ValueError(f"causal retention has no tokens without a place; got prefix {prefix}; leave causal out")
+        if prefix:
+            refuse("a prefix token, which sees all tokens,", "split the batch instead")
         if self.rest is not None:
             self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            if state is not None or cu_seqlens is not None:
+                refuse("a state before, or a packed batch, with a window or sinks", "use rows without a state")
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
         after: RetentionState | None
         if self.rest is not None:
@@ -348,8 +364,11 @@ class HostedRetention(HasBackend):
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
             call = call._replace(mask=mask)
-        before = cast("WindowState | None", call.state)
+        shard = active()
+        before, end = cast("WindowState | None", call.state), None
         sizes = (self.window or 0, self.sinks)
+        if shard is not None:
+            before, end = around_part(shard, k, v, *sizes, mask)
         if call.cu_seqlens is None:
             exact: Rows | Tiles = rows(k, v, *sizes, mask, before)
         else:
@@ -359,6 +378,8 @@ class HostedRetention(HasBackend):
         y = join(*exact.attend(q, call.scale), _divided(sums), sums[..., -1:], weight).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
+        if after is not None and end is not None:
+            return y, WindowState(kv=after.kv, time=after.time, keys=end.keys, values=end.values)
         return y, None if after is None else exact.state(after)
 
     def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,8 +399,8 @@ def _zero_at_padding(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _divided(sums: Tensor) -> Tensor:
-    """Divide by the sum of scores, which is the last channel."""
-    return sums[..., :-1] / sums[..., -1:].clamp(min=1e-6)
+    """Divide by the sum of scores, which is the last channel; 0 where the sum is 0."""
+    return sums[..., :-1] / sums[..., -1:].clamp(min=_LEAST)
 
 
 def _with_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: int, placed: Tensor) -> Tensor:

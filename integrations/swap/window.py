@@ -21,9 +21,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from retention.constants import traced
+from retention.sharding import Shard
 from retention.state import RetentionState, state_dtype
 
-__all__ = ["Rows", "Tiles", "WindowState", "in_order", "join", "real_last", "rows", "tiles"]
+__all__ = ["Rows", "Tiles", "WindowState", "around_part", "in_order", "join", "real_last", "rows", "tiles"]
 
 _TILE = 64  # tokens of a tile of packed sequences without a window
 
@@ -244,6 +245,48 @@ def tiles(k: Tensor, v: Tensor, window: int, sinks: int, cu_seqlens: Tensor, sta
     cut = Rows(keys, values, begin[sequence] + offset - window, window, sinks)
     queries = (start[sequence] + offset)[:, None] + torch.arange(size, device=device)
     return Tiles(cut, queries.clamp(max=length - 1), places, keys_after, values_after)
+
+
+def around_part(
+    shard: Shard, k: Tensor, v: Tensor, window: int, sinks: int, mask: Tensor | None
+) -> tuple[WindowState, WindowState]:
+    """Return the sinks and the window before the own part of a sequence, and after the whole sequence, without kv.
+
+    Each process gives its first S and its last W tokens to all others, at any length of its part.
+
+    Shapes: k (B, Hkv, T, K); v (B, Hkv, T, V); mask (B, T), the padding before the real tokens.
+    Args:
+        shard: the own part.
+        window, sinks: the numbers of tokens W and S; 0 for none.
+    Raises: ValueError on all processes if a part is empty.
+    """
+    if 0 in shard.lengths:
+        raise ValueError(f"with a window or sinks each part must have a token; got lengths {list(shard.lengths)}")
+    length, device, size = k.shape[2], k.device, sinks + window
+    counts = None if mask is None else mask.sum(1)
+    own = torch.tensor([length], device=device) if counts is None else counts
+    ends = shard.ends(counts, device)  # (parts, B or 1)
+    starts = F.pad(ends, (0, 0, 1, 0))[:-1]
+    edges = F.pad(torch.cat([k, v], dim=-1), (0, 0, window, sinks))
+    first = window + length - own[:, None] + torch.arange(sinks, device=device)
+    edges = torch.cat([in_order(edges, first), edges[:, :, length : length + window]], dim=2)
+    edges = shard.gathered_with_gradient(edges).movedim(0, 2).flatten(2, 3)  # (B, Hkv, parts * (S + W), K + V)
+
+    def state(time: Tensor) -> WindowState:
+        """The sinks and the window after `time` tokens of the sequence, (B or 1,)."""
+        time = time[:, None]
+        position = torch.cat([torch.arange(sinks, device=device).expand(len(time), -1), time - window + last], dim=1)
+        part = (ends[..., None] <= position).sum(0).clamp(max=len(ends) - 1)
+        to_end, to_start = (x.mT.gather(1, part) for x in (ends, starts))
+        place = torch.cat([(position - to_start)[:, :sinks], (size + position - to_end)[:, sinks:]], dim=1)
+        there = (position >= 0) & (position < time)
+        found = in_order(edges, part * size + place.clamp(0, size - 1))
+        found = found.masked_fill(~there[:, None, :, None], 0)
+        keys, values = found.split([k.shape[3], v.shape[3]], dim=3)
+        return WindowState(kv=k.new_zeros(0), time=time[:, 0].expand(len(k)), keys=keys, values=values)
+
+    last = torch.arange(window, device=device)
+    return state(starts[shard.rank]), state(ends[-1])
 
 
 def _cut(cu_seqlens: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Tensor]:

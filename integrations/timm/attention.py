@@ -226,8 +226,9 @@ def retention_layer(**options: Any) -> type[RetentionAttention]:
     Example:
         model = timm.create_model("vit_tiny_patch16_224", attn_layer=retention_layer(gate=None))
     """
-    check_decay(options.get("decay", "short"))
-    HostedRetention(Heads(8, 1, 1, 8, 8), **{**options, "decay": "short", "device": "meta"})
+    if options.get("decay") is not None:
+        check_decay(options["decay"])
+    HostedRetention(Heads(8, 1, 1, 8, 8), **{**options, "decay": None, "device": "meta"})
     return type("RetentionAttention", (RetentionAttention,), {"options": options, "__module__": __name__})
 
 

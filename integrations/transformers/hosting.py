@@ -9,10 +9,12 @@ from torch import Tensor
 from transformers import Cache
 
 from retention.errors import ShapeError
+from retention.sharding import refuse, whole_length
 
 from .cache import cache_layer
 from .compat import HARMLESS, INPUT, OTHER_TOKENS, replace_cache, versions
 from .masks import as_one_row, borders_of, real_tokens, refuse_other_masks
+from .parts import check_parts
 from .recognise import cap_of, window_of
 
 __all__ = ["HostedCall", "hosted_call", "hosted_retention"]
@@ -58,6 +60,7 @@ def hosted_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[An
         raise ValueError(
             f"this layer has retention and takes its own tokens only; got {', '.join(others)}, as cross-attention has"
         )
+    check_parts(kwargs.get("position_ids"))
     call = HostedCall(args[0] if args else kwargs[INPUT], None)
     args, kwargs, call.cache = replace_cache(args, kwargs, call)
     return args, kwargs, call
@@ -110,13 +113,19 @@ def hosted_retention(
         return_state=layer is not None and borders is None,
     )
     if layer is not None and after is not None:
-        layer.store(after, call.x.shape[1])
+        layer.store(after, whole_length(call.x.shape[1]))
     return y.reshape(*call.x.shape[:2], *y.shape[2:]).contiguous(), None  # some hosts call `view` on it
 
 
 def _borders(given: Tensor | None, attention_mask: Tensor | None, mask: Tensor | None, x: Tensor) -> Tensor | None:
     """Return the borders of packed sequences, (N + 1,) int32: the given ones, or those read from the mask."""
-    return borders_of(attention_mask, mask, x) if given is None else given.int().flatten()
+    if given is not None:
+        check_parts(packed_rows=x.shape[0])
+        return given.int().flatten()
+    found = borders_of(attention_mask, mask, x)
+    if found is not None:
+        refuse("an attention mask of packed sequences", "pass cu_seq_lens_q, the borders of the whole sequence")
+    return found
 
 
 def _checked(attention: Any, call: HostedCall | None, k: Tensor, others: dict[str, Any]) -> HostedCall:

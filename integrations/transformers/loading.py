@@ -68,7 +68,7 @@ class RetentionInAttentionConfig(PreTrainedConfig):
         layers = _of_type(config_dict, "retention_layers", dict)
         for name in layers:
             _check_layer(name, _of_type(layers, name, dict))
-        layers = {name: {FORMER.get(option, option): x for option, x in layers[name].items()} for name in layers}
+        layers = {name: _of_any_version(layers[name]) for name in layers}
         kept = {name: config_dict[name] for name in ("architectures", "dtype") if name in config_dict}
         host_class = _config_class(kind)
         with refused(f"attention_config has an option that no {kind} has"):
@@ -140,6 +140,11 @@ def _of_type(options: dict[str, Any], name: str, kind: type) -> Any:
         got = one_line(repr(value)) if name in options else "nothing"
         raise ValueError(f"the config of a model with replaced layers must have {name!r}, a {kind.__name__}; got {got}")
     return value
+
+
+def _of_any_version(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a layer by their names of today; a file of the first version has no importance of keys."""
+    return {"key_importance": False} | {FORMER.get(name, name): value for name, value in options.items()}
 
 
 def _check_layer(name: str, options: dict[str, Any]) -> None:

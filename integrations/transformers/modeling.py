@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from retention.former import former_options
 from retention.layer import MultiScaleRetention
 from retention.model import BlockOutput, RetNetBackbone, RetNetBlock
 from retention.options import check_choice, check_is, check_whole, shown
+from retention.sharding import refuse, whole_length
 
 from .cache import cache_layer, packed_borders, token_mask
 from .compat import (
@@ -43,6 +45,7 @@ from .compat import (
     check_keywords,
 )
 from .configuration import FORMER_FORM, RetNetConfig
+from .parts import check_parts
 
 __all__ = [
     "CheckpointedBackbone",
@@ -209,6 +212,8 @@ class RetNetModel(RetNetPreTrainedModel):
         x = self._embedded(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         mask = token_mask(attention_mask, x, cache is not None)
+        packed_rows = 1 if cu_seq_lens_q is None else x.shape[0]
+        check_parts(position_ids, seq_idx, mask=mask, packed_rows=packed_rows)
         borders = None
         if attention_mask is None and cache is None:
             borders = packed_borders(x, cu_seq_lens_q, position_ids, seq_idx)
@@ -276,7 +281,7 @@ class RetNetModel(RetNetPreTrainedModel):
                 form=None if form == "auto" else form,  # each layer's own form
             )
         for layer, after in zip(layers, out.state or [], strict=True):
-            layer.store(after, x.shape[1])
+            layer.store(after, whole_length(x.shape[1]))
         *inner, last = (_as_batch(y, x) for y in (*(out.layers or [])[:-1], out.hidden))
         return RetNetModelOutput(
             last_hidden_state=last,
@@ -337,8 +342,6 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.dim, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    generate = former_options(FORMER_FORM)(GenerationMixin.generate)
-
     @cache_by_any_name
     @can_return_tuple  # type: ignore[untyped-decorator]
     @_takes_also(RetNetModel.forward)
@@ -371,6 +374,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             check_whole("logits_to_keep", logits_to_keep, 0)
         # shift_labels is no parameter: the Trainer takes each parameter with "label" in its name for a required label.
         shift_labels = kwargs.pop("shift_labels", None)
+        check_parts(labels=labels if shift_labels is None else None)
         out = self.model(input_ids, attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
@@ -384,6 +388,12 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
             aux_loss=out.aux_loss,
             **as_output(cache_of(out)),
         )
+
+    @former_options(FORMER_FORM)
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        refuse("generate", "leave the context to decode")
+        return super().generate(*args, **kwargs)
 
     def _loss(self, logits: Tensor, targets: Tensor, items: Tensor | int | None, aux_loss: Tensor | None) -> Tensor:
         """The loss of logits with targets (B, T), the token that each logit predicts; -100 is ignored."""
@@ -408,6 +418,11 @@ class RetNetForSequenceClassification(GenericForSequenceClassification, RetNetPr
     """RetNet with a linear head on the last real token of each sequence."""
 
     accepts_loss_kwargs = False  # the loss is a mean; the Trainer divides it by the number of accumulated batches
+
+    @functools.wraps(GenericForSequenceClassification.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        refuse("the last token of each sequence", "classify outside, or use RetNetForTokenClassification")
+        return super().forward(*args, **kwargs)
 
 
 class RetNetForTokenClassification(GenericForTokenClassification, RetNetPreTrainedModel):

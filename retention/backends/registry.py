@@ -26,7 +26,7 @@ from torch import Tensor
 from ..call import Backend, Call
 from ..errors import BackendError
 from ..options import shown
-from . import chunked, eager, xformers
+from . import chunked, eager, fla, triton, xformers
 
 __all__ = [
     "Absent",
@@ -71,9 +71,15 @@ class Absent:
         raise BackendError(self.reason) from self.cause
 
 
-# In order of preference. xformers is last because it is never faster than chunked, and because eager can be
-# differentiated any number of times.
-_backends: dict[str, Backend] = {"chunked": chunked.backend, "eager": eager.backend, "xformers": xformers.backend}
+# In order of preference. xformers is never faster than chunked, and eager can be differentiated any number of times.
+# fla cannot say before a call that it lacks the gradient of log_decay.
+_backends: dict[str, Backend] = {
+    "triton": triton.backend,
+    "chunked": chunked.backend,
+    "eager": eager.backend,
+    "xformers": xformers.backend,
+    "fla": fla.backend,
+}
 _plugins_loaded = False
 
 

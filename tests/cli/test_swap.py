@@ -20,7 +20,8 @@ from retention.integrations.transformers.training import swapping
 from retention.integrations.transformers.training.saving import alone_in
 from retention.integrations.transformers.training.swapping import SwapSettings
 
-SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4"]
+RATES = ["--transfer-lr", "0.04", "--tuning-lr", "3e-4"]
+SMALL = ["--transfer-steps", "8", "--tuning-steps", "4", "--batch", "2", "--context", "32", "--eval-every", "4", *RATES]
 QUIET = [*SMALL, "--device", "cpu", "--sample", "20"]
 
 
@@ -241,7 +242,7 @@ def test_a_missing_model_is_called_a_model(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     assert f"no model in {tmp_path}/empty: it has no config.json" in run("empty").output
     result = run("nowhere")
-    assert "error: model must be a folder or a name on the hub; 'nowhere' cannot be loaded" in result.output
+    assert "model must be a folder, a GGUF file or a name on the hub; 'nowhere' cannot be loaded" in result.output
     assert "tokenizer" not in result.output
     assert result.exit_code == 2
 
@@ -316,3 +317,23 @@ def test_a_sample_that_fails_is_one_line_and_what_was_trained_is_saved_and_said_
     assert result.output.index(f"the model is in {out}") < result.output.index("no sample")
     assert "Traceback" not in result.output
     assert isinstance(load_swapped(out).transformer.h[0].attn, Swapped)
+
+
+@pytest.mark.slow
+def test_the_cheapest_layers_are_chosen_once_and_replaced(host, text, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    result = run(host, text, "--out", out, *QUIET, "--choose", "1")
+    assert result.exit_code == 0, result.output
+    costs = json.loads((out / "layers.json").read_text())
+    cheapest = min(range(2), key=costs["fitted"].__getitem__)
+    assert costs["chosen"] == [cheapest]
+    assert f"retention in 1 layers: transformer.h.{cheapest}.attn" in result.output
+    assert "untrained" in result.output
+    assert (out / "layers.png").read_bytes().startswith(b"\x89PNG")
+    assert [isinstance(block.attn, Swapped) for block in load_swapped(out).transformer.h].index(True) == cheapest
+    monkeypatch.delattr(swapping, "choose_layers")  # a resumed run keeps what was chosen
+    assert run("--resume", "--out", out).exit_code == 0
+    refused = run(host, text, "--out", tmp_path / "2", *QUIET, "--choose", "1", "--layers", "0")
+    assert "choose and layers must not both be given; got choose 1, layers [0]" in refused.output
+    refused = run(host, text, "--out", tmp_path / "2", *QUIET, "--choose", "3")
+    assert "choose must be at most 2, the layers of the model; got choose 3" in refused.output

@@ -29,9 +29,10 @@ from retention.integrations.transformers.training.distill import recover, replac
 NO_DECAY = ["fast", "", 5, None, True, b"ab", [0.1, -0.1], [math.nan] * 2, ["a", "b"], [False, False], {0: -0.1}]
 HOSTED = dict(
     num_decays=doors.MAYBE_WHOLE,
-    decay=NO_DECAY,
+    decay=[x for x in NO_DECAY if x is not None],
     learnable_decay=doors.FLAG,
     features=doors.FLAG,
+    key_importance=[x for x in doors.FLAG if x is not None],
     window=doors.MAYBE_WHOLE,
     sinks=doors.COUNT,
     gate=doors.NAME,

@@ -1,6 +1,7 @@
 """A model whose attention was replaced learns to be what it was."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 
 from retention.integrations.swap import replace_attention
 from retention.integrations.transformers.training import distill
+from retention.integrations.transformers.training.best import Best
+from retention.integrations.transformers.training.rates import STEPS, search_rates
 
 pytestmark = pytest.mark.slow
 SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -48,7 +51,7 @@ def replaced(teacher):
 
 
 def recover(model, out, **options):
-    options = dict(transfer_steps=30, tuning_steps=60, batch=16, tuning_lr=1e-3) | options
+    options = dict(transfer_steps=30, tuning_steps=60, batch=16, transfer_lr=4e-2, tuning_lr=1e-3) | options
     quiet = dict(use_cpu=True, disable_tqdm=True, logging_steps=1000)
     return distill.recover(model, Countdown(2000), Countdown(64), out=out, **quiet, **options)
 
@@ -125,7 +128,7 @@ def test_a_run_goes_on_from_its_last_checkpoint(replaced, tmp_path):
 def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, tmp_path):
     model = copy.deepcopy(teacher)
     quiet = dict(use_cpu=True, disable_tqdm=True, logging_steps=1000)
-    options = dict(transfer_steps=15, tuning_steps=30, batch=16, tuning_lr=1e-3, **quiet)
+    options = dict(transfer_steps=15, tuning_steps=30, batch=16, transfer_lr=4e-2, tuning_lr=1e-3, **quiet)
     data = Countdown(2000), Countdown(64)
     first, second = distill.replace_in_parts(model, [[1], [0]], *data, out=tmp_path, **options)
     assert second.tuned < second.teacher + 0.3 * (second.replaced - second.teacher)
@@ -148,3 +151,142 @@ def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, t
 def test_a_model_with_its_attention_is_refused(teacher, tmp_path):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no replaced attention; call replace_attention first"):
         recover(teacher, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_rate_that_spoils_the_model_leaves_it_as_it_was(teacher, replaced, tmp_path):
+    before = copy.deepcopy(replaced.state_dict())
+    found = recover(replaced, tmp_path, transfer_steps=4, tuning_steps=4, transfer_lr=5.0, tuning_lr=5.0)
+    assert found.replaced == found.transferred == found.tuned
+    for name, weight in replaced.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.slow
+def test_a_stage_ends_with_the_best_weights_it_has_seen_and_a_resumed_one_with_the_same(replaced, tmp_path):
+    other, seen = copy.deepcopy(replaced), []
+
+    class Spoil(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 10:
+                model.lm_head.weight.data.zero_()
+
+        def on_evaluate(self, args, state, control, metrics, **kwargs):
+            seen.append(metrics["eval_loss"])
+
+    often = dict(transfer_steps=0, tuning_steps=12, eval_strategy="steps", eval_steps=2, save_steps=4)
+    found = recover(replaced, tmp_path, callbacks=[Spoil()], **often)
+    assert found.tuned == pytest.approx(min(seen[1:]), rel=1e-6)  # the first is the teacher's
+    assert found.tuned < found.replaced < seen[-1]
+    again = recover(other, tmp_path, **often)
+    assert again.tuned == found.tuned
+    for name, weight in replaced.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+def test_each_layer_keeps_its_own_best_weights(tmp_path):
+    parts = {"a": torch.nn.Linear(1, 1), "b": torch.nn.Linear(1, 1)}
+    parts["a"].bias.requires_grad_(False)
+
+    def fill(value):
+        for part in parts.values():
+            for p in part.parameters():
+                p.data.fill_(value)
+
+    best = Best(tmp_path / "best.pt", parts)
+    for value, a, b in ((1.0, 0.5, 0.2), (2.0, 0.4, 0.3), (3.0, 0.6, float("nan"))):
+        fill(value)
+        best.offer({"a": a, "b": b})
+    Best(tmp_path / "best.pt", parts).restore()
+    assert best.losses == {"a": 0.4, "b": 0.2}
+    assert [parts["a"].weight.item(), parts["b"].weight.item(), parts["b"].bias.item()] == [2.0, 1.0, 1.0]
+    assert parts["a"].bias.item() == 3.0  # it is not trained
+
+
+def test_the_search_gives_each_part_the_rate_that_helps_it_most_and_changes_no_weight():
+    steep, flat = (torch.nn.Parameter(torch.tensor(1.0)) for _ in range(2))
+    groups = {
+        "steep": lambda rate: [{"params": [steep], "lr": rate}],
+        "flat": lambda rate: [{"params": [flat], "lr": rate}],
+    }
+
+    def losses():
+        return {"steep": (steep - 0.95).square(), "flat": (flat - 0.2).square()}
+
+    found, steps = search_rates(
+        groups,
+        (1e-3, 1e-2, 1e-1, 1.0, 10.0),
+        lambda _: sum(losses().values()),
+        lambda: {name: loss.item() for name, loss in losses().items()},
+        hidden=True,
+    )
+    assert found == {"steep": 1e-2, "flat": 1e-1}
+    assert steps == 4 * STEPS  # no part gains by a rate of 1, so 10 is not tried
+    assert steep.item() == flat.item() == 1.0
+
+
+@pytest.mark.slow
+def test_rates_are_found_when_none_is_given(replaced, tmp_path):
+    found = recover(replaced, tmp_path, transfer_steps=2, tuning_steps=2, transfer_lr=None, tuning_lr=None)
+    kept = [json.loads((tmp_path / stage / "rates.json").read_text()) for stage in ("transfer", "tuning")]
+    assert kept[0]["rates"].keys() == {"model.layers.0.self_attn", "model.layers.1.self_attn"}
+    assert set(kept[0]["rates"].values()) <= {1e-3, 3e-3, 1e-2, 4e-2}
+    assert kept[1]["rates"]["model"] in (3e-5, 1e-4, 3e-4, 1e-3)
+    assert found.tokens == (4 + kept[0]["steps"] + kept[1]["steps"]) * 16 * 24
+
+
+@pytest.mark.slow
+def test_a_stage_ends_when_evaluations_bring_nothing(replaced, tmp_path):
+    often = dict(transfer_steps=0, eval_strategy="steps", eval_steps=1, save_steps=100, tuning_lr=5.0, patience=2)
+    other = copy.deepcopy(replaced)
+    found = recover(replaced, tmp_path, tuning_steps=50, **often)
+    assert found.tokens < 50 * 16 * 24
+    assert recover(other, tmp_path, tuning_steps=50, **often) == found  # it is not trained further
+
+
+@pytest.mark.slow
+def test_with_layers_alone_to_tune_the_teacher_shares_all_other_weights(teacher, tmp_path, monkeypatch):
+    model, seen = copy.deepcopy(teacher), []
+    run = distill._Stage.run
+    monkeypatch.setattr(distill._Stage, "run", lambda self: (seen.append(self), run(self)))
+    options = dict(transfer_steps=1, tuning_steps=2, batch=4, transfer_lr=1e-3, tuning_lr=1e-3)
+    quiet = dict(use_cpu=True, disable_tqdm=True)
+    data = Countdown(200), Countdown(16)
+    distill.replace_in_parts(model, [[1], [0]], *data, out=tmp_path, tune="layers", **options, **quiet)
+    for stage in seen:
+        if stage.args.output_dir.endswith("tuning"):
+            theirs = dict(stage.teacher.named_parameters())
+            for name, weight in model.named_parameters():
+                assert (theirs.get(name) is weight) == (".self_attn." not in name), name
+    before = dict(teacher.named_parameters())
+    for name, weight in model.named_parameters():
+        assert ".self_attn." in name or torch.equal(weight, before[name]), name
+    assert not torch.equal(
+        model.model.layers[0].self_attn.q_proj.weight, teacher.model.layers[0].self_attn.q_proj.weight
+    )
+    assert all(weight.requires_grad for weight in model.parameters())
+    with pytest.raises(ValueError, match="tune must be one of 'all', 'layers'; got tune 'some'"):
+        recover(model, tmp_path / "none", tune="some")
+
+
+def test_the_first_stage_does_not_run_the_teachers_head(teacher, replaced):
+    transfer = distill.AttentionTransfer(teacher, {"model.layers.0.self_attn": replaced.model.layers[0].self_attn})
+    ran = []
+    hook = teacher.lm_head.register_forward_hook(lambda *_: ran.append(1))
+    transfer(Countdown(2).tokens)
+    hook.remove()
+    transfer.release()
+    assert not ran
+
+
+def test_a_layer_whose_attention_gives_zeros_has_a_finite_error(teacher):
+    silent = copy.deepcopy(teacher)
+    silent.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    model = copy.deepcopy(silent)
+    replace_attention(model)
+    transfer = distill.AttentionTransfer(silent, {"model.layers.0.self_attn": model.model.layers[0].self_attn})
+    found = transfer(Countdown(2).tokens)
+    found["loss"].backward()
+    transfer.release()
+    assert found["errors"].tolist() == [0.0]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in transfer.parameters())

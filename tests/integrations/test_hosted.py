@@ -13,6 +13,7 @@ from hypothesis import given as drawn
 from hypothesis import strategies as st
 
 from retention import ShapeError
+from retention.decay import log_linear, short
 from retention.integrations.swap import (
     Heads,
     HostedRetention,
@@ -33,9 +34,12 @@ def quiet():
 
 
 def features_of(x, feature_map, head):
-    """x (T, K) -> the features of each scale, (T, 2 K)."""
+    """x (T, K) -> the features of each decay, (T, 2 K)."""
     parts = [z for weight in feature_map.weight[head] for z in (x @ weight, -x @ weight)]
-    return torch.cat(parts, -1).softmax(-1).chunk(len(parts) // 2, dim=-1)
+    features = torch.cat(parts, -1).softmax(-1).chunk(len(parts) // 2, dim=-1)
+    if feature_map.importance is None:
+        return features
+    return [f * (x @ u).exp()[:, None] for f, u in zip(features, feature_map.importance[head], strict=True)]
 
 
 @torch.no_grad()
@@ -82,6 +86,34 @@ def test_each_head_has_its_scales_whatever_it_shares(features):
         y = scores @ v[0, h // 2]
         y = y / scores.sum(-1, keepdim=True) if features else torch.nn.functional.rms_norm(y, (8,), eps=1e-6)
         torch.testing.assert_close(found[0, :, h], y * retention.gain[h])
+
+
+@torch.no_grad()
+def test_keys_are_as_important_as_their_vectors_say():
+    heads, q, k, v = Heads(4, 1, 1, 4, 4), *torch.randn(3, 1, 1, 9, 4)
+    retention, plain = (HostedRetention(heads, gate=None, key_importance=on) for on in (True, False))
+    x = torch.zeros(1, 9, 4)
+    assert plain.k_map.importance is None
+    assert torch.equal(retention(x, q, k, v, scale=1.0)[0], plain(x, q, k, v, scale=1.0)[0])  # all alike at the start
+    retention.k_map.importance.copy_(torch.tensor([12.0, 0, 0, 0]))
+    k[..., 0] = -1.0
+    k[:, :, 3, 0] = 1.0
+    y, _ = retention(x, q, k, v, scale=1.0)
+    torch.testing.assert_close(y[0, 3:, 0], v[0, 0, 3].expand(6, 4))  # the only key that counts, bounded by e^10
+    torch.testing.assert_close(y[0, 0, 0], v[0, 0, 0])  # a sum of scores that is tiny divides like any other
+
+
+def test_heads_beside_a_window_remember_longer():
+    heads = Heads(4, 1, 1, 4, 4)
+    assert HostedRetention(heads, window=8).decay.values == log_linear(2)
+    assert HostedRetention(heads, sinks=2).decay.values == short(2)
+    assert HostedRetention(heads, window=8, decay="short").decay.values == short(2)
+
+
+def test_the_importance_of_keys_needs_features():
+    with pytest.raises(ValueError, match="key_importance needs features=True; got features False, key_importance True"):
+        HostedRetention(Heads(4, 1, 1, 4, 4), features=False, key_importance=True)
+    assert HostedRetention(Heads(4, 1, 1, 4, 4), features=False).options["key_importance"] is False
 
 
 @pytest.mark.parametrize("gate", ["silu", "gelu", "relu"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from retention.integrations import swap
+from retention.integrations import swap, timm
 from retention.integrations.renamed import former_names
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +115,8 @@ def test_former_names_of_options_work_and_warn(door):
         assert model.retention.num_decays == 3
     elif door is swap.HostedRetention:
         assert found.num_decays == 3
+    with pytest.warns(DeprecationWarning, match="use num_decays"):
+        assert timm.retention_layer(scales=3).options == {"num_decays": 3}
     with pytest.raises(TypeError, match="scales is a former name of num_decays; got both; leave scales out"):
         door(what, scales=3, num_decays=3)
     with pytest.warns(DeprecationWarning, match="the option grid is deprecated .*; use grid_decay"):

@@ -5,7 +5,8 @@ import math
 import pytest
 
 from retention.integrations.transformers.training import plot
-from retention.integrations.transformers.training.plot import draw, draw_recovery, smooth
+from retention.integrations.transformers.training.choosing import LayerCosts
+from retention.integrations.transformers.training.plot import draw, draw_layers, draw_recovery, smooth
 
 
 @pytest.fixture
@@ -69,6 +70,25 @@ def test_parts_follow_each_other(figures, tmp_path):
     assert [list(line.get_xdata()) for line in lines(divergence, "training, smoothed")] == [[20], [40]]
     assert [text.get_text().strip() for text in fit.texts] == ["part 1", "part 2", "part 3"]
     assert [text.get_text() for text in quality.texts] == ["not measured yet"]
+
+
+def test_losses_that_are_all_zero_or_below_by_rounding_are_drawn_without_a_logarithm(figures, tmp_path):
+    nothing = [{"step": step, "loss": -1e-9} for step in (1, 2)]
+    draw_recovery([(nothing, nothing)], 10, "bytes", tmp_path / "a.png")
+    assert [axes.get_yscale() for axes in figures[0].axes[:2]] == ["linear", "linear"]
+
+
+def test_the_costs_of_layers_are_drawn_above_the_loss_of_the_original(figures, tmp_path):
+    costs = LayerCosts(["a", "b"], original=2.0, untrained=[2.5, 2.25], fitted=[2.25, 2.125], chosen=[1])
+    draw_layers(costs, tmp_path / "layers.png")
+    (axes,) = figures[0].axes
+    drawn = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+    assert drawn == {
+        "untrained": ([0, 1], [0.5, 0.25]),
+        "fitted": ([0, 1], [0.25, 0.125]),
+        "chosen": ([1], [0.125]),
+    }
+    assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_plot_takes_what_a_run_may_log(tmp_path):

@@ -81,7 +81,9 @@ def formula(prefix, rows, columns, decay, grid=True):
 @pytest.mark.parametrize("grid", [True, False])
 def test_prefix_tokens_take_part_without_decay(prefix, kv_heads, grid):
     heads = Heads(dim=8, num_heads=2, num_kv_heads=kv_heads, key_dim=4, value_dim=4)
-    retention = HostedRetention(heads, decay=DECAY, learnable_decay=False, gate=None, grid=grid, dtype=torch.float64)
+    retention = HostedRetention(
+        heads, decay=DECAY, learnable_decay=False, gate=None, grid_decay=grid, dtype=torch.float64
+    )
     q, k, v = (torch.randn(2, h, prefix + 15, 4, dtype=torch.float64) for h in (2, kv_heads, kv_heads))
     got, _ = retention(torch.empty(0), q, k, v, scale=0.5, causal=False, grid=(3, 5), prefix=prefix)
     k, v = (x.repeat_interleave(2 // kv_heads, dim=1) for x in (k, v))

@@ -9,14 +9,18 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-__all__ = ["END", "ByteCodec", "Codec", "TokenCodec", "load_codec"]
+from ...files import refused
+
+__all__ = ["END", "GGUF", "ByteCodec", "Codec", "TokenCodec", "check_gguf", "load_codec"]
 
 END = "\0"
+GGUF = ".gguf"
 # Usual names of the token that ends a text; a tokenizer.json on its own does not tell which token it is.
 _ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 
@@ -121,19 +125,36 @@ def load_codec(name: str) -> Codec:
     """Return the codec for a tokenizer.
 
     Args:
-        name: a folder with a tokenizer, a tokenizer.json, or a name on the Hugging Face Hub; "" for bytes.
-    Raises: ValueError if the tokenizer cannot be loaded or has no token to end a document.
+        name: a folder with a tokenizer, a tokenizer.json, a GGUF file, or a name on the Hugging Face Hub; "" for bytes.
+    Raises: ValueError if the tokenizer cannot be loaded or has no token to end a document; ImportError if a GGUF file
+        needs gguf, which is not installed.
     """
     if not name:
         return ByteCodec()
+    file = Path(name)
+    if file.suffix == GGUF:
+        check_gguf(file)
     try:
-        if Path(name).is_file():
+        if file.suffix == GGUF:
+            with refused(f"{name} holds no tokenizer that transformers can read"):
+                read = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+            return TokenCodec(_with_an_end(read))
+        if file.is_file():
             return TokenCodec(_with_an_end(PreTrainedTokenizerFast(tokenizer_file=name)))
         return TokenCodec(_with_an_end(AutoTokenizer.from_pretrained(name)))
     except (OSError, KeyError) as error:
         raise ValueError(
-            f"tokenizer must be a folder, a tokenizer.json or a name on the hub; {name!r} cannot be loaded: {error}"
+            "tokenizer must be a folder, a tokenizer.json, a GGUF file or a name on the hub; "
+            f"{name!r} cannot be loaded: {error}"
         ) from error
+
+
+def check_gguf(file: Path) -> None:
+    """Raises: ValueError if the file does not exist; ImportError if gguf is not installed."""
+    if not file.is_file():
+        raise ValueError(f"no such file: {file}")
+    if find_spec("gguf") is None:
+        raise ImportError(f'reading {file.name} needs gguf; pip install "multiscale-retention[gguf]"')
 
 
 def _with_an_end(tokenizer: Any) -> Any:

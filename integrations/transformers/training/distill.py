@@ -11,9 +11,12 @@ Source: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs). Differs: retention replac
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,18 +24,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, set_seed
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments, default_data_collator, set_seed
 
-from retention.options import check_eps, check_factor, check_is, check_whole, shown
+from retention.options import check_choice, check_eps, check_factor, check_is, check_whole, shown
 
+from ...files import read_json
 from ...swap import Swapped, plan_replacement, replace_attention, restore_attention
+from ..compat import TRAINER_STATE_NAME, TrainerState
+from .best import Best
 from .progress import progress_bar
+from .rates import STEPS, Group, search_rates
 from .resumable import ResumableTrainer, log_every
-from .saving import last_checkpoint, step_of
+from .saving import last_checkpoint, step_of, write_text
 
-__all__ = ["TRANSFER", "TUNING", "AttentionTransfer", "Recovery", "recover", "replace_in_parts", "teacher_of"]
+__all__ = ["TRANSFER", "TUNE", "TUNING", "AttentionTransfer", "Recovery", "recover", "replace_in_parts", "teacher_of"]
 
 TRANSFER, TUNING = "transfer", "tuning"  # names of the stages and of their folders
+TUNE = _ALL, _LAYERS = "all", "layers"  # what the second stage trains
+_RATES, _BEST = "rates.json", "best.pt"  # in the folder of a stage
 
 
 @dataclass
@@ -44,7 +54,7 @@ class Recovery:
         replaced: loss of the model before training.
         transferred: loss after the first stage.
         tuned: loss after the second stage.
-        tokens: number of tokens trained on in both stages.
+        tokens: number of tokens trained on in both stages, those of the search for learning rates included.
     """
 
     teacher: float
@@ -109,17 +119,20 @@ def replace_in_parts(
     check_is("out", out, str | Path, "a folder")
     check_is("options", options, dict | None, "options of replace_attention by name, or None")
     out = Path(out)
-    plan_replacement(model, layers=[i for part in parts for i in part], **options or {})
-    teacher = _frozen_copy(model)
+    tune = arguments.get("tune", _ALL)
+    check_choice("tune", tune, TUNE)
+    chosen = plan_replacement(model, layers=[i for part in parts for i in part], **options or {}).replaced
     found = []
-    for number, part in enumerate(parts, start=1):
-        there = {name for name, module in model.named_modules() if isinstance(module, Swapped)}
-        names = plan_replacement(model, layers=part, **options or {}).replaced
-        with _layers_shown(model, names, hidden=bool(arguments.get("disable_tqdm"))):
-            report = replace_attention(model, layers=part, calibrate_on=_first(train_data, 8), **options or {})
-        new = [name for name in report.replaced if name not in there]
-        folder = out / f"part-{number}"
-        found.append(recover(model, train_data, valid_data, out=folder, teacher=teacher, taught=new, **arguments))
+    with _learning(model, chosen, tune):
+        teacher = _frozen_copy(model)
+        for number, part in enumerate(parts, start=1):
+            there = {name for name, module in model.named_modules() if isinstance(module, Swapped)}
+            names = plan_replacement(model, layers=part, **options or {}).replaced
+            with _layers_shown(model, names, hidden=bool(arguments.get("disable_tqdm"))):
+                report = replace_attention(model, layers=part, calibrate_on=_first(train_data, 8), **options or {})
+            new = [name for name in report.replaced if name not in there]
+            folder = out / f"part-{number}"
+            found.append(recover(model, train_data, valid_data, out=folder, teacher=teacher, taught=new, **arguments))
     return found
 
 
@@ -134,13 +147,18 @@ def recover(
     transfer_steps: int = 600,
     tuning_steps: int = 1400,
     batch: int = 4,
-    transfer_lr: float = 4e-2,
-    tuning_lr: float = 3e-4,
+    transfer_lr: float | None = None,
+    tuning_lr: float | None = None,
+    tune: str = "all",
+    patience: int | None = None,
     label_weight: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
     **arguments: Any,
 ) -> Recovery:
     """Train `model`, whose attention was replaced by `replace_attention`, in two stages.
+
+    No stage ends worse than it began: the first keeps the best weights of each layer, the second those of the model,
+    by the validation data; and if the fitted layers give a worse model than before, they are put back.
 
     Args:
         model: a transformers language model; it is changed in place.
@@ -153,7 +171,12 @@ def recover(
         transfer_steps, tuning_steps: optimiser steps of the two stages; 0 skips a stage.
         batch: examples per step and device.
         transfer_lr: learning rate of retention's own parameters in the first stage; the projections take a tenth of it.
-        tuning_lr: learning rate of the second stage.
+            Default: each layer gets the one of 1e-3, 3e-3, 1e-2 and 4e-2 with which its error is lowest after 8 steps.
+        tuning_lr: learning rate of the second stage. Default: the one of 3e-5, 1e-4, 3e-4 and 1e-3 with which the
+            model's loss is lowest after 8 steps.
+        tune: what the second stage trains, "all" or "layers": all weights, or those of the replaced layers only. With
+            "layers", teacher and model share all other weights, and the optimiser needs memory for the layers only.
+        patience: number of evaluations without a lower loss after which a stage ends. Default: none does.
         label_weight: factor of the labels' cross-entropy, which is added to the divergence from the teacher.
         callbacks: callbacks of transformers' Trainer, for both stages.
         arguments: further arguments of `transformers.TrainingArguments`, for both stages.
@@ -174,8 +197,11 @@ def recover(
         ("batch", batch, 1),
     ):
         check_whole(name, count, least)
-    check_factor("transfer_lr", transfer_lr)
-    check_factor("tuning_lr", tuning_lr)
+    for name, rate in (("transfer_lr", transfer_lr), ("tuning_lr", tuning_lr)):
+        if rate is not None:
+            check_factor(name, rate)
+    check_choice("tune", tune, TUNE)
+    check_whole("patience", patience, optional=True)
     check_eps("label_weight", label_weight)
     out = Path(out)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
@@ -184,16 +210,14 @@ def recover(
     wrong = [name for name in taught or () if name not in layers]
     if wrong:
         raise ValueError(f"taught must name replaced layers; got {wrong[0]!r}; there are {', '.join(layers)}")
-    layers = {name: layers[name] for name in layers if taught is None or name in taught}
-    teacher = teacher_of(model) if teacher is None else cast(Any, teacher).requires_grad_(False).eval()
+    taught_layers = {name: layers[name] for name in layers if taught is None or name in taught}
 
-    def args(name: str, steps: int, lr: float) -> TrainingArguments:
+    def args(name: str, steps: int) -> TrainingArguments:
         return TrainingArguments(
             output_dir=str(out / name),
             max_steps=steps,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=batch,
-            learning_rate=lr,
             lr_scheduler_type="cosine",
             warmup_steps=min(20, steps // 10),
             weight_decay=0.0,
@@ -208,20 +232,47 @@ def recover(
         )
 
     options: Any = dict(train_dataset=train_data, eval_dataset=valid_data, callbacks=callbacks)
-    tuner = _Tuner(model, args(TUNING, tuning_steps, tuning_lr), **options)
-    tuner.label_weight, tuner.teacher = label_weight, cast(Any, teacher).to(tuner.args.device)
-    as_teacher, replaced = _loss(tuner, tuner.teacher), _loss(tuner, model)
+    with _learning(model, layers, tune):
+        teacher = teacher_of(model) if teacher is None else cast(Any, teacher).requires_grad_(False).eval()
+        tuner = _Tuner(model, args(TUNING, tuning_steps), **options)
+        tuner.label_weight, tuner.teacher = label_weight, cast(Any, teacher).to(tuner.args.device)
+        tuner.parts, tuner.rate, tuner.patience = {"model": model}, tuning_lr, patience
+        as_teacher, replaced = _loss(tuner, tuner.teacher), _loss(tuner, model)
 
-    transfer = AttentionTransfer(tuner.teacher, layers)
-    stage = _Stage(transfer, args(TRANSFER, transfer_steps, transfer_lr), **options)
+        transfer = AttentionTransfer(tuner.teacher, taught_layers)
+        stage = _Transfer(transfer, args(TRANSFER, transfer_steps), **options)
+        stage.parts, stage.rate, stage.patience = taught_layers, transfer_lr, patience
+        start = {name: copy.deepcopy(layer.state_dict()) for name, layer in taught_layers.items()}
+        try:
+            stage.run()
+        finally:
+            transfer.release()
+        transferred = _loss(tuner, model) if transfer_steps else replaced
+        if transferred > replaced:
+            tqdm.write(f"the fitted layers give {transferred:.4f} nats, more than {replaced:.4f}; they are put back")
+            transferred = replaced
+            for name, layer in taught_layers.items():
+                layer.load_state_dict(start[name])
+        del start
+        tuner.run()
+        tuned = tuner.best.losses["model"] if tuning_steps else transferred
+        return Recovery(as_teacher, replaced, transferred, tuned, stage.tokens + tuner.tokens)
+
+
+@contextmanager
+def _learning(model: PreTrainedModel, layers: Iterable[str], tune: str) -> Iterator[None]:
+    """Within the block, freeze all parameters that `tune` leaves out; `layers` are the names of the replaced layers."""
+    ours = tuple(f"{name}." for name in layers)
+    frozen = [
+        p for name, p in model.named_parameters() if tune == _LAYERS and p.requires_grad and not name.startswith(ours)
+    ]
     try:
-        stage.run()
+        for p in frozen:
+            p.requires_grad_(False)
+        yield
     finally:
-        transfer.release()
-    transferred = _loss(tuner, model)
-    tuner.run()
-    tokens = (transfer_steps + tuning_steps) * batch * len(train_data[0]["input_ids"])
-    return Recovery(as_teacher, replaced, transferred, _loss(tuner, model), tokens)
+        for p in frozen:
+            p.requires_grad_(True)
 
 
 class AttentionTransfer(nn.Module):
@@ -258,46 +309,177 @@ class AttentionTransfer(nn.Module):
             hook.remove()
 
     def forward(self, input_ids: Tensor, labels: Tensor | None = None, **inputs: Any) -> dict[str, Tensor]:
-        """Run the teacher on input_ids (B, T) and return {"loss": the loss}."""
+        """Run the teacher on input_ids (B, T) and return {"loss": the loss, "errors": the error of each layer (L,)}.
+
+        The teacher's head does not run.
+        """
         with torch.no_grad():
-            self.run_teacher[0](input_ids, use_cache=False, **inputs)
-        errors = []
+            self.run_teacher[0].base_model(input_ids, use_cache=False, **inputs)
+        losses = []
         for layer, (args, kwargs, want) in zip(self.layers, self.seen, strict=True):
             got = layer(*args, **kwargs)[0]
-            errors.append((got - want).square().mean() / want.square().mean())
-        return {"loss": torch.stack(errors).mean()}
+            size = want.square().mean()
+            losses.append((got - want).square().mean() / size.clamp(min=torch.finfo(size.dtype).tiny))
+        errors = torch.stack(losses)
+        return {"loss": errors.mean(), "errors": errors.detach()}
 
 
 class _Stage(ResumableTrainer):
-    """Trainer of the first stage, whose model computes the loss itself."""
+    """Trainer of a stage: it finds its learning rates if none is given, and ends with the best weights it has seen.
 
-    slowness = 0.1  # learning rate of parameters outside of retention, relative to its own
+    Attributes:
+        parts: what the stage trains, by name; each part has its own learning rate, and its own best weights.
+        rate: the learning rate of all parts, or None to search it.
+        patience: number of evaluations without a lower loss after which the stage ends; None: never.
+        ladder: the rates that a search tries.
+        slowness: learning rate of parameters outside of retention, relative to that of its own.
+        tokens: number of tokens that the stage was trained on, those of the search included; set by `run`.
+    """
+
+    ladder: Sequence[float]
+    slowness: float
+    parts: dict[str, nn.Module]
+    rate: float | None
+    patience: int | None
+    rates: dict[str, float]
+    tokens = 0
+
+    def losses_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        """Return the validation loss of each part on a batch."""
+        raise NotImplementedError
 
     def run(self) -> None:
-        """Train, or continue from the last checkpoint."""
-        last = last_checkpoint(Path(str(self.args.output_dir)))
-        if last and step_of(last) >= self.args.max_steps:
+        """Train, or continue from the last checkpoint; then put back the best weights of each part."""
+        out, most = Path(str(self.args.output_dir)), self.args.max_steps
+        if most <= 0:
+            return
+        self.best = Best(out / _BEST, self.parts)
+        last = last_checkpoint(out)
+        if last is None or not (out / _RATES).is_file():
+            self.best.forget()
+            self._measure()
+            rates, searched = self._found_rates()
+            write_text(out / _RATES, json.dumps({"rates": rates, "steps": searched}, indent=2) + "\n")
+        kept = read_json(out / _RATES, "learning rates")
+        self.rates = kept["rates"]
+        self.args.learning_rate = max(self.rates.values())
+        done = self._done(last) if last else 0
+        if last and done:
             self._load_from_checkpoint(str(last))
-        elif self.args.max_steps > 0:
+        else:
             set_seed(self.args.seed)  # same random state whether the earlier stage was trained or loaded
             self.train(resume_from_checkpoint=str(last) if last else None)
-            if self.state.global_step < self.args.max_steps:
+            done = self.state.global_step
+            if done < most and not self._is_stale(self.state.log_history):
                 raise KeyboardInterrupt
+        self._measure()
+        self.best.restore()
+        examples = (done + kept["steps"]) * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        self.tokens = examples * len(cast(Any, self.train_dataset)[0]["input_ids"])
+
+    def evaluate(self, *args: Any, **options: Any) -> Any:
+        """Evaluate; during training, also keep the weights of each part that is better than before."""
+        self.seen: list[tuple[Tensor, int]] = []
+        found = super().evaluate(*args, **options)
+        if self.is_in_train:
+            self.best.offer(self._by_part(self.seen))
+            if self._is_stale(self.state.log_history):
+                self.control.should_save = self.control.should_training_stop = True
+        return found
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            losses = self.losses_of(model, inputs)
+        self.seen.append((losses, len(inputs["input_ids"])))
+        return losses.mean(), None, None
 
     def create_optimizer(self, *_: Any) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            model = cast(nn.Module, self.model)
-            named = [(".retention." in name, p) for name, p in model.named_parameters() if p.requires_grad]
-            new: dict[str, Any] = {"params": [p for is_new, p in named if is_new]}
-            slow = self.slowness * self.args.learning_rate
-            old: dict[str, Any] = {"params": [p for is_new, p in named if not is_new], "lr": slow}
-            self.optimizer = torch.optim.AdamW([new, old], self.args.learning_rate, weight_decay=0.0)
+            groups = [group for name in self.parts for group in self._groups(name, self.rates[name])]
+            self.optimizer = torch.optim.AdamW(groups, self.args.learning_rate, weight_decay=0.0)
         return self.optimizer
+
+    def _groups(self, part: str, rate: float) -> list[Group]:
+        named = [(".retention." in f".{name}", p) for name, p in self.parts[part].named_parameters() if p.requires_grad]
+        new: Group = {"params": [p for is_new, p in named if is_new], "lr": rate}
+        old: Group = {"params": [p for is_new, p in named if not is_new], "lr": self.slowness * rate}
+        return [group for group in (new, old) if group["params"]]
+
+    def _found_rates(self) -> tuple[dict[str, float], int]:
+        """Return the learning rate of each part, and the steps of the search."""
+        if self.rate is not None:
+            return dict.fromkeys(self.parts, self.rate), 0
+        size = self.args.train_batch_size
+        rows, held = (self._spread(data, n * size) for data, n in ((self.train_dataset, STEPS), (self.eval_dataset, 2)))
+        batches, held_out = (self._batches(rows, size), self._batches(held, size))
+
+        def step(i: int) -> Tensor:
+            with self.compute_loss_context_manager():
+                return cast(Tensor, self.compute_loss(cast(nn.Module, self.model), dict(batches[i])))
+
+        @torch.no_grad()
+        def measure() -> dict[str, float]:
+            cast(nn.Module, self.model).eval()
+            found = self._by_part([(self.losses_of(self.model, dict(batch)), size) for batch in held_out])
+            cast(nn.Module, self.model).train()
+            return found
+
+        groups = {name: partial(self._groups, name) for name in self.parts}
+        rates, steps = search_rates(groups, self.ladder, step, measure, hidden=bool(self.args.disable_tqdm))
+        counts = sorted(Counter(rates.values()).items())
+        found = ", ".join(f"{rate:g}" + (f" for {count} layers" if len(rates) > 1 else "") for rate, count in counts)
+        if not self.args.disable_tqdm:
+            tqdm.write(f"{self.args.output_dir}: the learning rate is {found}")
+        return rates, steps
+
+    def _spread(self, data: Any, count: int) -> list[Any]:
+        """Return examples that lie evenly over a dataset."""
+        return [data[i * len(data) // count] for i in range(count)]
+
+    def _batches(self, examples: list[Any], size: int) -> list[dict[str, Any]]:
+        starts = range(0, len(examples), size)
+        return [self._prepare_inputs(default_data_collator(examples[i : i + size])) for i in starts]
+
+    def _measure(self) -> None:
+        """Evaluate outside of the training, and keep what is better than before."""
+        self.evaluate()
+        self.best.offer(self._by_part(self.seen))
+
+    def _by_part(self, seen: Sequence[tuple[Tensor, int]]) -> dict[str, float]:
+        """Return the mean losses of the parts over batches of so many rows."""
+        rows = sum(count for _, count in seen)
+        means = sum(losses.double() * count for losses, count in seen) / rows
+        return dict(zip(self.parts, cast(Tensor, means).tolist(), strict=True))
+
+    def _done(self, checkpoint: Path) -> int:
+        """Return the number of steps if the stage ended with this checkpoint; else 0."""
+        step = step_of(checkpoint)
+        log = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
+        return step if step >= self.args.max_steps or self._is_stale(log) else 0
+
+    def _is_stale(self, log: Sequence[Mapping[str, float]]) -> bool:
+        """Tell whether the last evaluations have brought nothing."""
+        losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+        if self.patience is None or not losses:
+            return False
+        return len(losses) - 1 - losses.index(min(losses)) >= self.patience
+
+
+class _Transfer(_Stage):
+    """Trainer of the first stage, whose model computes the losses itself."""
+
+    ladder = (1e-3, 3e-3, 1e-2, 4e-2)
+    slowness = 0.1
+
+    def losses_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        return model(**inputs)["errors"]
 
 
 class _Tuner(_Stage):
     """Trainer of the second stage; it also measures the labels' cross-entropy for all losses in `Recovery`."""
 
+    ladder = (3e-5, 1e-4, 3e-4, 1e-3)
     slowness = 1.0
     teacher: PreTrainedModel
     label_weight: float
@@ -307,16 +489,15 @@ class _Tuner(_Stage):
         logits = model(**inputs, use_cache=False).logits
         with torch.no_grad():
             wanted = self.teacher(**inputs, use_cache=False).logits.log_softmax(-1)
-        divergence = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="none").sum(-1).mean()
+        tokens = logits[..., 0].numel()
+        divergence = F.kl_div(logits.log_softmax(-1), wanted, log_target=True, reduction="sum") / tokens
         if not self.label_weight:
             return divergence
         return divergence + self.label_weight * _cross_entropy(logits, labels)
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        inputs = self._prepare_inputs(inputs)
+    def losses_of(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         labels = inputs.pop("labels")
-        with torch.no_grad():
-            return _cross_entropy(model(**inputs, use_cache=False).logits, labels), None, None
+        return _cross_entropy(model(**inputs, use_cache=False).logits, labels)[None]
 
 
 @contextmanager
@@ -344,7 +525,8 @@ def _loss(tuner: _Tuner, model: PreTrainedModel) -> float:
     """Return the cross-entropy of `model` on the validation data."""
     mine, tuner.model = tuner.model, model
     try:
-        return tuner.evaluate()["eval_loss"]
+        tuner.evaluate()
+        return tuner._by_part(tuner.seen)["model"]
     finally:
         tuner.model = mine
 

@@ -7,7 +7,12 @@ from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .choosing import LayerCosts
 
 try:
     from matplotlib.axes import Axes
@@ -18,7 +23,7 @@ except ImportError as error:
 
 from .saving import written_whole
 
-__all__ = ["History", "draw", "draw_recovery", "smooth"]
+__all__ = ["History", "draw", "draw_layers", "draw_recovery", "smooth"]
 
 History = Sequence[dict[str, Any]]  # the log of a transformers Trainer
 
@@ -74,6 +79,21 @@ def draw_recovery(
     _save(figure, file)
 
 
+def draw_layers(costs: LayerCosts, file: Path) -> None:
+    """Plot what each layer costs when it is replaced alone, as a PNG."""
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = range(len(costs.names))
+    for label, losses, colour in (("untrained", costs.untrained, "C7"), ("fitted", costs.fitted, "C0")):
+        axes.plot(numbers, [loss - costs.original for loss in losses], "o-", color=colour, label=label, markersize=4)
+    chosen = [costs.fitted[i] - costs.original for i in costs.chosen]
+    axes.plot(costs.chosen, chosen, "o", color="C1", markersize=8, fillstyle="none", label="chosen")
+    axes.set(xlabel="layer replaced alone", ylabel="nats per token above the original")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, file)
+
+
 def _training(axes: Axes, histories: Sequence[History], tokens_per_step: int) -> None:
     for seen, losses in _curves(histories, "loss", tokens_per_step):
         marker = "o" if len(losses) == 1 else ""  # a line of one point would not be seen
@@ -97,7 +117,7 @@ def _finish(axes: Axes, unit: str, title: str, loss: str, *, log: bool = False) 
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.xaxis.set_major_formatter(EngFormatter())
-    if log:
+    if log and any(y > 0 for line in axes.lines for y in np.asarray(line.get_ydata())):  # rounding may leave none
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

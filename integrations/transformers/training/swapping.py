@@ -5,31 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback, set_seed
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, set_seed
+
+from retention.options import check_choice, check_factor, check_whole
 
 from ...swap import SwapReport, plan_replacement
 from ...swap.retention import FORMER
-from ..compat import TRAINER_STATE_NAME, TrainerState, logging
+from ..compat import TRAINER_STATE_NAME, TrainerState
 from ..replaced_config import marked_layers
-from .codec import Codec, load_codec
+from .choosing import LayerCosts, choose_layers
+from .codec import Codec
 from .corpus import Corpus, read_corpus
-from .distill import TRANSFER, TUNING, Recovery, replace_in_parts
-from .plot import draw_recovery
+from .distill import TRANSFER, TUNE, TUNING, Recovery, replace_in_parts
+from .opening import bars_of_transformers, open_model
+from .plot import draw_layers, draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
 from .saving import alone_in, check_folder, checkpoints, written_whole
-from .settings import Kept, check_device, check_dtype, check_report_to, codec_of
+from .settings import Kept, check_device, check_dtype, check_report_to
 from .train import device_arguments
 
 __all__ = ["Picture", "StageProgress", "Swap", "SwapSettings", "swap"]
 
+_LAYER_COSTS, _LAYER_PLOT = "layers.json", "layers.png"
 _RECOVERY = "recovery.json"  # the losses before, between and after the stages
 
 
@@ -40,12 +45,13 @@ class SwapSettings(Kept):
     FILE: ClassVar[str] = "swap.json"
     FORMER: ClassVar[dict[str, str]] = FORMER
 
-    model: str = ""  # a folder, or a name on the Hugging Face Hub
+    model: str = ""  # a folder, a GGUF file, or a name on the Hugging Face Hub
     files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
     text_column: str = "text"
     layers: list[int] | None = None  # None: all
+    choose: int | None = None  # number of layers, the cheapest to replace; None: those of `layers`
     allow_lost: bool = False
-    decay: str = "short"
+    decay: str | None = None  # None: log_linear with a window, else short
     features: bool = True
     window: int | None = None  # in tokens; None: no window of exact attention
     sinks: int = 0
@@ -56,8 +62,10 @@ class SwapSettings(Kept):
     tuning_steps: int = 1400
     batch: int = 4
     context: int | None = None  # in tokens; None: 256, or fewer if the model has fewer positions
-    transfer_lr: float = 4e-2
-    tuning_lr: float = 3e-4
+    transfer_lr: float | None = None  # None: found by a short search, as is tuning_lr
+    tuning_lr: float | None = None
+    tune: str = "all"
+    patience: int | None = None  # in evaluations; None: no early stop
     label_weight: float = 0.0
     seed: int = 0
     eval_every: int = 100
@@ -80,6 +88,11 @@ class SwapSettings(Kept):
 
     def check(self) -> None:
         """Raises: ValueError that names the option."""
+        if self.choose is not None and self.layers is not None:
+            raise ValueError(
+                f"choose and layers must not both be given; got choose {self.choose}, layers {self.layers}"
+            )
+        check_whole("choose", self.choose, optional=True)
         self.check_counts("parts", "batch", "eval_every", "save_every")
         for name in ("transfer_steps", "tuning_steps"):
             if getattr(self, name) < 0 or getattr(self, name) % self.parts:
@@ -88,6 +101,11 @@ class SwapSettings(Kept):
                 )
         if self.context is not None and self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
+        check_choice("tune", self.tune, TUNE)
+        check_whole("patience", self.patience, optional=True)
+        for name in ("transfer_lr", "tuning_lr"):
+            if getattr(self, name) is not None:
+                check_factor(name, getattr(self, name))
         check_dtype(self.dtype)
         check_device(self.device)
         check_report_to(self.report_to)
@@ -131,10 +149,13 @@ def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
 
 
 def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool) -> Swap:
-    model = _host(settings)
-    codec = codec_of(Path(settings.model)) if Path(settings.model).is_dir() else load_codec(settings.model)
+    model, codec = open_model(settings.model)
+    if marked_layers(model.config):
+        raise ValueError(f"{settings.model} has retention already; name the model as it was before")
     plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
-    layers = len(plan.replaced)
+    layers = settings.choose or len(plan.replaced)
+    if layers > len(plan.replaced):
+        raise ValueError(f"choose must be at most {len(plan.replaced)}, the layers of the model; got choose {layers}")
     if settings.parts > layers:
         raise ValueError(f"parts must be at most {layers}, the layers to replace; got parts {settings.parts}")
     context = _context(settings, model)
@@ -150,41 +171,16 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
     replace(settings, **found).write(out)
 
     set_seed(settings.seed)
+    if settings.choose is not None:
+        settings = replace(settings, layers=_chosen(model, settings, corpus, out))
+        plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
     recovery = _recovered(model, settings, plan, corpus, out, stop)
-    with written_whole(out, "the model") as folder, _bars_of_transformers():
+    with written_whole(out, "the model") as folder, bars_of_transformers():
         model.save_pretrained(folder)
         if codec.tokenizer is not None:
             codec.tokenizer.save_pretrained(folder)
         (folder / _RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
     return Swap(model, codec, corpus, plan, recovery)
-
-
-def _host(settings: SwapSettings) -> Any:
-    folder = Path(settings.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"no model in {folder}: it has no config.json")
-    try:
-        config: Any = AutoConfig.from_pretrained(settings.model)
-    except OSError as error:
-        raise ValueError(
-            f"model must be a folder or a name on the hub; {settings.model!r} cannot be loaded: {error}"
-        ) from error
-    if marked_layers(config):
-        raise ValueError(f"{settings.model} has retention already; name the model as it was before")
-    with _bars_of_transformers():
-        return AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
-
-
-@contextmanager
-def _bars_of_transformers() -> Iterator[None]:
-    """Show transformers' progress bars for download, loading and saving, which `quiet` hides."""
-    shown = logging.is_progress_bar_enabled()
-    logging.enable_progress_bar()
-    try:
-        yield
-    finally:
-        if not shown:
-            logging.disable_progress_bar()
 
 
 def _digest(model: Any) -> str:
@@ -209,6 +205,18 @@ def _context(settings: SwapSettings, model: Any) -> int:
     return settings.context
 
 
+def _chosen(model: Any, settings: SwapSettings, corpus: Corpus, out: Path) -> list[int]:
+    """Return the layers to replace, from an earlier start of the run if it has chosen them."""
+    assert settings.choose is not None
+    if not (out / _LAYER_COSTS).is_file():
+        options = settings.replacement | {"backend": settings.backend, "form": settings.form}
+        costs = choose_layers(model, corpus.train, corpus.valid, settings.choose, options=options, batch=settings.batch)
+        costs.write(out / _LAYER_COSTS)
+        draw_layers(costs, out / _LAYER_PLOT)
+        tqdm.write(str(costs))
+    return LayerCosts.read(out / _LAYER_COSTS).chosen
+
+
 def _recovered(
     model: Any, settings: SwapSettings, plan: SwapReport, corpus: Corpus, out: Path, stop: SaveOnInterrupt
 ) -> Recovery:
@@ -229,6 +237,8 @@ def _recovered(
         batch=settings.batch,
         transfer_lr=settings.transfer_lr,
         tuning_lr=settings.tuning_lr,
+        tune=settings.tune,
+        patience=settings.patience,
         label_weight=settings.label_weight,
         callbacks=[StageProgress(batch, corpus), Picture(batch, out, title), stop],
         logging_nan_inf_filter=False,
