@@ -92,7 +92,10 @@ BAD = [
     (["train", "--steps", "0"], "steps must be at least 1; got steps 0"),
     (["train", "--context", "1"], "context must be at least 2; got context 1"),
     (["train", "--dtype", "int8"], "dtype must be one of float32, bfloat16, float16; got dtype 'int8'"),
-    (["train", "--backend", "magic"], "backend must be 'auto' or one of chunked, eager, xformers; got backend 'magic'"),
+    (
+        ["train", "--backend", "magic"],
+        "backend must be 'auto' or one of triton, chunked, eager, xformers, fla; got backend 'magic'",
+    ),
     (["train", "--form", "magic"], "form must be one of .*; got form 'magic'"),
     (["train", "--device", "abacus"], "device must be one of auto, cpu, cuda, mps; got device 'abacus'"),
     (["train", "--accumulate", "0"], "accumulate must be at least 1; got accumulate 0"),
@@ -100,7 +103,10 @@ BAD = [
     (["train", "--weight-decay", "-1"], "weight_decay must be at least 0; got weight_decay -1"),
     (["train", "--config", "nowhere"], "no such config: nowhere"),
     (["train", "--config", "nowhere", "--preset", "tiny"], "preset and config must not both be given; got 'tiny' and"),
-    (["train", "--tokenizer", "/nowhere"], "tokenizer must be a folder, a tokenizer.json or a name on the hub; '/now"),
+    (
+        ["train", "--tokenizer", "/nowhere"],
+        "tokenizer must be a folder, a tokenizer.json, a GGUF file or a name on the hub; '/now",
+    ),
     (["train", "--report-to", "paper"], "report_to must be one of none, all.*; got report_to 'paper'"),
     (["train", "--resume"], "nothing to resume in runs/retnet: it has no training.json"),
     (["generate", "--model", "nowhere"], "no model in nowhere: it has no config.json"),

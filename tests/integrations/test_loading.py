@@ -131,7 +131,7 @@ def test_half_precision_and_sharded_weights_load(tmp_path):
 def test_a_folder_of_the_first_version_opens(tmp_path):
     """Its config names no sinks and no importance of keys; its tensors have the names below."""
     model, (_, batch) = build("Llama"), padded()
-    replace_attention(model, layers=[1], window=9, key_importance=False)
+    replace_attention(model, layers=[1], window=9, decay="short", key_importance=False)
     model.save_pretrained(tmp_path)
     want = model(**batch).logits
     options = {"scales": 2, "decay": "short", "learnable_decay": True, "features": True, "window": 9, "gate": "silu"}

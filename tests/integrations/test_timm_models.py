@@ -137,7 +137,7 @@ def test_the_vits_have_retention_with_gate_and_norm_in_each_layer():
     layers = [module for module in model.modules() if isinstance(module, Swapped)]
     assert len(layers) == 12
     assert all(layer.retention.gate is not None and layer.retention.norm.kind == "rms" for layer in layers)
-    assert all(layer.retention.options["grid"] for layer in layers)
+    assert all(layer.retention.options["grid_decay"] for layer in layers)
     assert model.num_prefix_tokens == 0
 
 
