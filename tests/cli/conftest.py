@@ -1,5 +1,5 @@
 """Fixtures of `runs`."""
 
-from runs import bpe, cache, settings, small, text, tokenizer, tokenizer_folder
+from short_runs import bpe, cache, settings, small, text, tokenizer, tokenizer_folder
 
 __all__ = ["bpe", "cache", "settings", "small", "text", "tokenizer", "tokenizer_folder"]

@@ -14,7 +14,7 @@ import datasets
 import pytest
 import torch
 import transformers
-from runs import QUICK, SMALL, command, diverge_after
+from short_runs import QUICK, SMALL, command, diverge_after
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 import torch
-from runs import SMALL, diverge_after
+from short_runs import SMALL, diverge_after
 from transformers import TrainerCallback
 
 from retention.integrations.transformers.training import progress
