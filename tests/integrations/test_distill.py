@@ -135,7 +135,7 @@ def test_replacing_in_parts_teaches_only_what_is_new_and_ends_as_well(teacher, t
     assert second.replaced > first.tuned  # the second layer's softmax has just gone
     before = load_file(tmp_path / "part-1" / "tuning" / "checkpoint-30" / "model.safetensors")
     taught = load_file(tmp_path / "part-2" / "transfer" / "checkpoint-15" / "model.safetensors")
-    assert len(taught) == 10  # of one layer: four projections; two maps, the decays, the gain and a gate
+    assert len(taught) == 11  # of one layer: four projections; two maps, the importance, decays, the gain and a gate
     assert any("layers.1.self_attn.retention" in name for name in before)
 
     other, nothing = copy.deepcopy(teacher), []
