@@ -356,6 +356,7 @@ class _Stage(ResumableTrainer):
         self.best = Best(out / _BEST, self.parts)
         last = last_checkpoint(out)
         if last is None or not (out / _RATES).is_file():
+            set_seed(self.args.seed)  # same random state whether the earlier stage was trained or loaded
             self.best.forget()
             self._measure()
             rates, searched = self._found_rates()
@@ -367,7 +368,7 @@ class _Stage(ResumableTrainer):
         if last and done:
             self._load_from_checkpoint(str(last))
         else:
-            set_seed(self.args.seed)  # same random state whether the earlier stage was trained or loaded
+            set_seed(self.args.seed)  # and whether the rates were searched or read
             self.train(resume_from_checkpoint=str(last) if last else None)
             done = self.state.global_step
             if done < most and not self._is_stale(self.state.log_history):
