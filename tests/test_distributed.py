@@ -19,6 +19,8 @@ from retention.distributed import context_parallel, tensor_parallel
 from retention.functional import scores
 from retention.state import RetentionState
 
+pytestmark = pytest.mark.slow  # they start processes
+
 EVEN, UNEVEN, EMPTY = (8, 8, 8, 8), (5, 13, 1, 9), (0, 7, 0, 4)
 DECAY = torch.tensor([0.7, 0.9, 1.0, 0.99], dtype=torch.float64).log()
 

@@ -26,6 +26,7 @@ def test_every_example_is_run():
     assert {file.name for file in EXAMPLES.glob("*.py")} == SMALL.keys()
 
 
+@pytest.mark.slow
 def test_layers_are_trained_and_write_what_one_pass_would(monkeypatch, tmp_path, capsys):
     text = run("train_layers.py", monkeypatch, tmp_path, capsys)
     difference = re.search(r"token by token: (\S+)", text)

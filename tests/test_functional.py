@@ -91,6 +91,7 @@ def test_packed_segments_continue_from_their_own_states():
         assert state.time.tolist() == [5, 3, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", cases.FORMS)
 def test_long_inputs_stay_within_the_float32_bound(form):
     length, heads = (8192, 2) if form == "chunkwise" else (2048, 2)
@@ -101,6 +102,7 @@ def test_long_inputs_stay_within_the_float32_bound(form):
     assert cases.deviation(got, want) <= 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [(90, 91), (3, 2730)], ids=str)
 def test_large_grids_stay_within_the_float32_bound(grid):
     q, k, v = qkv(batch=1, length=math.prod(grid), key_dim=16, value_dim=8, dtype=torch.float32)
@@ -217,6 +219,7 @@ def test_decay_of_nothing_sums_and_of_everything_forgets(form):
     torch.testing.assert_close(retain(ones, ones, v, torch.full((1,), -800.0), form=form), v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 2])
 @pytest.mark.parametrize("length", [0, 3])
 def test_empty_batches_and_empty_lengths_work(batch, length):
@@ -235,6 +238,7 @@ def test_empty_batches_and_empty_lengths_work(batch, length):
             assert all(x.grad.isfinite().all() for x in (q, k, v, log_decay))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [64, 65])  # `auto` takes the parallel form, the chunkwise form
 @pytest.mark.parametrize("options", [{}, {"mask": torch.arange(65) > 2}, {"causal": False}], ids=str)
 def test_the_output_may_be_written_to_in_place(length, options):
@@ -284,6 +288,7 @@ def test_normalised_sums_may_exceed_half_precision(form):
     torch.testing.assert_close(out, torch.full_like(out, 100.0))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own, in its forward-mode rules
 def test_transforms_go_to_a_backend_that_has_their_rules():
     q, k, v = qkv()

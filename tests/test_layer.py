@@ -78,6 +78,7 @@ def formula(x, layer, num_heads=4, *, num_kv_heads=None, rotary="paper", interle
     return layer.out_proj(open_gate * torch.cat(heads, -1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @torch.no_grad()
 def test_every_option_is_the_formula_in_every_form(options):
@@ -142,6 +143,7 @@ def test_default_construction_is_the_papers():
     assert layer(torch.randn(2, 5, 64)).shape == (2, 5, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [OPTIONS[0], OPTIONS[3], OPTIONS[5], OPTIONS[8]], ids=str)
 @pytest.mark.parametrize("padding", ["none", "left", "packed"])
 @torch.no_grad()
@@ -207,6 +209,7 @@ def test_decays_and_positions_stay_exact_in_half_precision(dtype):
     assert error < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"norm": "rms", "norm_affine": "channel"}, {"gate": None}, {"rotary": "xpos"}])
 def test_the_norm_takes_sums_that_half_precision_cannot_hold(options):
     """Scores of some thousand: the sums are above 65504, the largest number of float16."""

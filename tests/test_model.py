@@ -47,6 +47,7 @@ def test_every_parameter_gets_a_gradient():
     assert not without
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_parameters_their_formula_says(name):
     model = RetNet.from_preset(name, device="meta")
@@ -179,6 +180,7 @@ IN_FORMER_WORDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [RetNetBackbone, RetNet, partial(RetNet.from_preset, "tiny")])
 @pytest.mark.parametrize(("former", "new"), IN_FORMER_WORDS, ids=str)
 def test_former_names_of_options_work_with_a_warning_that_points_to_the_caller(make, former, new):

@@ -56,6 +56,7 @@ def test_in_inference_the_kernel_runs_and_gives_the_formula(make, dtype, bound, 
     torch.testing.assert_close(found, formula(x, model[0].weight), rtol=bound, atol=bound)
 
 
+@pytest.mark.slow
 def test_where_the_kernel_cannot_give_what_torch_gives_torch_runs(calls):
     model, x = set_norm_backend(drawn(), "xformers"), torch.randn(2, 5, 12)
     want = formula(x, model.weight)

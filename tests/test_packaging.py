@@ -81,6 +81,7 @@ def undeclared(path, source):
     return outside(source) - declared(*EXTRAS[place]).keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top", ["retention", "integrations", "benchmarks"])
 def test_every_import_is_declared_in_the_extra_that_needs_it(top):
     files = {str(path.relative_to(ROOT)): path.read_text() for path in sorted((ROOT / top).rglob("*.py"))}

@@ -34,6 +34,7 @@ def test_a_pair_turns_as_a_complex_number(interleaved, layout):
                 assert complex(got[row, token, a], got[row, token, b]) == pytest.approx(turned)
 
 
+@pytest.mark.slow
 def test_compiled_rotation_is_the_same():
     x, turns = torch.randn(2, 5, 6), rotation(torch.arange(5), frequencies("rope", 6))
     torch.testing.assert_close(torch.compile(rotate, fullgraph=True, backend="aot_eager")(x, turns), rotate(x, turns))

@@ -60,6 +60,7 @@ def test_several_blocks_agree_with_the_definition(small, case, times):
         assert cases.deviation(got, want) <= cases.BOUNDS[got.dtype], form
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 70), max_size=3), st.sampled_from([16, 17, 64]), st.booleans())
 def test_a_state_carries_over_at_any_cut(cuts, chunk_size, score_norm):

@@ -259,6 +259,7 @@ def test_a_resumed_run_keeps_its_settings(host, text, tmp_path):
     assert dataclasses.asdict(SwapSettings.read(out))["transfer_steps"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "told"),
     [

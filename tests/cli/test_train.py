@@ -113,6 +113,7 @@ BAD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
 def test_bad_options_are_named_and_nothing_is_written(words, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -175,6 +176,7 @@ BAD_SETTINGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("written", "message"), BAD_SETTINGS)
 def test_kept_settings_that_this_version_did_not_write_are_refused(written, message, tmp_path):
     (tmp_path / Settings.FILE).write_text(written)

@@ -245,6 +245,7 @@ def integration_doors():
 DOORS = integration_doors()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("door", "name"), cases(DOORS))
 def test_what_does_not_fit_is_refused_by_name_before_any_computation(door, name):
     check_refusals(DOORS[door], name)

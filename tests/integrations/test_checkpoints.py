@@ -68,6 +68,7 @@ def test_torchscale(batch, length, sizes, dtype, tmp_path):
     assert peers.deviation(ours(tokens).logits, peers.run(decoder, tokens)[0]) <= BOUND[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -203,6 +204,7 @@ def test_each_comparison_can_fail(name, tmp_path):
         assert peers.deviation(got, forward(x)) > 1e-8, config
 
 
+@pytest.mark.slow
 def test_the_comparisons_with_what_is_installed_can_fail(tmp_path):
     decoder, tokens = torchscale(torch.float64, **SMALL), torch.randint(50, (2, 40))
     for config in ({"layernorm_eps": 1e-4}, {"activation_fn": "relu"}, {"retention": {"decay_norm": False}}):
@@ -321,6 +323,7 @@ def change_config(folder, **options):
     file.write_text(json.dumps(json.loads(file.read_text()) | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("options", [{}, EXPERTS, {"lm_head_bias": True}, {"norm": "layer", "num_labels": 5}], ids=str)
 def test_a_folder_of_ours_loads_as_from_pretrained_does(options, tied, tmp_path):
@@ -335,6 +338,7 @@ def test_a_folder_of_ours_without_a_head_loads(tmp_path):
     assert torch.equal(load(tmp_path)(tokens).last_hidden_state, model(tokens).last_hidden_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("built", "told", "message"),
     [
@@ -415,6 +419,7 @@ def command(*arguments):
     return CliRunner().invoke(cli.app, ["convert", *map(str, arguments)])
 
 
+@pytest.mark.slow
 def test_the_command_converts_there_and_back(tmp_path):
     weights, forward = theirs("syncdoth", vocab=50, **SMALL)
     del weights["model.retnet_rel_pos.angle"], weights["model.retnet_rel_pos.decay"]
@@ -455,6 +460,7 @@ REFUSALS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "message"), REFUSALS.values(), ids=list(REFUSALS))
 def test_what_is_not_whole_is_refused_and_nothing_written(spoil, message, tmp_path):
     weights, _ = theirs("syncdoth", vocab=50, **SMALL)

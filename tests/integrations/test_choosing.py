@@ -25,6 +25,7 @@ def data():
     return [{"input_ids": row, "labels": row} for row in torch.randint(32, (24, 16), generator=chance)]
 
 
+@pytest.mark.slow
 def test_a_layer_without_effect_is_the_cheapest(model, data, tmp_path):
     before = copy.deepcopy(model.state_dict())
     costs = choose_layers(model, data, data, 1, steps=3, batch=2, examples=4, hidden=True)
@@ -38,6 +39,7 @@ def test_a_layer_without_effect_is_the_cheapest(model, data, tmp_path):
     assert str(costs).splitlines()[2].split() == ["1", "+0.0000", f"{costs.fitted[1] - costs.original:+.4f}", "yes"]
 
 
+@pytest.mark.slow
 def test_the_losses_are_those_of_the_model_with_that_layer_replaced(model, data):
     costs = choose_layers(model, data, data, 3, steps=0, batch=2, examples=4, options={"window": 4}, hidden=True)
     ids = torch.stack([data[i]["input_ids"] for i in range(4)])

@@ -12,6 +12,8 @@ from retention.distributed import context_parallel, tensor_parallel
 from retention.integrations.swap import Heads, HostedRetention, replace_attention
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, RetNetForSequenceClassification
 
+pytestmark = pytest.mark.slow  # they start processes
+
 TOTAL = 13  # parts of 7 and 6 tokens
 
 

@@ -58,6 +58,7 @@ def test_the_tests_can_be_solved_by_remembering_what_came_before(teacher, blocks
     assert found.values["loops"] == 1
 
 
+@pytest.mark.slow
 def test_a_model_is_as_good_as_itself_and_its_values_are_what_it_computes(teacher, blocks):
     items = make_items(blocks, 4)
     found = judge({"teacher": teacher, "same": copy.deepcopy(teacher)}, items, teacher="teacher", hidden=True)

@@ -42,6 +42,7 @@ def test_the_page_on_replacement_lists_the_families_that_are_tested():
 each_family = each(MORE, quick=["GPTJ"])
 
 
+@pytest.mark.slow
 @each_family
 @torch.no_grad()
 def test_restoring_is_bit_exact(family):
@@ -127,6 +128,7 @@ def encoder(family):
     return model, {"input_ids": ids}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @each(ENCODERS, quick=["Bert"])
 def test_encoders_look_both_ways_and_are_restored(family):
@@ -185,6 +187,7 @@ def test_what_retention_cannot_do_is_refused_with_the_reason(name):
         replace_attention(model, where=lambda name, _: name == layer, allow_lost=True)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_self_attention_beside_cross_attention_is_replaced():
     torch.manual_seed(0)
@@ -218,6 +221,7 @@ def test_heads_that_do_not_fit_the_projections_are_refused():
         replace_attention(model)
 
 
+@pytest.mark.slow
 def test_heads_that_an_adapter_gets_wrong_are_an_error_at_the_first_call(monkeypatch):
     monkeypatch.setattr(TransformersAttention, "heads", lambda self, attention: Heads(32, 4, 4, 8, 8))
     model = build("Granite")
@@ -274,6 +278,7 @@ def replaced_layer(**options):
     return model.model.layers[0].self_attn, dict(hidden_states=x, position_embeddings=turns, attention_mask=None)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("keyword", "given"),

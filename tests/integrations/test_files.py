@@ -255,6 +255,7 @@ CONTENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*quantiz:UserWarning")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize(("make", "message"), CONTENTS.values(), ids=list(CONTENTS))
@@ -334,6 +335,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "message"), CONFIGS, ids=str)
 def test_no_config_in_a_file_asks_for_what_cannot_be_built(options, message, tmp_path):
     RetNetForCausalLM(RetNetConfig(**TINY)).save_pretrained(tmp_path)
@@ -370,6 +372,7 @@ def replaced(options):
     return {"retention_layers": {"layers.0.self_attn": options}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -105,6 +105,7 @@ def check_round_trip(model, folder):
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_greedy_is_the_argmax_of_whole_parallel_passes(model, mode):
     check_greedy(model, form=mode)
@@ -360,6 +361,7 @@ def test_a_cache_that_was_made_early_is_filled(model):
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("mode", MODES)
 def test_any_cut_of_a_padded_batch_gives_the_logits_of_each_row_alone(model, mode):
@@ -376,6 +378,7 @@ def test_any_cut_of_a_padded_batch_gives_the_logits_of_each_row_alone(model, mod
         torch.testing.assert_close(logits[row, -len(prompt) :], want[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_cache_holds_the_same_tensors_from_the_first_token_to_the_last(model):
     cache = DynamicCache(config=model.config)
@@ -473,6 +476,7 @@ def test_a_dropped_padding_mask_is_caught(model, monkeypatch):
         check_greedy(model)
 
 
+@pytest.mark.slow
 def test_an_uninitialised_decay_is_caught(model, monkeypatch, tmp_path):
     """As buffers that are not saved come out of `from_pretrained`."""
     check_round_trip(model, tmp_path)

@@ -116,6 +116,7 @@ def test_the_importance_of_keys_needs_features():
     assert HostedRetention(Heads(4, 1, 1, 4, 4), features=False).options["key_importance"] is False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["silu", "gelu", "relu"])
 def test_gates_are_open_at_the_start(gate):
     model, (rows, _) = build("GPT2"), padded()
@@ -190,6 +191,7 @@ def at(part, x, *heads):
     return x[:, part], *(z[:, :, part] for z in heads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 4, 7, 40])
 @pytest.mark.parametrize("length", [1, 7, 33])
 @pytest.mark.parametrize("options", [{}, {"num_decays": 1, "gate": None}], ids=["default", "one decay"])
@@ -322,6 +324,7 @@ def test_padding_anywhere_is_as_if_it_were_not_there():
     torch.testing.assert_close(found, rows_alone(retention, mask, *given), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (5, 0), (5, 3), (None, 3)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 def test_whatever_stands_at_padding_reaches_no_real_token(window, sinks, value):
@@ -373,6 +376,7 @@ def test_nothing_crosses_the_border_of_packed_sequences():
     torch.testing.assert_close(found, torch.cat(alone, 1), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("ends", [(1,), (3, 4, 12), (20, 21), range(1, 33)], ids=str)
 @pytest.mark.parametrize("padding", [False, True])

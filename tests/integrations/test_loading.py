@@ -68,6 +68,7 @@ def test_options_belong_to_each_layer(family, second, tmp_path):
     assert options == [module.retention.options for module in model.modules() if isinstance(module, Swapped)]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_every_auto_class_opens_it_with_its_retention(tmp_path):
     model, (_, batch) = build("Llama"), padded()
@@ -97,6 +98,7 @@ def tokenizer_like(folder):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_loaded_can_be_restored_changed_and_saved_again(tmp_path):
     model, (_, batch) = build("Llama"), padded()
@@ -115,6 +117,7 @@ def test_what_is_loaded_can_be_restored_changed_and_saved_again(tmp_path):
         load_swapped(tmp_path / "third")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_half_precision_and_sharded_weights_load(tmp_path):
     model, (_, batch) = build("Llama"), padded()
@@ -127,6 +130,7 @@ def test_half_precision_and_sharded_weights_load(tmp_path):
     assert all(torch.equal(weight, weights[name]) for name, weight in half.state_dict().items())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_folder_of_the_first_version_opens(tmp_path):
     """Its config names no sinks and no importance of keys; its tensors have the names below."""
@@ -311,6 +315,7 @@ def small_retnet():
     return RetNetForCausalLM(RetNetConfig(dim=16, num_layers=1, num_heads=2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [replaced_llama, small_retnet])
 @pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
 def test_an_uploaded_model_has_a_card_that_tells_how_to_load_it(make, way, hub, tmp_path):
@@ -391,6 +396,7 @@ def test_wrappers_are_looked_through(kind, inside):
             torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("part", [lambda m: m.model, lambda m: m.model.layers, lambda m: m.model.layers[1]], ids=str)
 def test_a_part_that_is_replaced_marks_the_model_that_it_is_of(part, tmp_path):

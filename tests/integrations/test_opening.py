@@ -79,6 +79,7 @@ def tensors(llama):
             yield f"blk.{i}.{theirs}.weight", weight
 
 
+@pytest.mark.slow
 def test_a_gguf_file_opens_as_a_plain_model_of_its_class_with_its_tokenizer(llama, tokenizer, gguf_file, tmp_path):
     model, found = open_model(str(gguf_file))
     assert type(model) is LlamaForCausalLM

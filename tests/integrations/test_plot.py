@@ -25,6 +25,7 @@ def lines(axes, label):
     return [line for line in axes.lines if line.get_label() == label]
 
 
+@pytest.mark.slow
 def test_a_plot_names_model_units_and_kinds_of_loss(figures, tmp_path):
     draw([*log(range(1, 100)), *log((50, 99), "eval_loss")], 64, "bytes", tmp_path / "a.png", "RetNet, 8 parameters")
     (axes,) = figures[0].axes
@@ -39,12 +40,14 @@ def test_a_plot_names_model_units_and_kinds_of_loss(figures, tmp_path):
     assert training.get_linestyle() != validation.get_linestyle()
 
 
+@pytest.mark.slow
 def test_a_single_training_loss_is_seen(figures, tmp_path):
     draw(log([1]), 64, "tokens", tmp_path / "a.png")
     (line,) = lines(figures[0].axes[0], "training, smoothed")
     assert line.get_marker() == "o"
 
 
+@pytest.mark.slow
 def test_a_panel_shows_one_kind_of_loss_with_its_unit_and_labelled_ticks(figures, tmp_path):
     part = ([*log(range(10, 60, 10)), *log((50,), "eval_loss")], [*log(range(10, 60, 10)), *log((50,), "eval_loss")])
     draw_recovery([part], 64, "tokens", tmp_path / "a.png", "my_model, 8 parameters")
@@ -63,6 +66,7 @@ def test_a_panel_shows_one_kind_of_loss_with_its_unit_and_labelled_ticks(figures
         assert len(shown) >= 2
 
 
+@pytest.mark.slow
 def test_parts_follow_each_other(figures, tmp_path):
     draw_recovery([(log([1, 4]), log([2])), (log([2, 4]), log([2])), ([], [])], 10, "bytes", tmp_path / "a.png")
     fit, divergence, quality = figures[0].axes
@@ -72,12 +76,14 @@ def test_parts_follow_each_other(figures, tmp_path):
     assert [text.get_text() for text in quality.texts] == ["not measured yet"]
 
 
+@pytest.mark.slow
 def test_losses_that_are_all_zero_or_below_by_rounding_are_drawn_without_a_logarithm(figures, tmp_path):
     nothing = [{"step": step, "loss": -1e-9} for step in (1, 2)]
     draw_recovery([(nothing, nothing)], 10, "bytes", tmp_path / "a.png")
     assert [axes.get_yscale() for axes in figures[0].axes[:2]] == ["linear", "linear"]
 
 
+@pytest.mark.slow
 def test_the_costs_of_layers_are_drawn_above_the_loss_of_the_original(figures, tmp_path):
     costs = LayerCosts(["a", "b"], original=2.0, untrained=[2.5, 2.25], fitted=[2.25, 2.125], chosen=[1])
     draw_layers(costs, tmp_path / "layers.png")
@@ -91,6 +97,7 @@ def test_the_costs_of_layers_are_drawn_above_the_loss_of_the_original(figures, t
     assert (tmp_path / "layers.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_plot_takes_what_a_run_may_log(tmp_path):
     draw([{"loss": math.nan, "step": 10}, {"eval_loss": 2.0, "step": 10}], 64, "tokens", tmp_path / "a.png")
     draw([], 64, "tokens", tmp_path / "b.png")

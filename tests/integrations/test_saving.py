@@ -30,6 +30,7 @@ def write_checkpoint(out, step):
     return out / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", [*FILES, saving.SUMS])
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "cut by a line", "other", "folder"])
 def test_any_damage_to_any_file_is_seen(file, damage, tmp_path, capsys):

@@ -41,6 +41,7 @@ all_some_or_beside_exact_attention = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @each_family
 @all_or_some
 @torch.no_grad()
@@ -60,6 +61,7 @@ def test_restoring_is_bit_exact(family, layers):
     assert torch.equal(model(**batch).logits, logits)
 
 
+@pytest.mark.slow
 @each_family
 @all_some_or_beside_exact_attention
 @torch.no_grad()
@@ -76,6 +78,7 @@ def test_padding_cuts_and_steps_leave_the_logits_alone(family, options):
     assert cache.layers[1].state.kv.shape[0] == 1
 
 
+@pytest.mark.slow
 @each_family
 @all_some_or_beside_exact_attention
 def test_generation_with_a_cache_is_that_without(family, options):
@@ -111,6 +114,7 @@ def test_bert_in_both_directions():
         torch.testing.assert_close(row[: len(prompt)], model(prompt[None]).last_hidden_state[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("window", [None, 9])
@@ -124,6 +128,7 @@ def test_packed_sequences_do_not_see_each_other(attention, window):
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("window", "sinks"), [(9, 0), (9, 4), (None, 4)])
 def test_cache_beside_exact_attention_holds_the_same_tensors_from_the_first_token_to_the_last(window, sinks):
@@ -387,6 +392,7 @@ def test_twice_is_once_and_other_options_are_refused():
         replace_attention(model, gate="gelu")
 
 
+@pytest.mark.slow
 def test_nothing_is_touched_if_one_layer_cannot_be_replaced():
     model = build("Mistral-window")
     with pytest.raises(ValueError, match=r"would lose the sliding window of 8 tokens; pass allow_lost=True"):

@@ -136,6 +136,7 @@ def test_along_the_rows_if_the_grid_is_not_wanted(monkeypatch):
     torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "eva"])
 def test_without_the_fused_kernel_it_is_the_same(family):
     model = build(family)
@@ -152,6 +153,7 @@ def test_without_the_fused_kernel_it_is_the_same(family):
     assert torch.equal(model(x), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strips", [(16, 16, 16), (32, 16), (48,)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"features": False}, {"window": 4}], ids=str)
 def test_a_causal_model_takes_an_image_strip_by_strip(strips, options):
@@ -262,6 +264,7 @@ def test_features_and_intermediates():
     torch.testing.assert_close(alone.forward_intermediates(x, indices=[0])[1][0], parts[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["vit", "rope"])
 def test_gradient_checkpointing_changes_nothing(family):
     model = build(family)
@@ -354,6 +357,7 @@ def test_images_of_several_sizes_are_refused():
         model(torch.randn(2, 15, 768), patch_coord=coordinates, patch_valid=valid)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -45,6 +45,7 @@ def test_default_cfg_names_what_is_there(name):
     assert any(isinstance(module, ManhattanAttention) for module in model.modules()) == softmax
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_forward(name):
     model = build(name).eval()
@@ -77,6 +78,7 @@ def test_classifiers_come_and_go(name):
     assert model(x).shape == (1, 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_features(name):
     model, x = build(name, features_only=True).eval(), torch.randn(1, 3, 64, 64)
@@ -187,6 +189,7 @@ def test_images_of_any_size_and_shape():
         model.forward_intermediates(torch.randn(1, 3, 64, 64), output_fmt="NLC")
 
 
+@pytest.mark.slow
 def test_options_of_retention_are_for_retention():
     assert build("pyramid_retention_tiny", gate="silu").stages[0].blocks[0].mixer.gather.gate is not None
     with pytest.raises(TypeError, match="RMT's attention has no options of retention; got gate"):

@@ -74,6 +74,7 @@ def test_padding_is_not_seen(dtype):
     torch.testing.assert_close(y[1, :7], alone[:7], **CLOSE)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("grad", [True, False])  # without, torch has a fast path of its own, around the layer

@@ -58,6 +58,7 @@ def test_is_the_same_function_as_retnet():
     assert torch.equal(model(tokens).logits, plain.eval()(tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_save_and_load_round_trip(tmp_path, dtype):
     """Decays are no buffers, so loading cannot leave them uninitialised, nor half precision round them."""
@@ -75,6 +76,7 @@ def test_save_and_load_round_trip(tmp_path, dtype):
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "RetNetModel"
 
 
+@pytest.mark.slow
 def test_how_the_feed_forward_runs_is_an_option_of_the_config_and_not_of_the_weights(tmp_path):
     model, tokens = make(activation="silu"), torch.randint(256, (2, 7))
     model.save_pretrained(tmp_path)
@@ -493,6 +495,7 @@ KEYWORDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keyword", KEYWORDS)
 @pytest.mark.parametrize(
     "head", [RetNetModel, RetNetForCausalLM, RetNetForSequenceClassification, RetNetForTokenClassification]
@@ -617,6 +620,7 @@ def grown(model, tokens, mask, new):
     return tokens
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated")  # peft 0.21 has no other name
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 @pytest.mark.filterwarnings("ignore:Position ids are not supported")

@@ -101,6 +101,7 @@ def test_gradients_are_those_of_sdpa(operator):
         assert (a - b).abs().max() <= 1e-3 * b.abs().max() + 1e-6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kernel", [False, True], ids=["sdpa", "xformers"])
 def test_more_tokens_on_a_cache_a_static_cache_and_packed_rows(kernel, request):
