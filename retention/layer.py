@@ -356,9 +356,9 @@ class MultiScaleRetention(HasBackend):
         Source: Sun et al. 2023, arXiv:2307.08621, Eq. 6.
         """
         self.check_step_inputs(x, state, mask=mask, rotation=rotation)
-        return self.checked_step(x, state, mask=mask, rotation=rotation)
+        return self._checked_step(x, state, mask=mask, rotation=rotation)
 
-    def checked_step(
+    def _checked_step(
         self, x: Tensor, state: RetentionState, *, mask: Tensor | None = None, rotation: Tensor | None = None
     ) -> Tensor:
         """Run `step` without its checks, for a caller that has checked the inputs of all its layers."""

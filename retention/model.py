@@ -242,11 +242,11 @@ class RetNetBlock(nn.Module):
         Raises: the errors of `MultiScaleRetention.step`.
         """
         self.retention.check_step_inputs(x, state, **options)
-        return self.checked_step(x, state, **options)
+        return self._checked_step(x, state, **options)
 
-    def checked_step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
+    def _checked_step(self, x: Tensor, state: RetentionState, **options: Any) -> BlockOutput:
         """Run `step` for inputs that have been checked."""
-        y = self.retention.checked_step(self.retention_norm(x) if self.norm_before else x, state, **options)
+        y = self.retention._checked_step(self.retention_norm(x) if self.norm_before else x, state, **options)
         return self._after_retention(x, y, state, options.get("mask"))
 
     def _after_retention(self, x: Tensor, y: Tensor, state: RetentionState | None, mask: Tensor | None) -> BlockOutput:
@@ -474,7 +474,7 @@ class RetNetBackbone(nn.Module):
         rotation = first.rotation(x, mask=mask, state=state[0])
         layers, losses = [x], []
         for block, before in zip(self.blocks, state, strict=True):
-            x, _, loss = cast(RetNetBlock, block).checked_step(x, before, mask=mask, rotation=rotation)
+            x, _, loss = cast(RetNetBlock, block)._checked_step(x, before, mask=mask, rotation=rotation)
             layers.append(x)
             losses.append(loss)
         return BackboneOutput(self.norm(x), state, layers, None, losses)
