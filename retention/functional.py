@@ -322,9 +322,7 @@ def _run(call: Call, inputs: Inputs, options: Options) -> tuple[Tensor, Retentio
     q, k, v, log_decay, state, mask, cu_seqlens = inputs
     decay_norm, score_norm, out_dtype = options.decay_norm, options.score_norm, call.out_dtype
     shard = active()
-    if (
-        decay_norm or score_norm or shard is not None
-    ):  # sums may exceed the range of half precision until they are final
+    if decay_norm or score_norm or shard is not None:  # sums may exceed half precision until they are final
         call = call._replace(out_dtype=state_dtype(call.dtype))
     borders = cu_seqlens if shard is None or cu_seqlens is None else shard.local_borders(cu_seqlens)
     backend, part = backends.choose(call if shard is None else alone(call), options.backend)

@@ -211,7 +211,6 @@ def of_fla(key_dim, value_dim, chunk=64):
 @pytest.mark.parametrize(
     ("dims", "options", "forward", "backward"),
     [
-        ((64, 64), {"batch": 8, "heads": 64, "length": 4096}, 0.5, 0.71),
         ((128, 128), {"batch": 8, "heads": 64, "length": 4096}, 0.5, 0.45),
         ((128, 128), {"heads": 16, "length": 16384}, 0.65, 0.45),
         ((256, 256), {"heads": 16, "length": 16384}, 0.6, 0.3),
@@ -224,6 +223,14 @@ def test_fewer_bytes_than_flash_linear_attention(dims, options, forward, backwar
     theirs = of_fla(*dims)
     assert forward_plan(of).bytes / tokens <= forward * theirs[0]
     assert backward_plan(of).bytes / tokens <= backward * theirs[1]
+
+
+def test_the_backward_pass_of_the_narrowest_heads_misses_its_aim_by_this_much():
+    """The aim is 0.7 of the bytes. dscores are stored in both orders, and narrow heads feel each stored matrix most."""
+    of = sizes(batch=8, heads=64, length=4096, key_dim=64, value_dim=64)
+    tokens, theirs = of.sequences * of.length * of.heads, of_fla(64, 64)
+    assert forward_plan(of).bytes / tokens <= 0.5 * theirs[0]
+    assert backward_plan(of).bytes / tokens / theirs[1] == pytest.approx(0.708, abs=5e-4)
 
 
 def test_the_bytes_of_one_pass_are_those_of_its_inputs_and_output():

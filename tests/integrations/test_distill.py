@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -233,6 +234,27 @@ def test_rates_are_found_when_none_is_given(replaced, tmp_path):
     assert set(kept[0]["rates"].values()) <= {1e-3, 3e-3, 1e-2, 4e-2}
     assert kept[1]["rates"]["model"] in (3e-5, 1e-4, 3e-4, 1e-3)
     assert found.tokens == (4 + kept[0]["steps"] + kept[1]["steps"]) * 16 * 24
+
+
+def test_the_search_starts_from_the_same_random_state_whether_the_stage_before_was_trained_or_loaded(
+    replaced, tmp_path, monkeypatch
+):
+    """So a run that was killed before its first checkpoint searches as it did before, though dropout draws numbers."""
+    drawn = []
+
+    def found(groups, ladder, *_, **__):
+        drawn.append(torch.rand(()).item())
+        return dict.fromkeys(groups, ladder[0]), 0
+
+    monkeypatch.setattr(distill, "search_rates", found)
+    start = copy.deepcopy(replaced.state_dict())
+    options = dict(transfer_steps=2, tuning_steps=1, transfer_lr=None, tuning_lr=None)
+    recover(replaced, tmp_path, **options)
+    shutil.rmtree(tmp_path / "tuning")
+    replaced.load_state_dict(start)
+    recover(replaced, tmp_path, **options)
+    assert len(drawn) == 3  # both stages, then the second alone
+    assert drawn[1] == drawn[2]
 
 
 @pytest.mark.slow
