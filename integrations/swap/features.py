@@ -57,11 +57,12 @@ class FeatureMap(nn.Module):
         if self.importance is not None:
             self.importance.zero_()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, H, T, K) to features (B, H, num_decays, T, 2 K)."""
-        y = x[:, :, None] @ self.weight
-        y = rearrange([y, -y], "sign b h s t k -> b h t (s sign k)").softmax(-1)
-        y = rearrange(y, "b h t (s k) -> b h s t k", s=self.weight.shape[1])
+    def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
+        """Map factor * x, x (B, H, T, K), to features (B, H, num_decays, T, 2 K)."""
+        weight = rearrange(self.weight * factor, "h s k c -> h k (s c)")  # one product
+        y = rearrange(x @ weight, "b h t (s k) -> b h t s k", s=self.weight.shape[1])
+        y = rearrange(torch.stack([y, -y], dim=-2).flatten(-3).softmax(-1), "b h t (s k) -> b h s t k", s=y.shape[3])
         if self.importance is None:
             return y
-        return y * (x[:, :, None] @ self.importance[..., None]).clamp(max=_MOST).exp()  # (B, H, num_decays, T, 1)
+        importance = x @ (self.importance * factor).mT  # (B, H, T, num_decays)
+        return y * rearrange(importance.clamp(max=_MOST).exp(), "b h t s -> b h s t 1")

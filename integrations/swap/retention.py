@@ -32,7 +32,7 @@ from retention.state import RetentionState, state_dtype
 
 from .adapter import Heads
 from .features import FeatureMap
-from .window import Rows, Tiles, WindowState, around_part, in_order, join, real_last, rows, tiles
+from .window import Rows, Tiles, WindowState, around_part, in_order, real_last, rows, score_of, tiles
 
 __all__ = ["FORMER", "HostedRetention"]
 
@@ -320,8 +320,8 @@ class HostedRetention(HasBackend):
         Sums are float32 at least: half precision may not hold a sum, though it holds the quotient of two sums.
         taken (B or 1, T): True for the keys and values that retention takes; default: all.
         """
-        kv_heads, root, prefix, state = k.shape[1], abs(call.scale) ** 0.5, call.prefix, call.state
-        q, k, v = self._heads(q * root, k * root, v)
+        kv_heads, prefix, state = k.shape[1], call.prefix, call.state
+        q, k, v = self._heads(q, k, v, abs(call.scale) ** 0.5)
         if taken is not None:
             v = v * taken[:, None, :, None]
         wide = state_dtype(q.dtype)
@@ -375,20 +375,24 @@ class HostedRetention(HasBackend):
             exact = tiles(k, v, *sizes, call.cu_seqlens, before)
         k, v, taken = exact.leaving()
         sums, after = self._retained(q, k, v, call, taken)
-        y = join(*exact.attend(q, call.scale), _divided(sums), sums[..., -1:], weight).to(v.dtype)
+        y, share = exact.attend(q, call.scale, score_of(sums[..., -1:], weight))
+        y = torch.addcmul(y, share, _divided(sums)).to(v.dtype)
         if mask is not None and order is not None:
             y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
         if after is not None and end is not None:
             return y, WindowState(kv=after.kv, time=after.time, keys=end.keys, values=end.values)
         return y, None if after is None else exact.state(after)
 
-    def _heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rearrange attention's heads into retention's: each decay of each key head, with its query heads."""
+    def _heads(self, q: Tensor, k: Tensor, v: Tensor, root: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Rearrange attention's heads into retention's: each decay of each key head, with its query heads.
+
+        root: factor of q and of k.
+        """
         if self.features:
-            q, k = self.q_map(q), self.k_map(k)
+            q, k = self.q_map(q, root), self.k_map(k, root)
             v = torch.cat([v, torch.ones_like(v[..., :1])], dim=-1)  # ones give the sum of scores
         else:
-            q, k = (z[:, :, None].expand(-1, -1, self.num_decays, -1, -1) for z in (q, k))
+            q, k = (root * z[:, :, None].expand(-1, -1, self.num_decays, -1, -1) for z in (q, k))
         q = rearrange(q, "b (n g) s t k -> b (n s g) t k", n=k.shape[1])
         return q, rearrange(k, "b n s t k -> b (n s) t k"), repeat(v, "b n t v -> b (n s) t v", s=self.num_decays)
 

@@ -24,8 +24,9 @@ from retention.constants import traced
 from retention.sharding import Shard
 from retention.state import RetentionState, state_dtype
 
-__all__ = ["Rows", "Tiles", "WindowState", "around_part", "in_order", "join", "real_last", "rows", "tiles"]
+__all__ = ["Rows", "Tiles", "WindowState", "around_part", "in_order", "real_last", "rows", "score_of", "tiles"]
 
+_NONE = -1e6  # score of a key that counts for nothing: finite, since it is multiplied by 0
 _TILE = 64  # tokens of a tile of packed sequences without a window
 
 
@@ -90,41 +91,48 @@ class Rows:
     def _kept(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :, : self.sinks], x[:, :, self.sinks + self.length :]], dim=2)
 
-    def attend(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """Softmax attention of each of the T tokens to its window and to the sinks that have left it.
+    def attend(self, q: Tensor, scale: float, other: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax attention of each of the T tokens to its window, to the sinks that have left it, and to one more key.
 
-        The queries run in blocks of W, each of which sees S + 2 W keys, so time and memory are O(T (S + W)).
+        The scores of the further key are given; it stands for all other tokens. The queries run in blocks of W, each of
+        which sees S + 2 W keys, so time and memory are O(T (S + W)).
 
-        Shapes: q (B, H, T, K). Returns the output (B, H, T, V) and the logarithm of the sum of scores (B, H, T, 1).
+        Shapes: q (B, H, T, K); other (B, H, T, 1), the score of the further key for each query, finite. Returns the
+            output (B, H, T, V) without the part of the further key, and the share of that key, (B, H, T, 1).
         Dtypes: both results are in `state_dtype`, float32 at least.
         """
         length, kv_heads, wide = self.length, self.keys.shape[1], state_dtype(q.dtype)
         block = max(1, min(self.window or length, length))  # without a window, one block sees the sinks
         missing = -length % block if length else block
+        blocks, group = (length + missing) // block, q.shape[1] // kv_heads
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, self.keys, self.values))
-            q = rearrange(scale * q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
-            k, v = (self._blocks(x, block) for x in (k, v))
-            scores = rearrange(q @ k, "b n j (g c) l -> b n g j c l", c=block)
-            scores = scores.masked_fill(~self._seen(block, missing), -torch.inf)
-            mass = scores.logsumexp(-1, keepdim=True)
-            y = rearrange((scores - mass).exp(), "b n g j c l -> b n j (g c) l") @ v.mT
-        y = rearrange(y, "b n j (g c) v -> b (n g) (j c) v", c=block)
-        return y[:, :, :length], rearrange(mass, "b n g j c l -> b (n g) (j c) l")[:, :, :length]
+            # A channel is added: it holds `other` in the queries, 1 in the further key and value, 0 in all others.
+            q = F.pad(torch.cat([scale * q.to(wide), other.to(wide)], dim=-1), (0, 0, 0, missing))
+            q = rearrange(q, "b (n g) (j c) k -> (b j) n (g c) k", n=kv_heads, c=block)
+            k, v = (self._blocks(F.pad(x.to(wide), (0, 1, 0, missing)), block) for x in (self.keys, self.values))
+            seen = self._seen(block, missing).expand(k.shape[0] // blocks, -1, group, -1, -1)
+            seen = rearrange(seen, "b j g c l -> (b j) 1 (g c) l")
+            y = F.scaled_dot_product_attention(q, k, v, seen, scale=1.0)
+        y = rearrange(y, "(b j) n (g c) v -> b (n g) (j c) v", j=blocks, c=block)
+        y, share = y[:, :, :length].split([y.shape[-1] - 1, 1], dim=-1)
+        return y, share
 
     def _blocks(self, x: Tensor, block: int) -> Tensor:
-        """The keys or values that each block of queries can see, (B, Hkv, blocks, K or V, S + W + block)."""
-        first = x[:, :, : self.sinks].mT[:, :, None]
-        if not self.window:
-            return first
-        near = x[:, :, self.sinks :].unfold(2, self.window + block, block)
-        return torch.cat([first.expand(-1, -1, near.shape[2], -1, -1), near], dim=-1) if self.sinks else near
+        """The keys or values that each block of queries can see, and the further one, (B J, Hkv, S + W + block + 1, D).
+
+        Shapes: x (B, Hkv, S + W + J block, D), whose last channel is 0.
+        """
+        near = x[:, :, self.sinks :]
+        if self.window:
+            near = rearrange(near.unfold(2, self.window + block, block), "b n j d l -> b j n l d")
+        else:
+            near = near[:, None, :, :0]
+        first = x[:, None, :, : self.sinks].expand(-1, near.shape[1], -1, -1, -1)
+        further = F.pad(x.new_zeros(x.shape[3] - 1), (0, 1), value=1.0).expand(*near.shape[:3], 1, -1)
+        return torch.cat([first, near, further], dim=3).flatten(0, 1)
 
     def _seen(self, block: int, missing: int) -> Tensor:
-        """Tell which keys of its block each query sees, (B or 1, 1, 1, blocks, block, S + W + block).
-
-        Queries at padding see all keys of their block, as a softmax over no keys has no value.
-        """
+        """Tell which keys of its block each query sees, (B or 1, blocks, 1, block, S + W + block + 1)."""
         index = torch.arange(self.length + missing, device=self.first.device).unflatten(0, (-1, block))
         leaves = self.first[:, None, None] + index  # the position of the token that leaves the window at each query
         seen = torch.arange(self.sinks, device=index.device) <= leaves[..., None]
@@ -134,8 +142,7 @@ class Rows:
             near = (query < key) & (key <= query + self.window)
             exists = leaves[..., :1] + key >= 0
             seen = torch.cat([seen, near & exists[..., None, :]], dim=-1)
-        padding = leaves + self.window < 0
-        return (seen | padding[..., None])[:, None, None]
+        return F.pad(seen, (0, 1), value=True)[:, :, None]
 
 
 @dataclass
@@ -162,10 +169,11 @@ class Tiles:
         """Return the states after the last tokens of the sequences; `after` is as in `Rows.state`."""
         return _with(after, self.keys, self.values)
 
-    def attend(self, q: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """As `Rows.attend`, for q (1, H, T, K)."""
-        y, mass = self.rows.attend(q[0][:, self.queries].transpose(0, 1), scale)
-        return self._joined(y), self._joined(mass)
+    def attend(self, q: Tensor, scale: float, other: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Rows.attend`, for q (1, H, T, K) and other (1, H, T, 1)."""
+        q, other = (x[0][:, self.queries].transpose(0, 1) for x in (q, other))
+        y, share = self.rows.attend(q, scale, other)
+        return self._joined(y), self._joined(share)
 
     def _joined(self, x: Tensor) -> Tensor:
         """Join the tokens of tiles x (M, H, C, D) into a row (1, H, T, D)."""
@@ -335,20 +343,13 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
     return x.gather(2, order[:, None, :, None].expand(*x.shape[:2], -1, x.shape[3]))
 
 
-def join(exact: Tensor, mass: Tensor, retained: Tensor, total: Tensor, weight: Tensor) -> Tensor:
-    """Combine exact attention and retention under one sum of scores.
+def score_of(total: Tensor, weight: Tensor) -> Tensor:
+    """Return log(exp(weight) total), the score of one key that stands for all tokens of retention.
 
-        out = share exact + (1 - share) retained,    share = exp(mass) / (exp(mass) + exp(weight) total)
-
-    Shapes: exact, retained (B, H, T, V); mass, total, weight (B, H, T, 1). Returns (B, H, T, V).
+    Shapes: both (B, H, T, 1).
     Args:
-        exact: output of exact attention, divided by its own sum of scores.
-        mass: logarithm of that sum.
-        retained: output of retention, divided by its own sum of scores.
-        total: that sum; 0 where retention has no token.
-        weight: logarithm of the factor of retention's scores.
+        total: the sum of the scores of retention; 0 where it has no token.
+        weight: logarithm of the factor of these scores.
     """
-    total = total.to(mass.dtype)
-    other = total.clamp(min=torch.finfo(total.dtype).tiny).log().masked_fill(total <= 0, -torch.inf)
-    share = torch.sigmoid(mass - other - weight)
-    return share * exact + (1 - share) * retained
+    tiny = torch.finfo(total.dtype).tiny
+    return total.clamp(min=tiny).log().masked_fill(total <= 0, _NONE) + weight
