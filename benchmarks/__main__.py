@@ -4,56 +4,64 @@ A command records its measurements as JSON lines, with machine, versions and com
 two such files, and `report` writes the recorded results into the documents.
 """
 
+import ast
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from benchmarks.compare import compare
-from benchmarks.decode import decode
-from benchmarks.distributed import distributed
-from benchmarks.floor import floor
-from benchmarks.gate import gate
-from benchmarks.gpu.compiled import gpu_compile
-from benchmarks.layer import layer
-from benchmarks.measure import keep_freed_memory
-from benchmarks.model import model
-from benchmarks.op import op
-from benchmarks.parity import parity
-from benchmarks.peers import peers
-from benchmarks.pretrained import pretrained
-from benchmarks.quality import quality
-from benchmarks.record import recording
-from benchmarks.report import report
-from benchmarks.stream import stream
-from benchmarks.swap import swap
-from benchmarks.vision import vision
-from benchmarks.xformers import xformers
+# The commands and the files that hold their functions, which are imported when they are called.
+COMMANDS = {
+    "op": "op",
+    "layer": "layer",
+    "decode": "decode",
+    "model": "model",
+    "peers": "peers",
+    "quality": "quality",
+    "swap": "swap",
+    "pretrained": "pretrained",
+    "vision": "vision",
+    "xformers": "xformers",
+    "parity": "parity",
+    "stream": "stream",
+    "distributed": "distributed",
+    "floor": "floor",
+    "gate": "gate",
+    "gpu-compile": "gpu.compiled",
+    "compare": "compare",
+    "report": "report",
+}
+OPTIONS: dict[str, Any] = dict(pretty_exceptions_enable=False, add_completion=False)
 
-COMMANDS = (
-    op,
-    layer,
-    decode,
-    model,
-    peers,
-    quality,
-    swap,
-    pretrained,
-    vision,
-    xformers,
-    parity,
-    stream,
-    distributed,
-    floor,
-    gate,
-    gpu_compile,
-    compare,
-    report,
+
+class Commands(TyperGroup):
+    """The commands by name; the file of a command is imported when it is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, None if command is None or name is None else _loaded(name), rest
+
+
+def _loaded(name: str) -> Any:
+    alone = typer.Typer(**OPTIONS)
+    alone.command(name)(getattr(import_module(f"benchmarks.{COMMANDS[name]}"), name.replace("-", "_")))
+    return typer.main.get_command(alone)
+
+
+def explained(name: str) -> str:
+    """Return the docstring of a command's function, without importing its file."""
+    source = (Path(__file__).parent / f"{COMMANDS[name].replace('.', '/')}.py").read_text(encoding="utf-8")
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    return ast.get_docstring(functions[name.replace("-", "_")]) or ""
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__
 )
-
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False, help=__doc__)
-for command in COMMANDS:
-    app.command()(command)
+for _name in COMMANDS:
+    app.command(_name, help=explained(_name))(lambda: None)
 
 
 @app.callback()
@@ -71,6 +79,9 @@ def main(
         ),
     ] = False,
 ) -> None:
+    from benchmarks.measure import keep_freed_memory
+    from benchmarks.record import recording
+
     if not fresh_memory:
         keep_freed_memory()
     if context.invoked_subcommand not in (None, "compare", "report", "gpu-compile"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from benchmarks import op
 from benchmarks.floor import steps
 from benchmarks.measure import Run, extra_memory, ratio, take_turns
 from benchmarks.record import Result, show_results
+from retention import retain
 
 Planted = Callable[[Run], Run]  # takes a run of ours and returns a slower one
 
@@ -82,6 +84,17 @@ def decoding(planted: Planted) -> Result:
     return Result("a decoding step at position 100 000 / at 10", ratio(seconds["far"], seconds["near"]), "<=", 1.4)
 
 
+def padded(planted: Planted) -> Result:
+    """Compare rows with padding to a batch of as many real tokens without padding."""
+    case = op.Case("forward+backward", 256, batch=16, heads=4)
+    real = torch.arange(512) < torch.linspace(128, 384, 16)[:, None]  # 256 tokens a row on average
+    tensors = replace(case, length=512).tensors()
+    ours = op.timed(case, tensors, lambda: retain(*tensors, case.log_decay(), mask=real, backend="chunked"))
+    seconds = take_turns({"ours": planted(ours), "dense": op.retention(case, "chunked", "chunkwise")}, 5)
+    ratios = ratio(seconds["dense"], seconds["ours"])
+    return Result("batch without padding / with padding, forward+backward", ratios, ">=", 0.57)
+
+
 def memory(planted: Planted) -> Result:
     case = op.Case("forward+backward", 16384)
     size = case.heads * case.length * (2 * case.key_dim + case.value_dim) * 4
@@ -95,5 +108,6 @@ CHECKS: tuple[Callable[[Planted], Result], ...] = (
     partial(against_attention, way="forward+backward", bound=5.4),
     against_length,
     decoding,
+    padded,
     memory,
 )

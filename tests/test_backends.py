@@ -10,7 +10,7 @@ import torch
 
 import retention
 from retention import BackendError, backends, explain, retain
-from retention.backends import Call
+from retention.backends import Call, chunked
 
 SIZES = dict(batch=1, heads=2, kv_heads=2, length=99, key_dim=4, value_dim=4)
 CALL = dict(SIZES, dtype=torch.float32, out_dtype=torch.float32, device="cpu", scale=0.5)
@@ -25,6 +25,28 @@ class Refusing:
 
 
 refusing = Refusing()
+
+
+# --- padding ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("mask", "copied"),
+    [("1110 0111", False), ("1111 0110", False), ("0000 1111", False), ("1011 1110", True), ("0101 1010", True)],
+)
+def test_rows_are_copied_only_where_padding_lies_between_their_real_tokens(monkeypatch, mask, copied):
+    seen = []
+
+    def forward(*tensors, **options):
+        seen.extend(x.untyped_storage().data_ptr() for x in tensors)
+        return chunked.loop.forward(*tensors, **options)
+
+    monkeypatch.setattr(chunked, "forward", forward)
+    q, k, v = (torch.randn(2, 2, 4, 4) for _ in range(3))
+    real = torch.tensor([[token == "1" for token in row] for row in mask.split()])
+    out = retain(q, k, v, torch.tensor([-0.1, -0.2]), mask=real, backend="chunked", form="chunkwise")
+    own = {x.untyped_storage().data_ptr() for x in (q, k, v, out)}
+    assert (len(set(seen) - own) > 0) == copied
 
 
 # --- the choice: no tensor needed, so no GPU either -------------------------------------------------------------------

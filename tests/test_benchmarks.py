@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from benchmarks import gate, layer, measure, op, pictures, pretrained, report
-from benchmarks.__main__ import COMMANDS, app
+from benchmarks.__main__ import COMMANDS, app, explained
 from benchmarks.compare import read
 from benchmarks.measure import Side, extra_memory, race, ratio
 from benchmarks.plot import with_unit
@@ -29,7 +29,7 @@ def run(*arguments, code=0):
 def test_help_records_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS:
-        assert "Usage" in run(command.__name__.replace("_", "-"), "--help")
+        assert "Usage" in run(command, "--help")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
@@ -74,7 +74,21 @@ def test_what_was_measured_before_a_failure_is_not_lost(tmp_path):
 
 def test_all_commands_explain_themselves():
     text = run("--help")
-    assert all(command.__name__.replace("_", "-") in text and command.__doc__ for command in COMMANDS)
+    assert all(name in text and explained(name).split()[0] in text for name in COMMANDS)
+
+
+@pytest.mark.slow
+def test_help_and_the_list_of_commands_load_no_library_that_takes_seconds():
+    code = """
+import sys
+from typer.testing import CliRunner
+from benchmarks.__main__ import app
+assert CliRunner().invoke(app, ["--help"]).exit_code == 0
+assert not {"torch", "transformers", "timm", "matplotlib", "hypothesis", "sklearn"} & set(sys.modules)
+import retention.cli
+assert not {"transformers", "timm", "matplotlib", "datasets", "tokenizers", "xformers"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -148,7 +162,7 @@ print(fresh, kept)
 @pytest.mark.parametrize(("options", "expected"), [((), 1), (("--fresh-memory",), 0)])
 def test_commands_keep_freed_memory_unless_told_otherwise(monkeypatch, tmp_path, options, expected):
     calls = []
-    monkeypatch.setattr("benchmarks.__main__.keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr("benchmarks.measure.keep_freed_memory", lambda: calls.append(1))
     monkeypatch.setattr(gate, "CHECKS", ())
     run(*options, "--results", tmp_path / "g.jsonl", "gate")
     assert len(calls) == expected

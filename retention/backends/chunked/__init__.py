@@ -29,8 +29,8 @@ from torch import Tensor
 
 from ...call import Call
 from ...state import state_dtype
-from ..operators import differentiable, gradients, outputs, packed_backward, packed_forward
-from ..packing import ask_for_huge_pages, clear_outside, segment_borders
+from ..operators import differentiable, gradients, outputs
+from ..packing import ask_for_huge_pages, segment_borders
 from .grid import on_grid, on_grid_anew
 from .loop import Decays, backward, forward
 
@@ -39,6 +39,8 @@ __all__ = ["CHUNK_SIZE", "Chunked", "backend", "chunkwise", "chunkwise_backward"
 CHUNK_SIZE = 64  # on CPU as fast as all sizes from 16 to 256, by `python -m benchmarks floor --chunks`
 _GRID_CHUNK_SIZE = 256  # tiles of 16 x 16, by `python -m benchmarks vision`
 _HEADS_AT_ONCE = 32  # rows times heads; on CPU more do not fit the cache, and fewer leave threads idle
+
+_Segment = tuple[int, slice | Tensor]  # a row, and the tokens of a sequence there: adjacent ones, or their numbers
 
 
 class Chunked:
@@ -80,7 +82,6 @@ class Chunked:
 backend = Chunked()
 
 
-@packed_forward
 def _chunkwise(
     q: Tensor,
     k: Tensor,
@@ -99,15 +100,16 @@ def _chunkwise(
     out, final = outputs(q, k, v, cu_seqlens, return_state, out_dtype)
     ask_for_huge_pages(out)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
-    segments = None if cu_seqlens is None else segment_borders(cu_seqlens, q.shape[2])
+    segments = _segments(mask, cu_seqlens, q.shape[2])
     for rows, tokens, states in _pieces(q, segments):
         before = None if state is None else state[states].clone()
-        parts = [x[rows, :, tokens] for x in (q, k, v, out)]
-        after = forward(*parts, state=before, decays=decays, return_state=return_state)
+        *parts, y = (x[rows, :, tokens] for x in (q, k, v, out))
+        after = forward(*parts, y, state=before, decays=decays, return_state=return_state)
+        if isinstance(tokens, Tensor):  # y is a copy
+            out[rows, :, tokens] = y
         if after is not None:
             final[states] = after
-    if segments is not None:
-        clear_outside(segments, out)
+    _clear_padding(segments, out)
     return out, final
 
 
@@ -115,7 +117,6 @@ chunkwise = torch.library.custom_op("retention::chunkwise", _chunkwise, mutates_
 
 
 @torch.library.custom_op("retention::chunkwise_backward", mutates_args=())
-@packed_backward
 def chunkwise_backward(
     dout: Tensor,
     dfinal: Tensor | None,
@@ -135,29 +136,68 @@ def chunkwise_backward(
     dq, dk, dv, dlog_decay, dstate = gradients(q, k, v, log_decay, state)
     ask_for_huge_pages(dq, dk, dv)
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
-    segments = None if cu_seqlens is None else segment_borders(cu_seqlens, q.shape[2])
+    segments = _segments(mask, cu_seqlens, q.shape[2])
     for rows, tokens, states in _pieces(q, segments):
-        parts = [x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv)]
+        *parts, dq_, dk_, dv_ = (x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv))
         before, dafter = (None if x is None else x[states].clone() for x in (state, dfinal))
-        dbefore, ddecay = backward(*parts, state=before, dfinal=dafter, decays=decays, decay_grad=decay_grad)
+        dbefore, ddecay = backward(
+            *parts, dq_, dk_, dv_, state=before, dfinal=dafter, decays=decays, decay_grad=decay_grad
+        )
+        if isinstance(tokens, Tensor):  # the parts are copies
+            dq[rows, :, tokens], dk[rows, :, tokens], dv[rows, :, tokens] = dq_, dk_, dv_
         if dbefore is not None:
             dstate[states] = dbefore
         dlog_decay += ddecay
-    if segments is not None:
-        clear_outside(segments, dq, dk, dv)
+    _clear_padding(segments, dq, dk, dv)
     return dq, dk, dv, dlog_decay, dstate
 
 
 differentiable(chunkwise, chunkwise_backward)
 
 
-def _pieces(q: Tensor, segments: list[int] | None) -> Iterator[tuple[slice, slice, slice]]:
+def _segments(mask: Tensor | None, cu_seqlens: Tensor | None, length: int) -> list[_Segment] | None:
+    """Return the sequences of packed or padded rows in order; None for rows of real tokens only."""
+    if cu_seqlens is not None:
+        return [(0, slice(*ends)) for ends in pairwise(segment_borders(cu_seqlens, length))]
+    if mask is None or bool(mask.all()):
+        return None
+    return [(row, _real(of_row)) for row, of_row in enumerate(mask)]
+
+
+def _real(mask: Tensor) -> slice | Tensor:
+    """Return the real tokens of a row, mask (T,): a slice if they are adjacent, else their numbers."""
+    numbers = mask.nonzero()[:, 0]
+    if not len(numbers):
+        return slice(0, 0)
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if last - first == len(numbers) - 1 else numbers
+
+
+def _pieces(q: Tensor, segments: list[_Segment] | None) -> Iterator[tuple[slice, slice | Tensor, slice]]:
     """Yield the parts that are computed at once: rows of the batch, their tokens, and the rows of their states."""
     if segments is not None:
-        for i, (start, end) in enumerate(pairwise(segments)):
-            yield slice(0, 1), slice(start, end), slice(i, i + 1)
+        for i, (row, tokens) in enumerate(segments):
+            yield slice(row, row + 1), tokens, slice(i, i + 1)
         return
     batch, heads = q.shape[:2]
     step = max(1, _HEADS_AT_ONCE // heads) if q.device.type == "cpu" else max(1, batch)
     for row in range(0, batch, step):
         yield slice(row, row + step), slice(None), slice(row, row + step)
+
+
+def _clear_padding(segments: list[_Segment] | None, *tensors: Tensor) -> None:
+    """Set the tokens of tensors (B, H, T, D) that belong to no segment to 0."""
+    if segments is None:
+        return
+    for x in tensors:
+        ends = [0] * len(x)
+        for row, tokens in segments:
+            if isinstance(tokens, slice):
+                x[row, :, ends[row] : tokens.start] = 0
+                ends[row] = tokens.stop
+            else:
+                ends[row] = x.shape[2]
+                padding = torch.ones(x.shape[2], dtype=torch.bool, device=x.device).index_fill_(0, tokens, False)
+                x[row, :, padding] = 0
+        for row, end in enumerate(ends):
+            x[row, :, end:] = 0

@@ -106,10 +106,9 @@ class _Chunks:
         return len(self.parts)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.parts[i] if self.direct else self._repeated(self.parts[i]).to(self.wide).flatten(0, 1)
-
-    def _repeated(self, x: Tensor) -> Tensor:
-        return x if self.groups == 1 else x.repeat_interleave(self.groups, dim=1)
+        if self.direct:
+            return self.parts[i]
+        return self.parts[i].to(self.wide)[:, :, None].expand(-1, -1, self.groups, -1, -1).flatten(0, 2)
 
 
 class _Target:
@@ -259,7 +258,7 @@ def backward(
                 dq_i = torch.bmm(dy, s.transpose(1, 2)).mul_(f.read)  # read * (dy_i S^T), (R H, n, K)
                 dq_.put(i, dq_i, add=reverse)
                 if decay_grad:  # read_age * (q_i . dq_i)
-                    ddecay = ddecay + (q_[i] * dq_i * f.read_age).sum((1, 2))
+                    ddecay = ddecay + (q_[i] * dq_i).sum(2) @ f.read_age[:, 0]
             elif not reverse:
                 dq_.clear(i)
             if i != order[-1]:
@@ -274,15 +273,15 @@ def backward(
                 dk_i = torch.bmm(v_i, ds.transpose(1, 2)).mul_(f.write)  # write * (v_i dS'^T), (R H, n, K)
                 dv_i = torch.bmm(k_i * f.write, ds)  # (write * k_i) dS', (R H, n, V)
                 if befores is not None:  # write_age * (k_i . dk_i)
-                    ddecay = ddecay + (k_i * dk_i * f.write_age).sum((1, 2))
+                    ddecay = ddecay + (k_i * dk_i).sum(2) @ f.write_age[:, 0]
                     before = befores.of(i)
                     if before is not None:  # n <gamma^n S, dS'>
-                        ddecay = ddecay + dy.shape[1] * (before.mul_(f.carry) * ds).sum((1, 2))
+                        ddecay = ddecay + dy.shape[1] * f.carry[:, 0, 0] * before.mul_(ds).sum((1, 2))
             if not reverse:
                 scores = torch.bmm(q_i, k_i.transpose(1, 2))  # q_i k_i^T, (R H, n, n)
                 dscores = _decayed(torch.bmm(dy, v_i.transpose(1, 2)), f.inner)  # A = inner * (dy_i v_i^T)
                 if decay_grad:  # |i - j| * (q_i k_i^T) * A
-                    ddecay = ddecay + (scores * dscores * f.distance).sum((1, 2))
+                    ddecay = ddecay + (scores * dscores).flatten(1) @ f.distance.flatten()
                 dq_.put(i, torch.bmm(dscores, k_i), add=True)  # + A k_i
                 dk_i = _add_product(dk_i, dscores.transpose(1, 2), q_i)  # + A^T q_i
                 # + ((q_i k_i^T) * inner)^T dy_i
