@@ -287,11 +287,11 @@ def _recovered(
 class StageProgress(Progress):
     """The progress bar and report lines of each stage."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Open the bar, for the batch of this stage."""
         context = len(kwargs["train_dataloader"].dataset[0]["input_ids"])
         self.batch = replace(self.batch, sequences=args.train_batch_size, context=context)
-        super().on_train_begin(args, state, control, **kwargs)
+        super().on_train_begin(args, state, control, model, **kwargs)
 
     def headline(self, args: Any, model: Any) -> str:
         """Return the first line of a stage: its name, its number of trained parameters, its batch."""
