@@ -519,7 +519,8 @@ def convert(
     out: Annotated[
         Path,
         typer.Argument(
-            help="Result to write: a folder for a model of this library; a .safetensors or .pt file for torchscale."
+            help="Result to write: a folder for a model of this library or of fla; a .safetensors or .pt file for "
+            "torchscale."
         ),
     ],
     format: Annotated[
@@ -532,7 +533,7 @@ def convert(
         str | None,
         typer.Option(
             "--to",
-            help="retention or torchscale. Default: torchscale for a checkpoint of this library, else retention.",
+            help="retention, torchscale or fla. Default: torchscale for a checkpoint of this library, else retention.",
         ),
     ] = None,
     config: Annotated[
@@ -542,7 +543,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch or this library.
+    """Convert checkpoints of torchscale, fla, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch and our own.
 
     Other files beside the weights, such as the tokenizer, are copied if the result is a folder. For a mixture of
     experts, the command prints the options with which torchscale gives the same logits: those that drop no token.
