@@ -482,6 +482,12 @@ def evaluate(
     items: Annotated[int, typer.Option(min=2, help="Number of sequences of each test. More give a finer result.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Number of sequences at a time. Lower it if memory runs out.")] = 4,
     device: Device = "auto",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-eval to run too, separated by commas. They need the extra eval.")
+    ] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with YAML files of further tasks of lm-eval, for --tasks.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
 ) -> None:
     """Judge a model beside the one it came from, on text that was held out from training.
@@ -505,6 +511,8 @@ def evaluate(
             count=items,
             batch=batch,
             device=device,
+            tasks=[name for name in tasks.split(",") if name],
+            include_path=include_path,
         )
         if json is not None:
             evaluation.write(found, json)
