@@ -23,7 +23,7 @@ NONE_DROPPED = {"moe_eval_capacity_token_fraction": 1.0, "moe_second_expert_poli
 
 # The fixed choices of the others for options of this library. Most are those of the paper, like the layer's defaults.
 # Sizes, and options that change the initial weights, the training or the speed only, are free.
-_FREE = ("key_dim", "value_dim", "num_kv_heads", "scale", "dropout", "init_gain", "init_scale")
+_FREE: tuple[str, ...] = ("key_dim", "value_dim", "num_kv_heads", "scale", "dropout", "init_gain", "init_scale")
 _FREE += ("backend", "form", "chunk_size", "decay")
 _LAYER = {
     f"retention.{name}": option.default
