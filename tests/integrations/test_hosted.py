@@ -439,6 +439,20 @@ def test_a_step_compiles_once(window, sinks):
 
 
 @pytest.mark.parametrize("exact", [{"window": 16}, {"window": 16, "sinks": 4}, {"sinks": 4}], ids=str)
+def test_what_is_attended_to_and_retention_are_one_fused_softmax(exact):
+    layer = HostedRetention(Heads(dim=16, num_heads=4, num_kv_heads=2, key_dim=8, value_dim=8), **exact)
+    x, q, k, v = (
+        torch.randn(2, *shape, requires_grad=True) for shape in ((40, 16), (4, 40, 8), (2, 40, 8), (2, 40, 8))
+    )
+    with torch.profiler.profile() as profile:
+        layer(x, q, k, v, scale=0.3)[0].sum().backward()
+    calls = {event.key: event.count for event in profile.key_averages() if "scaled_dot_product" in event.key}
+    fused = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert calls[fused] == calls[f"{fused}_backward"] == 1
+    assert "aten::_scaled_dot_product_attention_math" not in calls
+
+
+@pytest.mark.parametrize("exact", [{"window": 16}, {"window": 16, "sinks": 4}, {"sinks": 4}], ids=str)
 def test_memory_grows_with_the_length_and_not_with_its_square(exact):
     retention = HostedRetention(HEADS, **exact)
 
