@@ -16,6 +16,7 @@ from benchmarks.floor import floor
 from benchmarks.gate import gate
 from benchmarks.gpu.compiled import gpu_compile
 from benchmarks.layer import layer
+from benchmarks.macs import macs
 from benchmarks.measure import keep_freed_memory
 from benchmarks.model import model
 from benchmarks.op import op
@@ -40,6 +41,7 @@ COMMANDS = (
     swap,
     pretrained,
     vision,
+    macs,
     xformers,
     parity,
     stream,

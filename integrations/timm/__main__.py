@@ -1,12 +1,12 @@
-"""Runs a script of timm, such as validate.py, inference.py or benchmark.py, with the models of this package.
+"""Runs a script of timm's repository, such as validate.py, inference.py or benchmark.py, with the models that this
+package registers. All options after the script are the script's own:
 
     python -m retention.integrations.timm validate.py --model rmt_small --checkpoint rmt_small.pth --data-dir imagenet
-
-The scripts are in timm's repository, not in its package. All options after the script are the script's own.
 """
 
 from __future__ import annotations
 
+import argparse
 import runpy
 import sys
 from pathlib import Path
@@ -14,17 +14,21 @@ from pathlib import Path
 from retention.integrations import timm  # noqa: F401  registers the models
 
 
-def _main(arguments: list[str]) -> None:
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__)
-        return
-    script = Path(arguments[0])
-    if not script.is_file():
-        raise SystemExit(f"the first argument must be a script of timm; got {str(script)!r}, which is no file")
-    sys.argv = arguments
-    sys.path[0] = str(script.parent)  # as Python does for a script
-    runpy.run_path(str(script), run_name="__main__")
+def _main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m retention.integrations.timm",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("script", type=Path, help="a script of timm's repository, which its package does not have")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of the script")
+    given = parser.parse_args(arguments)
+    if not given.script.is_file():
+        parser.error(f"script must be a file, such as timm's validate.py; got {str(given.script)!r}")
+    sys.argv = [str(given.script), *given.options]
+    sys.path[0] = str(given.script.parent)  # as Python does for a script
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1:])
+    _main()

@@ -344,7 +344,7 @@ class Pyramid(nn.Module):
             trained by token labelling do.
         feature_norms: give each stage a layer norm for its output in `forward_intermediates` and in timm's
             features_only, as RMT's detectors have.
-        img_size: size of the images, which timm's data configuration reports; other sizes work too.
+        img_size: size of the images, which timm's `get_model_input_config` reports; other sizes work too.
         drop_rate, proj_drop_rate: dropout in the classifier, and as in timm after the linear layers of the blocks.
         drop_path_rate: probability of dropping a branch, from 0 in the first block to this value in the last.
         device, dtype: of the parameters.
