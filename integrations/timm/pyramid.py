@@ -24,9 +24,9 @@ from timm.layers import (
     LayerNorm,
     LayerScale,
     calculate_drop_path_rates,
+    get_device_dtype,
     trunc_normal_,
 )
-from timm.layers.helpers import get_device_dtype
 from timm.models import (
     build_model_with_cfg,
     checkpoint,

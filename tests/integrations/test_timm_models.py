@@ -1,6 +1,5 @@
 """Retentive models in timm's registry: timm's ways to build and run them, and what their mixers compute."""
 
-import runpy
 import sys
 
 import oracle
@@ -224,9 +223,9 @@ def test_a_script_of_timm_runs_with_the_models_and_its_own_options(tmp_path, mon
     (tmp_path / "beside.py").write_text("NAME = 'rmt_tiny'\n")
     script = tmp_path / "validate.py"
     script.write_text(
-        "import sys, beside, timm\n"
+        "import pathlib, sys, beside, timm\n"
         "assert __name__ == '__main__' and timm.is_model(beside.NAME)\n"
-        "open('seen', 'w').write(repr(sys.argv))\n"
+        "pathlib.Path('seen').write_text(repr(sys.argv))\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["unchanged"])
@@ -235,10 +234,9 @@ def test_a_script_of_timm_runs_with_the_models_and_its_own_options(tmp_path, mon
     assert (tmp_path / "seen").read_text() == repr([str(script), "--model", "rmt_tiny", "-b", "2"])
 
 
-def test_the_runner_of_scripts_asks_for_a_script(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["python -m retention.integrations.timm", "none.py"])
+def test_the_runner_of_scripts_asks_for_a_script(capsys):
     with pytest.raises(SystemExit, match="2"):
-        runpy.run_module("retention.integrations.timm", run_name="__main__")
+        run_script(["none.py", "--model", "rmt_tiny"])
     assert "script must be a file, such as timm's validate.py; got 'none.py'" in capsys.readouterr().err
 
 
