@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -280,32 +279,37 @@ class CellHead(ClassifierHead):
     ):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         super().__init__(hidden_size, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
-        parts = {
-            "fc": nn.Linear(in_features, hidden_size, **dd),
-            "norm": _CellNorm(hidden_size, **dd),
-            "act": nn.SiLU(),
-        }
-        self.pre_logits: nn.Module = nn.Sequential(OrderedDict(parts))
+        self.pre_logits: nn.Module = _CellLayer(in_features, hidden_size, **dd)
 
     def reset(
-        self, num_classes: int, pool_type: str | None = None, reset_other: bool = False, in_features: int | None = None
+        self,
+        num_classes: int,
+        pool_type: str | None = None,
+        reset_other: bool = False,
+        in_features: int | None = None,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         """Replace the classifier; with reset_other also remove what is before the pooling, as timm's heads do."""
         if reset_other:
             self.pre_logits = nn.Identity()
-        super().reset(num_classes, pool_type, in_features=in_features)
+        super().reset(num_classes, pool_type, in_features=in_features, device=device, dtype=dtype)
 
     def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map cells to logits, or to the pooled hidden layer (B, hidden_size) with pre_logits."""
         return super().forward(self.pre_logits(x), pre_logits)
 
 
-class _CellNorm(nn.BatchNorm2d):
-    """A batch norm of x (B, rows, columns, dim)."""
+class _CellLayer(nn.Module):
+    """A linear map, a batch norm and a swish of each cell."""
+
+    def __init__(self, dim: int, hidden: int, **dd: Any):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(dim, hidden, **dd), nn.BatchNorm2d(hidden, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x (B, rows, columns, dim) to the same shape."""
-        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        """Map x (B, rows, columns, dim) to (B, rows, columns, hidden)."""
+        return F.silu(self.norm(self.fc(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
 def _retention(dim: int, decay: list[float], options: dict[str, Any]) -> HostedRetention:
@@ -526,7 +530,7 @@ class Pyramid(nn.Module):
 
 
 def _check_img_size(size: object) -> None:
-    sides = (size, size) if is_whole(size) else size
+    sides: Any = (size, size) if is_whole(size) else size
     pair = isinstance(sides, tuple | list) and len(sides) == 2
     if size is None or (pair and all(is_whole(side) and side > 0 for side in sides)):
         return
