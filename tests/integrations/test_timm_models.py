@@ -126,7 +126,9 @@ def test_intermediates_are_those_on_the_way(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_fx_and_compile(name):
-    node, few = ("head", {"depth": 2}) if name.startswith("vit") else ("head.fc", {"depths": (1, 1, 1, 1)})
+    node, few = "head", {"depth": 2}
+    if not name.startswith("vit"):
+        node, few = "head.fc", {"depths": (1, 1, 1, 1), "drop_path_rate": 0.0}
     model, x = build(name, **few).eval(), torch.randn(1, 3, 64, 64)
     want = model(x)
     torch.testing.assert_close(create_feature_extractor(model, [node])(x)[node], want)
@@ -232,6 +234,17 @@ def test_a_script_of_timm_runs_with_the_models_and_its_own_options(tmp_path, mon
     monkeypatch.setattr(sys, "path", ["", *sys.path])
     run_script([str(script), "--model", "rmt_tiny", "-b", "2"])
     assert (tmp_path / "seen").read_text() == repr([str(script), "--model", "rmt_tiny", "-b", "2"])
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("size", [None, 64])
+def test_the_scripts_way_to_build_a_model(name, size):
+    """What timm's validate.py and inference.py do with --img-size."""
+    given = dict(pretrained=False, num_classes=None, global_pool=None, scriptable=False)
+    options = timm.models.resolve_model_input_args(name, {"img_size": size}, **given)
+    model = timm.create_model(**options, device="meta").eval()
+    size = timm.data.resolve_input_data_config(model, {"img_size": size}, use_test_size=True)["input_size"]
+    assert model(torch.empty(1, *size, device="meta")).shape == (1, 1000)
 
 
 def test_the_runner_of_scripts_asks_for_a_script(capsys):
