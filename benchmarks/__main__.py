@@ -23,6 +23,7 @@ COMMANDS = {
     "swap": "swap",
     "pretrained": "pretrained",
     "vision": "vision",
+    "macs": "macs",
     "xformers": "xformers",
     "parity": "parity",
     "stream": "stream",
