@@ -36,6 +36,7 @@ class World:
 
 def _work(rank, size, port, folder, cases):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     world = World(rank, size)
@@ -52,7 +53,8 @@ def _work(rank, size, port, folder, cases):
 
 def selected(request, cases):
     """The cases whose tests pytest runs."""
-    names = {item.callspec.params["case"] for item in request.session.items if "errors" in item.fixturenames}
+    items = [item for item in request.session.items if "errors" in item.fixturenames and hasattr(item, "callspec")]
+    names = {item.callspec.params["case"] for item in items}
     return [case for case in cases if case.__name__ in names]
 
 
@@ -81,3 +83,8 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def wait():
+    """Wait for the other processes."""
+    dist.barrier()

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from retention.local import local
+
 __all__ = ["FeatureMap"]
 
 _SHARPNESS = 2.5  # factor of the initial identity; with 1 and with 5 the features approach the softmax more slowly
@@ -59,9 +61,10 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (B, H, T, K) to features (B, H, num_decays, T, 2 K)."""
-        y = x[:, :, None] @ self.weight
+        y = x[:, :, None] @ local(self.weight)
         y = rearrange([y, -y], "sign b h s t k -> b h t (s sign k)").softmax(-1)
         y = rearrange(y, "b h t (s k) -> b h s t k", s=self.weight.shape[1])
         if self.importance is None:
             return y
-        return y * (x[:, :, None] @ self.importance[..., None]).clamp(max=_MOST).exp()  # (B, H, num_decays, T, 1)
+        weight = x[:, :, None] @ local(self.importance)[..., None]  # (B, H, num_decays, T, 1)
+        return y * weight.clamp(max=_MOST).exp()

@@ -21,6 +21,7 @@ from transformers.cache_utils import (
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
 )
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.integrations import get_available_reporting_integrations
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
@@ -35,12 +36,13 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerState
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 __all__ = [
+    "ALL_PARALLEL_STYLES",
     "CACHE",
     "CACHE_NAMES",
     "HARMLESS",
@@ -48,6 +50,7 @@ __all__ = [
     "LAYER_ARGUMENTS",
     "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING",
     "OTHER_TOKENS",
+    "SCHEDULER_NAME",
     "STATIC_LAYER_TYPE_MAPPING",
     "TESTED",
     "TRAINER_STATE_NAME",
@@ -61,6 +64,7 @@ __all__ = [
     "GradientCheckpointingLayer",
     "LinearAttentionCacheLayerMixin",
     "ProgressCallback",
+    "TensorParallelLayer",
     "TrainerState",
     "apply_rotary_pos_emb",
     "as_output",

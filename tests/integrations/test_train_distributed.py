@@ -1,0 +1,151 @@
+"""Trainings in which two processes share the sequences, the heads or the weights equal those of one process."""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from short_runs import SQUARES
+
+from retention.integrations.transformers.training import train as training
+from retention.integrations.transformers.training.corpus import Blocks
+from retention.integrations.transformers.training.parallel import batch_per_process, check_epochs
+from retention.integrations.transformers.training.settings import Settings
+
+SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2, z_loss_coeff=1e-2)
+STEPS = dict(steps=6, save_every=3, eval_every=3, batch=4, accumulate=2, context=33, lr=1e-3, device="cpu")
+HERE = Path(tempfile.gettempdir()) / "retention-train-distributed"
+
+
+def settings(config=SMALL, **options):
+    return Settings(files=[str(HERE / "text.txt")], config=config, **(STEPS | options))
+
+
+def losses(out):
+    """The losses that a run has logged, those of evaluations too."""
+    history = json.loads((out / "checkpoint-6/trainer_state.json").read_text())["log_history"]
+    return {(entry["step"], name): entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
+
+
+def weights(out):
+    return training.RetNetForCausalLM.from_pretrained(out).parameters()
+
+
+def check(out, whole, **options):
+    """Train, resume from the middle, and compare both with a run of one process."""
+    for resume in (False, True):
+        run = training.train(settings(**options), out, resume=resume)
+        assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
+        assert run.loss == pytest.approx(losses(whole)[6, "eval_loss"], rel=1e-5)
+        for found, wanted in zip(weights(out), weights(whole), strict=True):
+            assert torch.allclose(found, wanted, atol=1e-4)
+        processes.wait()
+        shutil.rmtree(out / "checkpoint-6", ignore_errors=True)
+        processes.wait()
+
+
+def parts_of_sequences(world):
+    check(HERE / "parts", HERE / "whole", context_parallel=2)
+
+
+def rows(world):
+    """Each process reads its own rows only. One process goes on with this run, see below."""
+    read = {"train": set(), "valid": set()}
+
+    def recorded(blocks, index):
+        read["train" if blocks.tokens > 10_000 else "valid"].add(index)
+        return row(blocks, index)
+
+    row, Blocks.__getitem__ = Blocks.__getitem__, recorded
+    try:
+        training.train(settings(batch=2), HERE / "rows")
+    finally:
+        Blocks.__getitem__ = row
+    both = [None, None]
+    torch.distributed.all_gather_object(both, read)
+    shared = {part: both[0][part] & both[1][part] for part in read}
+    assert shared["train"] == {0}  # which each has tried
+    assert len(shared["valid"]) <= 3  # which fill the last batch
+    assert 24 <= len(read["train"]) <= 28  # and those of the next step
+    assert losses(HERE / "rows") == pytest.approx(losses(HERE / "whole"), rel=1e-5)
+
+
+def shards_of_weights(world):
+    check(HERE / "shards", HERE / "whole", fsdp=True, batch=2)
+
+
+def shards_and_parts(world):
+    check(HERE / "both", HERE / "whole", fsdp=True, context_parallel=2)
+
+
+def heads(world):
+    check(HERE / "heads", HERE / "whole", tensor_parallel=2)
+
+
+def refused(world):
+    bad = {
+        "got context_parallel 3, tensor_parallel 1, 2 processes; .* --nproc_per_node 3": dict(context_parallel=3),
+        "got context_parallel 2, tensor_parallel 2, 2 processes": dict(context_parallel=2, tensor_parallel=2),
+        "got tensor_parallel 2, 2 processes; leave fsdp out": dict(tensor_parallel=2, fsdp=True),
+        "must divide num_heads; got 3 heads": dict(tensor_parallel=2, config=dict(dim=24, num_layers=1, num_heads=3)),
+        "score_norm": dict(
+            context_parallel=2, config=dict(dim=16, num_layers=1, num_heads=2, retention={"score_norm": "absolute"})
+        ),
+    }
+    for message, options in bad.items():
+        with pytest.raises(ValueError, match=message):
+            training.train(settings(**options), HERE / "refused")
+    processes.wait()
+    assert not (HERE / "refused").exists()
+
+
+CASES = [rows, parts_of_sequences, shards_of_weights, shards_and_parts, heads, refused]
+
+
+@pytest.fixture(scope="module")
+def errors(request):
+    shutil.rmtree(HERE, ignore_errors=True)
+    HERE.mkdir()
+    (HERE / "text.txt").write_text(SQUARES)
+    training.train(settings(), HERE / "whole")
+    preload = ["torch", "retention.integrations.transformers.training.train"]
+    yield processes.run(processes.selected(request, CASES), 2, preload)
+    shutil.rmtree(HERE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_two_processes_train_as_one(errors, case):
+    assert not errors[case], errors[case]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["rows"])
+def test_a_run_of_two_processes_goes_on_with_one(errors, case):
+    assert not errors[case]
+    shutil.rmtree(HERE / "rows/checkpoint-6")
+    training.train(Settings.read(HERE / "rows"), HERE / "rows", resume=True)
+    assert losses(HERE / "rows") == pytest.approx(losses(HERE / "whole"), rel=1e-5)
+    kept = dataclasses.asdict(Settings.read(HERE / "rows"))
+    assert (kept["processes"], kept["batch"]) == (2, 2)
+
+
+def test_a_resumed_run_keeps_its_batch():
+    assert [batch_per_process(4, 3, now) for now in (1, 2, 6, 12)] == [12, 6, 2, 1]
+    with pytest.raises(ValueError, match="its batch of 12 sequences.*; got 5 processes; .* 1, 2, 3, 4, 6 or 12"):
+        batch_per_process(4, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("begun", "now", "rows", "passes", "other"),
+    [(1, 2, 40, 99, ""), (1, 2, 41, 10, ""), (2, 4, 41, 99, ""), (1, 2, 41, 11, "one"), (2, 1, 41, 11, "several")],
+)
+def test_a_last_batch_that_would_differ_is_refused(begun, now, rows, passes, other):
+    if not other:
+        return check_epochs(begun, now, rows, 4, passes)
+    with pytest.raises(ValueError, match=f"a run that {other} process.* cannot go on with {now}: the 41 sequences"):
+        check_epochs(begun, now, rows, 4, passes)
