@@ -725,11 +725,17 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError, BackendError, FloatingPointError) as error:
-        if _process("LOCAL_RANK") > 0:  # the first process prints it; torchrun ends the others meanwhile
-            time.sleep(10)
-        else:
-            typer.secho(f"error: {error}", fg="red", err=True)
+        _tell(f"error: {error}")
         raise typer.Exit(1 if _is_failure(error) else 2) from error
+
+
+def _tell(message: str) -> None:
+    """Print an error. If all processes of torchrun have it, the first one prints it, and torchrun ends the others."""
+    rank = _process("LOCAL_RANK")
+    if rank:
+        time.sleep(10)
+        message = f"process {rank}: {message}"
+    typer.secho(message, fg="red", err=True)
 
 
 def _is_failure(error: Exception) -> bool:
@@ -745,10 +751,7 @@ def main() -> None:
     except Exception as error:
         if TRACEBACK in os.environ:
             raise
-        if _process("LOCAL_RANK") == 0:
-            typer.secho(
-                f"error: {type(error).__name__}: {error}\n{TRACEBACK}=1 shows where it comes from", fg="red", err=True
-            )
+        _tell(f"error: {type(error).__name__}: {error}\n{TRACEBACK}=1 shows where it comes from")
         raise SystemExit(1) from None
 
 

@@ -109,6 +109,10 @@ BAD = [
         "tokenizer must be a folder, a tokenizer.json, a GGUF file or a name on the hub; '/now",
     ),
     (["train", "--report-to", "paper"], "report_to must be one of none, all.*; got report_to 'paper'"),
+    (["train", "--tensor-parallel", "0"], "tensor_parallel must be at least 1; got tensor_parallel 0"),
+    (["train", "--context", "3", "--context-parallel", "4"], "context must have a token for each .*got context 3, con"),
+    (["train", "--context-parallel", "2"], "context_parallel times .* 2, tensor_parallel 1, 1 process; .*_node 2"),
+    (["train", "--fsdp"], "fsdp shards weights among .* tensor_parallel 1, 1 process; leave fsdp out, or start more"),
     (["train", "--resume"], "nothing to resume in runs/retnet: it has no training.json"),
     (["generate", "--model", "nowhere"], "no model in nowhere: it has no config.json"),
 ]
@@ -122,6 +126,17 @@ def test_bad_options_are_named_and_nothing_is_written(words, message, tmp_path, 
     assert result.exit_code == 2
     assert re.search(f"error: {message}", result.output, re.DOTALL), result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_later_process_alone_is_told_too(tmp_path, monkeypatch):
+    """Where the first has it too, torchrun ends the others while they wait."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    result = CliRunner().invoke(app, ["train", "--lr", "-1", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "process 3: error: lr must be above 0; got lr -1" in result.output
+    assert waited == [10]
 
 
 @pytest.mark.parametrize("place", ["run", "run/inside"])

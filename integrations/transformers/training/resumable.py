@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -176,10 +177,13 @@ class ResumableTrainer(Trainer):
         return cast(Tensor, self.accelerator.reduce(self.losses.total, "mean"))
 
     def _check_weights(self, step: int, cause: Exception | None = None) -> None:
-        """Raises: FloatingPointError if a trained weight is not finite."""
-        for name, weight in cast(nn.Module, self.model).named_parameters():
-            if weight.requires_grad and not local(weight).isfinite().all():
-                raise self._diverged(step, f"{name} is not finite") from cause
+        """Raises: FloatingPointError if a trained weight is not finite; on all processes, unless there is a cause."""
+        weights = [(name, p) for name, p in cast(nn.Module, self.model).named_parameters() if p.requires_grad]
+        wrong = [name for name, p in weights if not local(p).isfinite().all()][:1]
+        if self.sharded and cause is None:
+            wrong = gather_object(wrong)
+        if wrong:
+            raise self._diverged(step, f"{wrong[0]} is not finite") from cause
 
     def _diverged(self, step: int, what: str) -> FloatingPointError:
         kept = f"{self.whole[-1]} is kept" if self.whole else "no checkpoint was written before"

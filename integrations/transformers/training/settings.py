@@ -160,6 +160,8 @@ class Settings(Kept):
             raise ValueError(f"warmup must be between 0 and steps, {self.steps}; got warmup {self.warmup}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0; got weight_decay {self.weight_decay}")
+        if self.dtype == "float16" and (self.fsdp or self.tensor_parallel > 1):
+            raise ValueError("fsdp and tensor_parallel need dtype float32 or bfloat16; got dtype 'float16'")
         check_device(self.device)
         check_report_to(self.report_to)
 

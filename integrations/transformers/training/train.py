@@ -36,7 +36,7 @@ class Run:
     """The result of a training.
 
     Attributes:
-        model: the trained model.
+        model: the trained model; of one whose weights are shared among processes, the first has the whole.
         codec: encodes and decodes its text.
         corpus: its data.
         loss: validation loss, in nats per byte or token.
@@ -112,7 +112,10 @@ def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnI
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     with written_whole(out, "the model") if args.process_index == 0 else nullcontext(out) as folder:
         trainer.save_model(str(folder))  # the first process writes; the others hand it their shards
-    return Run(model, codec, corpus, trainer.evaluate()["eval_loss"])
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.sharded and args.process_index == 0:  # it decodes alone
+        model = set_backend(RetNetForCausalLM.from_pretrained(out), settings.backend, settings.form)
+    return Run(model, codec, corpus, loss)
 
 
 def _agreed(args: TrainingArguments, out: Path) -> Path | None:
