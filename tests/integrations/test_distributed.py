@@ -124,17 +124,22 @@ def heads_in_parts(world):
     assert found.tolist() == wanted.tolist()
 
 
+def saved(world, model):
+    """A folder that the first process has written for all."""
+    folders = [tempfile.mkdtemp() if world.rank == 0 else None]
+    torch.distributed.broadcast_object_list(folders)
+    if world.rank == 0:
+        model.save_pretrained(folders[0])
+    processes.wait()
+    return Path(folders[0])
+
+
 def check_loaded(world, model, **options):
     """Compare a model that every process loads by its own heads, of transformers' tensor parallel, with the whole."""
     for p in model.parameters():
         if not p.numel() or p.std() == 0 or not p.std().isfinite():
             torch.nn.init.normal_(p, std=0.1)  # a mixture of heads would not show where all have the same
-    folders = [tempfile.mkdtemp() if world.rank == 0 else None]
-    torch.distributed.broadcast_object_list(folders)
-    folder = Path(folders[0])
-    if world.rank == 0:
-        model.save_pretrained(folder)
-    torch.distributed.barrier()
+    folder = saved(world, model)
     whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     divided = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
     tokens = torch.randint(40, (2, TOTAL))
@@ -148,7 +153,7 @@ def check_loaded(world, model, **options):
     words = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert divided.eval().generate(tokens, **words).tolist() == whole.eval().generate(tokens, **words).tolist()
     divided.save_pretrained(folder / "again")
-    torch.distributed.barrier()
+    processes.wait()
     again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float64)
     assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
 
@@ -164,8 +169,7 @@ def heads_loaded_in_parts(world):
 def heads_of_replaced_layers_loaded_in_parts(world):
     for options in (dict(window=4, sinks=2), dict(features=False, gate=None)):
         check_loaded(world, llama(kv_heads=2, **options), tp_plan="auto")
-    folder = Path(tempfile.mkdtemp())
-    llama(kv_heads=1).save_pretrained(folder)
+    folder = saved(world, llama(kv_heads=1))
     with pytest.raises(ShapeError, match="must divide num_kv_heads; got 1 heads, 2 processes"):
         AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
 

@@ -3,12 +3,11 @@
 import dataclasses
 import json
 import shutil
-import tempfile
-from pathlib import Path
 
 import processes
 import pytest
 import torch
+import transformers
 from short_runs import SQUARES
 
 from retention.integrations.transformers.training import train as training
@@ -18,11 +17,12 @@ from retention.integrations.transformers.training.settings import Settings
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2, z_loss_coeff=1e-2)
 STEPS = dict(steps=6, save_every=3, eval_every=3, batch=4, accumulate=2, context=33, lr=1e-3, device="cpu")
-HERE = Path(tempfile.gettempdir()) / "retention-train-distributed"
+# transformers 5.16 cannot load the optimiser of several processes onto "cpu:0", unless it is sharded.
+RESUMES = not transformers.__version__.startswith("5.16.")
 
 
-def settings(config=SMALL, **options):
-    return Settings(files=[str(HERE / "text.txt")], config=config, **(STEPS | options))
+def settings(folder, config=SMALL, **options):
+    return Settings(files=[str(folder / "text.txt")], config=config, **(STEPS | options))
 
 
 def losses(out):
@@ -35,22 +35,21 @@ def weights(out):
     return training.RetNetForCausalLM.from_pretrained(out).parameters()
 
 
-def check(out, whole, **options):
+def check(world, name, **options):
     """Train, resume from the middle, and compare both with a run of one process."""
-    for resume in (False, True):
+    out, whole = world.folder / name, world.folder / "whole"
+    sharded = "fsdp" in options or "tensor_parallel" in options
+    for resume in (False, True) if RESUMES or sharded else (False,):
         processes.wait()
-        run = training.train(settings(**options), out, resume=resume)
+        run = training.train(settings(world.folder, **options), out, resume=resume)
         assert losses(out) == pytest.approx(losses(whole), rel=1e-5)
         assert run.loss == pytest.approx(losses(whole)[6, "eval_loss"], rel=1e-5)
         for found, wanted in zip(weights(out), weights(whole), strict=True):
             assert torch.allclose(found, wanted, atol=1e-4)
-        if torch.distributed.get_rank() == 0:  # as the command, which prints a sample
+        processes.wait()
+        if world.rank == 0:  # as the command, which prints a sample
             run.model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
             shutil.rmtree(out / "checkpoint-6")
-
-
-def parts_of_sequences(world):
-    check(HERE / "parts", HERE / "whole", context_parallel=2)
 
 
 def rows(world):
@@ -63,7 +62,7 @@ def rows(world):
 
     row, Blocks.__getitem__ = Blocks.__getitem__, recorded
     try:
-        training.train(settings(batch=2), HERE / "rows")
+        training.train(settings(world.folder, batch=2), world.folder / "rows")
     finally:
         Blocks.__getitem__ = row
     both = [None, None]
@@ -72,19 +71,23 @@ def rows(world):
     assert shared["train"] == {0}  # which each has tried
     assert len(shared["valid"]) <= 3  # which fill the last batch
     assert 24 <= len(read["train"]) <= 28  # and those of the next step
-    assert losses(HERE / "rows") == pytest.approx(losses(HERE / "whole"), rel=1e-5)
+    assert losses(world.folder / "rows") == pytest.approx(losses(world.folder / "whole"), rel=1e-5)
+
+
+def parts_of_sequences(world):
+    check(world, "parts", context_parallel=2)
 
 
 def shards_of_weights(world):
-    check(HERE / "shards", HERE / "whole", fsdp=True, batch=2)
+    check(world, "shards", fsdp=True, batch=2)
 
 
 def shards_and_parts(world):
-    check(HERE / "both", HERE / "whole", fsdp=True, context_parallel=2)
+    check(world, "both", fsdp=True, context_parallel=2)
 
 
 def heads(world):
-    check(HERE / "heads", HERE / "whole", tensor_parallel=2)
+    check(world, "heads", tensor_parallel=2)
 
 
 def refused(world):
@@ -100,23 +103,27 @@ def refused(world):
     }
     for message, options in bad.items():
         with pytest.raises(ValueError, match=message):
-            training.train(settings(**options), HERE / "refused")
+            training.train(settings(world.folder, **options), world.folder / "refused")
     processes.wait()
-    assert not (HERE / "refused").exists()
+    assert not (world.folder / "refused").exists()
 
 
 CASES = [rows, parts_of_sequences, shards_of_weights, shards_and_parts, heads, refused]
 
 
 @pytest.fixture(scope="module")
-def errors(request):
-    shutil.rmtree(HERE, ignore_errors=True)
-    HERE.mkdir()
-    (HERE / "text.txt").write_text(SQUARES)
-    training.train(settings(), HERE / "whole")
+def folder(tmp_path_factory):
+    """The run of one process."""
+    made = tmp_path_factory.mktemp("trainings")
+    (made / "text.txt").write_text(SQUARES)
+    training.train(settings(made), made / "whole")
+    return made
+
+
+@pytest.fixture(scope="module")
+def errors(request, folder):
     preload = ["torch", "retention.integrations.transformers.training.train"]
-    yield processes.run(processes.selected(request, CASES), 2, preload)
-    shutil.rmtree(HERE)
+    return processes.run(processes.selected(request, CASES), 2, preload, folder)
 
 
 @pytest.mark.slow
@@ -127,12 +134,13 @@ def test_two_processes_train_as_one(errors, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["rows"])
-def test_a_run_of_two_processes_goes_on_with_one(errors, case):
+def test_a_run_of_two_processes_goes_on_with_one(errors, case, folder):
     assert not errors[case]
-    shutil.rmtree(HERE / "rows/checkpoint-6")
-    training.train(Settings.read(HERE / "rows"), HERE / "rows", resume=True)
-    assert losses(HERE / "rows") == pytest.approx(losses(HERE / "whole"), rel=1e-5)
-    kept = dataclasses.asdict(Settings.read(HERE / "rows"))
+    out = folder / "rows"
+    shutil.rmtree(out / "checkpoint-6")
+    training.train(Settings.read(out), out, resume=True)
+    assert losses(out) == pytest.approx(losses(folder / "whole"), rel=1e-5)
+    kept = dataclasses.asdict(Settings.read(out))
     assert (kept["processes"], kept["batch"]) == (2, 2)
 
 
