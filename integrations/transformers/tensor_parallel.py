@@ -33,7 +33,7 @@ class _Heads(TensorParallelLayer):
         return module
 
 
-ALL_PARALLEL_STYLES.register(_HEADS, _Heads())
+ALL_PARALLEL_STYLES.register(_HEADS, _Heads())  # type: ignore[arg-type]
 
 
 def plan_of_retnet(config: Any) -> dict[str, str]:

@@ -124,5 +124,5 @@ def split_sequence(
         "shift_labels": F.pad(inputs["labels"][:, 1:], (0, 1), value=-100),
         "position_ids": torch.arange(tokens.shape[1], device=tokens.device)[None],
     }
-    options = dict(buffers=list(buffers.values()), buffer_seq_dims=[1] * len(buffers))
-    return partial(context_parallel, mesh[SEQUENCE], **options), dict(buffers)
+    tensors, dims = list(buffers.values()), [1] * len(buffers)
+    return partial(context_parallel, mesh[SEQUENCE], buffers=tensors, buffer_seq_dims=dims), dict(buffers)

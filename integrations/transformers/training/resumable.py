@@ -161,13 +161,13 @@ class ResumableTrainer(Trainer):
             return super()._save_optimizer_and_scheduler(output_dir)
         save_optimizer(cast(nn.Module, self.model), self._plain_optimizer(), output_dir)
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(cast(nn.Module, self.model), self._plain_optimizer(), checkpoint)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _plain_optimizer(self) -> torch.optim.Optimizer:
         """Return the optimiser inside of accelerate's."""

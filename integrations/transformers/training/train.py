@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainingArguments, default_data_collator, set_seed
 
@@ -98,12 +99,12 @@ def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnI
     if weights is not None and settings.fsdp:
         shard(model, weights[SHARDS])
     else:
-        model.to(args.device)
+        cast(nn.Module, model).to(args.device)
     _try(model, corpus, mesh, args.device)
     trainer = _trainer(model, args, mesh, codec, corpus, out, stop)
     args.distributed_state.wait_for_everyone()  # nothing is written if a process failed
     if args.process_index == 0:
-        found = dict(processes=begun, vocabulary=codec.digest, corpus=corpus.digest, unit=corpus.unit)
+        found: dict[str, Any] = dict(processes=begun, vocabulary=codec.digest, corpus=corpus.digest, unit=corpus.unit)
         replace(settings, **found).write(out)
 
     if finished:
@@ -114,7 +115,8 @@ def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnI
         trainer.save_model(str(folder))  # the first process writes; the others hand it their shards
     loss = trainer.evaluate()["eval_loss"]
     if trainer.sharded and args.process_index == 0:  # it decodes alone
-        model = set_backend(RetNetForCausalLM.from_pretrained(out), settings.backend, settings.form)
+        model = RetNetForCausalLM.from_pretrained(out)
+        set_backend(model, settings.backend, settings.form)
     return Run(model, codec, corpus, loss)
 
 
@@ -155,7 +157,7 @@ class _Trainer(ResumableTrainer):
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """Evaluate as Trainer does, and add the mean loss."""
         self.sums: list[tuple[float, int]] = []  # the loss and the number of tokens of each batch
-        out = super().evaluation_loop(*args, **options)
+        out: Any = super().evaluation_loop(*args, **options)
         own = torch.tensor(self.sums, dtype=torch.float64).sum(0).to(self.args.device, torch.float32)
         loss, count = self.accelerator.reduce(own, "sum").tolist()
         out.metrics["eval_loss"] = loss / count
@@ -166,7 +168,7 @@ class _Trainer(ResumableTrainer):
         context, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))
         with torch.no_grad(), context(), self.compute_loss_context_manager():
             logits = model(inputs["input_ids"], use_cache=False).logits
-            targets = inputs["shift_labels"] if "shift_labels" in inputs else shifted(inputs["labels"])
+            targets: Any = inputs["shift_labels"] if "shift_labels" in inputs else shifted(inputs["labels"])
             targets = targets[: self._own_rows(len(targets))]
             loss = plain.loss_function(
                 logits[: len(targets)], None, plain.config.vocab_size, shift_labels=targets, num_items_in_batch=1
