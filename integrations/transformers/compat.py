@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, trainer
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
@@ -50,6 +50,7 @@ __all__ = [
     "INPUT",
     "LAYER_ARGUMENTS",
     "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING",
+    "MIXED_WEIGHTS",
     "OTHER_TOKENS",
     "SCHEDULER_NAME",
     "STATIC_LAYER_TYPE_MAPPING",
@@ -97,6 +98,9 @@ _KEYWORDS = {
     *TransformersKwargs.__optional_keys__,
     *("tokenizer", "assistant_tokenizer", "shift_labels", "cache_position", "token_type_ids"),
 }
+
+# Whether the optimiser of the Trainer takes weights that are divided among processes beside whole ones.
+MIXED_WEIGHTS = hasattr(trainer, "has_mixed_dtensor")
 
 INPUT = "hidden_states"  # the first argument of a layer's forward: its tokens
 OTHER_TOKENS = (  # arguments of a layer's forward that hold other tokens to attend to

@@ -10,6 +10,7 @@ import torch
 import transformers
 from short_runs import SQUARES
 
+from retention.integrations.transformers.compat import MIXED_WEIGHTS
 from retention.integrations.transformers.training import train as training
 from retention.integrations.transformers.training.corpus import Blocks
 from retention.integrations.transformers.training.parallel import batch_per_process, check_epochs
@@ -87,6 +88,10 @@ def shards_and_parts(world):
 
 
 def heads(world):
+    if not MIXED_WEIGHTS:
+        with pytest.raises(ValueError, match="tensor_parallel needs a transformers .*; got transformers 5.16"):
+            settings(world.folder, tensor_parallel=2).check()
+        return
     check(world, "heads", tensor_parallel=2)
 
 
@@ -101,6 +106,8 @@ def refused(world):
             context_parallel=2, config=dict(dim=16, num_layers=1, num_heads=2, retention={"score_norm": "absolute"})
         ),
     }
+    if not MIXED_WEIGHTS:  # which refuses heads in parts at once
+        bad = {message: options for message, options in bad.items() if "tensor_parallel" not in options}
     for message, options in bad.items():
         with pytest.raises(ValueError, match=message):
             training.train(settings(world.folder, **options), world.folder / "refused")

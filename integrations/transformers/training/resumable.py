@@ -146,10 +146,13 @@ class ResumableTrainer(Trainer):
             return model
         return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if self.sharded and state_dict is None:
-            state_dict = whole_weights(cast(nn.Module, self.model))
-        super()._save(output_dir, state_dict)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does; where its weights are sharded, all processes hand them to the first."""
+        if not self.sharded:
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_weights(cast(nn.Module, self.model))
+        if self.args.should_save:
+            self._save(output_dir, weights)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self.sharded:

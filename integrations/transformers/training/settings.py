@@ -15,7 +15,7 @@ from retention.former import current_options
 from retention.model import FORMER_FLAGS, PRESETS
 
 from ...files import read_json
-from ..compat import get_available_reporting_integrations
+from ..compat import MIXED_WEIGHTS, TESTED, get_available_reporting_integrations, versions
 from ..configuration import FORMER, RetNetConfig
 from .codec import ByteCodec, Codec, load_codec
 from .saving import write_text
@@ -162,6 +162,11 @@ class Settings(Kept):
             raise ValueError(f"weight_decay must be at least 0; got weight_decay {self.weight_decay}")
         if self.dtype == "float16" and (self.fsdp or self.tensor_parallel > 1):
             raise ValueError("fsdp and tensor_parallel need dtype float32 or bfloat16; got dtype 'float16'")
+        if self.tensor_parallel > 1 and not MIXED_WEIGHTS:
+            raise ValueError(
+                "tensor_parallel needs a transformers whose optimiser takes divided weights beside whole ones; "
+                f"got {versions()}; install {TESTED[-1]}, or leave tensor_parallel out"
+            )
         check_device(self.device)
         check_report_to(self.report_to)
 
