@@ -1,4 +1,4 @@
-"""Trainings in which two processes share the sequences, the heads or the weights equal those of one process."""
+"""Trainings in which processes share the sequences, the heads or the weights equal those of one process."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from short_runs import SQUARES
 from retention.integrations.transformers.compat import MIXED_WEIGHTS
 from retention.integrations.transformers.training import train as training
 from retention.integrations.transformers.training.corpus import Blocks
-from retention.integrations.transformers.training.parallel import batch_per_process, check_epochs
+from retention.integrations.transformers.training.parallel import batch_per_process, check_epochs, meshes_of
 from retention.integrations.transformers.training.settings import Settings
 
 SMALL = dict(vocab_size=256, dim=16, num_layers=2, num_heads=2, z_loss_coeff=1e-2)
@@ -115,6 +115,23 @@ def refused(world):
     assert not (world.folder / "refused").exists()
 
 
+def parts_and_rows(world):
+    check(world, "parts-and-rows", context_parallel=2, batch=2)
+
+
+def heads_and_shards(world):
+    if MIXED_WEIGHTS:
+        check(world, "heads-and-shards", tensor_parallel=2, fsdp=True, batch=2)
+
+
+def heads_shards_and_parts(world):
+    if MIXED_WEIGHTS:
+        check(world, "all", tensor_parallel=2, fsdp=True, context_parallel=2)
+    with pytest.raises(ValueError, match=r"got tensor_parallel 2, 4 processes; add --fsdp, or raise .* to 4"):
+        meshes_of(training.TrainingArguments(use_cpu=True), 1, 2, False)
+
+
+OF_FOUR = [parts_and_rows, heads_and_shards, heads_shards_and_parts]
 CASES = [rows, parts_of_sequences, shards_of_weights, shards_and_parts, heads, refused]
 
 
@@ -130,12 +147,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def errors(request, folder):
     preload = ["torch", "retention.integrations.transformers.training.train"]
-    return processes.run(processes.selected(request, CASES), 2, preload, folder)
+    found = processes.run(processes.selected(request, CASES), 2, preload, folder)
+    return found | processes.run(processes.selected(request, OF_FOUR), 4, preload, folder)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
-def test_two_processes_train_as_one(errors, case):
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES + OF_FOUR])
+def test_processes_train_as_one(errors, case):
     assert not errors[case], errors[case]
 
 
