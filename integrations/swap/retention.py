@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,7 +16,9 @@ from retention.decay import HeadDecay, log_decays
 from retention.errors import ShapeError
 from retention.former import former_options
 from retention.functional import retain, step
+from retention.heads import check_heads
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
+from retention.local import local
 from retention.options import (
     check_choice,
     check_device,
@@ -169,6 +172,17 @@ class HostedRetention(HasBackend):
         self.activation = ACTIVATIONS[gate] if gate else None
         self.reset_parameters()
 
+    def divide_heads(self, processes: int) -> None:
+        """Leave the layer the heads of one of `processes` processes, which then pass it their own heads of q, k and v.
+
+        Parameters are not touched.
+        Raises: ShapeError for heads that cannot be divided.
+        """
+        heads = self.heads
+        check_heads(processes, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads)
+        counts = {name: getattr(heads, name) // processes for name in ("num_heads", "num_kv_heads")}
+        self.heads = replace(heads, **counts)
+
     def state_bytes(self) -> dict[str, int]:
         """Return the memory in bytes of the state of one sequence, for each of its parts.
 
@@ -257,7 +271,7 @@ class HostedRetention(HasBackend):
         else:
             y, after = self._retained(q, k, v, call)
             y = _divided(y) if self.features else y
-        y = self.norm(y.transpose(1, 2)).to(v.dtype) * self.gain
+        y = self.norm(y.transpose(1, 2)).to(v.dtype) * local(self.gain)
         if self.gate is not None and self.activation is not None:
             y = y * self.activation(self.gate(x)).view_as(y)
         return y, after
