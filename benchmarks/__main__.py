@@ -12,6 +12,7 @@ import typer
 from benchmarks.compare import compare
 from benchmarks.decode import decode
 from benchmarks.distributed import distributed
+from benchmarks.export import export
 from benchmarks.floor import floor
 from benchmarks.gate import gate
 from benchmarks.gpu.compiled import gpu_compile
@@ -23,6 +24,7 @@ from benchmarks.parity import parity
 from benchmarks.peers import peers
 from benchmarks.pretrained import pretrained
 from benchmarks.quality import quality
+from benchmarks.quantised import quantised
 from benchmarks.record import recording
 from benchmarks.report import report
 from benchmarks.stream import stream
@@ -44,6 +46,8 @@ COMMANDS = (
     parity,
     stream,
     distributed,
+    export,
+    quantised,
     floor,
     gate,
     gpu_compile,

@@ -99,18 +99,33 @@ class Rows:
         Dtypes: both results are in `state_dtype`, float32 at least.
         """
         length, kv_heads, wide = self.length, self.keys.shape[1], state_dtype(q.dtype)
-        block = max(1, min(self.window or length, length))  # without a window, one block sees the sinks
-        missing = -length % block if length else block
+        block, missing = self._cut()
         with torch.autocast(q.device.type, enabled=False):
             q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, self.keys, self.values))
-            q = rearrange(scale * q, "b (n g) (j c) k -> b n j (g c) k", n=kv_heads, c=block)
+            q = (scale * q).unfold(2, block, block) if self.window else scale * q.mT[:, :, None]
+            q = rearrange(q, "b (n g) j k c -> b n j (g c) k", n=kv_heads)
             k, v = (self._blocks(x, block) for x in (k, v))
             scores = rearrange(q @ k, "b n j (g c) l -> b n g j c l", c=block)
             scores = scores.masked_fill(~self._seen(block, missing), -torch.inf)
             mass = scores.logsumexp(-1, keepdim=True)
             y = rearrange((scores - mass).exp(), "b n g j c l -> b n j (g c) l") @ v.mT
         y = rearrange(y, "b n j (g c) v -> b (n g) (j c) v", c=block)
-        return y[:, :, :length], rearrange(mass, "b n g j c l -> b (n g) (j c) l")[:, :, :length]
+        mass = rearrange(mass, "b n g j c l -> b (n g) (j c) l")
+        if torch.compiler.is_exporting():  # for a slice, the program would compare lengths
+            own = torch.arange(length, device=y.device)
+            return y[:, :, own], mass[:, :, own]
+        return y[:, :, :length], mass[:, :, :length]
+
+    def _cut(self) -> tuple[int, int]:
+        """Return the size of a block of queries, and the number of tokens that are missing in the last one.
+
+        Without a window, one block sees the sinks. A program that is exported for all lengths has blocks of one size,
+        at least two of them, and the same padding at each length.
+        """
+        if torch.compiler.is_exporting() and self.window and self.length > 1:
+            return self.window, 2 * self.window
+        block = max(1, min(self.window or self.length, self.length))
+        return block, -self.length % block if self.length else block
 
     def _blocks(self, x: Tensor, block: int) -> Tensor:
         """The keys or values that each block of queries can see, (B, Hkv, blocks, K or V, S + W + block)."""
@@ -125,7 +140,8 @@ class Rows:
 
         Queries at padding see all keys of their block, as a softmax over no keys has no value.
         """
-        index = torch.arange(self.length + missing, device=self.first.device).unflatten(0, (-1, block))
+        index = torch.arange(self.length + missing, device=self.first.device)
+        index = index.unfold(0, block, block) if self.window else index[None]
         leaves = self.first[:, None, None] + index  # the position of the token that leaves the window at each query
         seen = torch.arange(self.sinks, device=index.device) <= leaves[..., None]
         if self.window:
@@ -325,9 +341,15 @@ def _with(after: RetentionState, keys: Tensor, values: Tensor) -> WindowState:
     return WindowState(kv=after.kv, time=after.time, keys=keys, values=values)
 
 
-def real_last(mask: Tensor) -> Tensor:
-    """Return the order (B, T) of tokens that puts the padding of each row first; mask is True for real tokens."""
-    return mask.long().argsort(dim=1, stable=True)
+def real_last(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order (B, T) of tokens that puts the padding of each row first, and the place of each token in it.
+
+    mask: (B, T), True for real tokens.
+    """
+    padding = ~mask
+    places = torch.where(mask, padding.sum(1, keepdim=True) + mask.cumsum(1), padding.cumsum(1)) - 1
+    index = torch.arange(mask.shape[1], device=mask.device).expand_as(places)
+    return torch.empty_like(places).scatter(1, places, index), places
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:
