@@ -28,14 +28,17 @@ def quantised(
     """Quantise a RetNet and a Llama with retention in place of attention: error of the logits, memory, time per token.
 
     The weights are random. The error is that of all logits of 64 tokens, relative to the same model in float32 (root of
-    the mean square). int8 and int4 are torchao's weight-only quantisation of linear layers; its packed int4 needs a GPU,
-    so each value of int4 takes a byte here. The time is that of a decoding step of one row.
+    the mean square). int8 and int4 are torchao's weight-only quantisation of linear layers; its packed int4 needs a
+    GPU, so each value of int4 takes a byte here. The time is that of a decoding step of one row.
     """
     if quick:
         dim, layers = 128, 1
     rows = []
     tokens = torch.randint(VOCAB, (1, 64))
-    for name, whole, step in (("RetNet", _retnet(dim, layers), _retnet_step), ("Llama", _llama(dim, layers), _llama_step)):
+    for name, whole, step in (
+        ("RetNet", _retnet(dim, layers), _retnet_step),
+        ("Llama", _llama(dim, layers), _llama_step),
+    ):
         versions = _versions(whole)
         with torch.inference_mode():
             want = _logits(whole, tokens)

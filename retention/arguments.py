@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ def described(inputs: Inputs, options: Options) -> Call:
     )
 
 
-def refuse_torchscript() -> None:
+def refuse_torchscript() -> NoReturn:
     """Raises: TypeError that names what takes the place of TorchScript."""
     raise TypeError(
         "TorchScript cannot hold retention, whose program depends on lengths; got torch.jit.script or torch.jit.trace; "

@@ -96,7 +96,11 @@ def test_a_program_suits_every_batch_and_length(options, state, masked):
         _, before = retain(*qkv(batch, 7), LOG_DECAY, return_state=True, score_norm=state)
         return *qkv(batch, length), before if state else None, torch.rand(batch, length) < 0.7 if masked else None
 
-    shapes = (*[{0: BATCH, 2: LENGTH}] * 3, [{0: BATCH}] * 3 if state else None, {0: BATCH, 1: LENGTH} if masked else None)
+    shapes = (
+        *[{0: BATCH, 2: LENGTH}] * 3,
+        [{0: BATCH}] * 3 if state else None,
+        {0: BATCH, 1: LENGTH} if masked else None,
+    )
     program = export(model, inputs(2, 130), dynamic_shapes=shapes)
     assert own_nodes(program) == []
     for sizes in ((1, 1), (3, 63), (1, 64), (2, 257)):

@@ -249,7 +249,7 @@ class HostedRetention(HasBackend):
         if prefix:
             refuse("a prefix token, which sees all tokens,", "split the batch instead")
         if self.rest is not None:
-            self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
             if state is not None or cu_seqlens is not None:
                 refuse("a state before, or a packed batch, with a window or sinks", "use rows without a state")
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)

@@ -231,7 +231,7 @@ def tiles(k: Tensor, v: Tensor, window: int, sinks: int, cu_seqlens: Tensor, sta
         cu_seqlens: (N + 1,), as in `retain`.
         state: the states after the tokens before, with N rows, or None.
     """
-    length, count, kept, device = k.shape[2], len(cu_seqlens) - 1, sinks + window, k.device
+    length, count, kept, device = k.shape[2], cu_seqlens.shape[0] - 1, sinks + window, k.device
     start, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     size = max(1, min(window or _TILE, length if traced() else int(lengths.max())))
     sequence, offset, places = _cut(cu_seqlens.long(), length, size)
@@ -311,7 +311,7 @@ def _cut(cu_seqlens: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Te
     Returns: the sequence of each tile and its offset there, both (M,), and the index of each token among the tokens of
         all tiles, (length,). M depends on shapes only; tiles that are too many have offsets beyond their sequence.
     """
-    count = len(cu_seqlens) - 1
+    count = cu_seqlens.shape[0] - 1
     ends = cu_seqlens.diff().add(size - 1).div(size, rounding_mode="floor").cumsum(0)  # in tiles
     first = F.pad(ends, (1, 0))[:-1]
     tile = torch.arange((length + count * (size - 1)) // size, device=cu_seqlens.device)

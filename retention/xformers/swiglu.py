@@ -33,8 +33,8 @@ def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor
             )
         if is_traceable_wrapper_subclass(layer.weight):
             raise BackendError(
-                f"xformers' swiglu needs a plain weight for {name}; got a weight {type(layer.weight).__name__}, as when "
-                "it is quantised; use the backend 'torch' of the feed-forward"
+                f"xformers' swiglu needs a plain weight for {name}; got a weight {type(layer.weight).__name__}, as "
+                "when it is quantised; use the backend 'torch' of the feed-forward"
             )
     weights = (fc1.weight, fc1.bias, gate.weight, gate.bias, fc2.weight, fc2.bias)
     compute, in_torch = library.swiglu()

@@ -9,8 +9,8 @@ before and after a chunk c or c':
     S_c   = sum_c'<c gamma^(start_c - end_c') M_c'  +  gamma^start_c S
     out_i = scale sum_j<=i gamma^(a_i - a_j) (q_i . k_j) v_j  +  scale gamma^(a_i - start_c) q_i S_c
 
-No exponent is negative, so nothing overflows. For N chunks of C tokens, time is O(T C (K + V) + N^2 K V) and memory
-O(T (K + V + C) + N K V), for each head.
+No exponent is negative, so nothing overflows. For N chunks of C tokens, time is O(T C (K + V) + T K V + N^2 K V) and
+memory O(T (K + V + C) + N K V), for each head.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def at_once(
     Dtypes: any float; the results are float32, or float64 for float64 inputs.
     """
     length, wide = q.shape[2], state_dtype(q.dtype)
-    # A program for all lengths has no size that may be 1 and no difference of sizes. So one chunk more has padding only,
-    # and tokens are gathered instead of padded and cut.
+    # A program for all lengths has no size that may be 1, and no difference of sizes. So one chunk more has padding
+    # only, and tokens are gathered instead of padded and cut.
     chunks = torch.arange((length + chunk_size - 1) // chunk_size + 1, device=q.device)
     token = torch.arange(length, device=q.device)
     index = chunks[:, None] * chunk_size + torch.arange(chunk_size, device=q.device)  # (N, C)
@@ -81,9 +81,7 @@ def at_once(
     return out.flatten(2, 3)[:, :, token], before[:, :, -1] if return_state else None
 
 
-def on_grid_at_once(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, grid: tuple[int, int], scale: float
-) -> Tensor:
+def on_grid_at_once(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, grid: tuple[int, int], scale: float) -> Tensor:
     """Compute bidirectional retention on a grid: k v^T of each cell, summed along columns and then along rows.
 
         out_rc = scale q_rc sum_r' gamma^|r - r'| sum_c' gamma^|c - c'| k_r'c' v_r'c'^T
