@@ -99,14 +99,13 @@ class Rows:
         Dtypes: both results are in `state_dtype`, float32 at least.
         """
         length, kv_heads, wide = self.length, self.keys.shape[1], state_dtype(q.dtype)
-        block, missing = self._cut()
+        block, count = self._cut()
         with torch.autocast(q.device.type, enabled=False):
-            q, k, v = (F.pad(x.to(wide), (0, 0, 0, missing)) for x in (q, self.keys, self.values))
-            q = (scale * q).unfold(2, block, block) if self.window else scale * q.mT[:, :, None]
+            q = _in_blocks(scale * q.to(wide), block, block, count)
             q = rearrange(q, "b (n g) j k c -> b n j (g c) k", n=kv_heads)
-            k, v = (self._blocks(x, block) for x in (k, v))
+            k, v = (self._blocks(x.to(wide), block, count) for x in (self.keys, self.values))
             scores = rearrange(q @ k, "b n j (g c) l -> b n g j c l", c=block)
-            scores = scores.masked_fill(~self._seen(block, missing), -torch.inf)
+            scores = scores.masked_fill(~self._seen(block, count), -torch.inf)
             mass = scores.logsumexp(-1, keepdim=True)
             y = rearrange((scores - mass).exp(), "b n g j c l -> b n j (g c) l") @ v.mT
         y = rearrange(y, "b n j (g c) v -> b (n g) (j c) v", c=block)
@@ -117,31 +116,30 @@ class Rows:
         return y[:, :, :length], mass[:, :, :length]
 
     def _cut(self) -> tuple[int, int]:
-        """Return the size of a block of queries, and the number of tokens that are missing in the last one.
+        """Return the size and the number of the blocks of queries. Without a window, one block sees the sinks.
 
-        Without a window, one block sees the sinks. A program that is exported for all lengths has blocks of one size,
-        at least two of them, and the same padding at each length.
+        A program that is exported for all lengths has blocks of one size, and at least two of them.
         """
-        if torch.compiler.is_exporting() and self.window and self.length > 1:
-            return self.window, 2 * self.window
-        block = max(1, min(self.window or self.length, self.length))
-        return block, -self.length % block if self.length else block
+        exported = torch.compiler.is_exporting() and self.length > 1
+        if not self.window or not exported:
+            block = max(1, min(self.window or self.length, self.length))
+            return block, max(1, -(-self.length // block)) if self.window else 1
+        return self.window, (self.length + self.window - 1) // self.window + 1
 
-    def _blocks(self, x: Tensor, block: int) -> Tensor:
+    def _blocks(self, x: Tensor, block: int, count: int) -> Tensor:
         """The keys or values that each block of queries can see, (B, Hkv, blocks, K or V, S + W + block)."""
         first = x[:, :, : self.sinks].mT[:, :, None]
         if not self.window:
             return first
-        near = x[:, :, self.sinks :].unfold(2, self.window + block, block)
+        near = _in_blocks(x[:, :, self.sinks :], self.window + block, block, count)
         return torch.cat([first.expand(-1, -1, near.shape[2], -1, -1), near], dim=-1) if self.sinks else near
 
-    def _seen(self, block: int, missing: int) -> Tensor:
+    def _seen(self, block: int, count: int) -> Tensor:
         """Tell which keys of its block each query sees, (B or 1, 1, 1, blocks, block, S + W + block).
 
         Queries at padding see all keys of their block, as a softmax over no keys has no value.
         """
-        index = torch.arange(self.length + missing, device=self.first.device)
-        index = index.unfold(0, block, block) if self.window else index[None]
+        index = _places(block, block, count, self.first.device)
         leaves = self.first[:, None, None] + index  # the position of the token that leaves the window at each query
         seen = torch.arange(self.sinks, device=index.device) <= leaves[..., None]
         if self.window:
@@ -339,6 +337,22 @@ def _with(after: RetentionState, keys: Tensor, values: Tensor) -> WindowState:
         after.values.copy_(values)
         return after
     return WindowState(kv=after.kv, time=after.time, keys=keys, values=values)
+
+
+def _in_blocks(x: Tensor, size: int, step: int, count: int) -> Tensor:
+    """Cut x (B, H, T, D) into `count` blocks of `size` tokens, one every `step`, (B, H, count, D, size).
+
+    What a block has beyond the last token is without meaning.
+    """
+    if count > 1 and torch.compiler.is_exporting():  # views would compare lengths
+        return x[:, :, _places(size, step, count, x.device).clamp(max=x.shape[2] - 1)].mT
+    x = F.pad(x, (0, 0, 0, (count - 1) * step + size - x.shape[2]))
+    return x.mT[:, :, None] if count == 1 else x.unfold(2, size, step)
+
+
+def _places(size: int, step: int, count: int, device: torch.device) -> Tensor:
+    """Return the indices of the tokens of blocks as `_in_blocks` cuts them, (count, size)."""
+    return torch.arange(count, device=device)[:, None] * step + torch.arange(size, device=device)
 
 
 def real_last(mask: Tensor) -> tuple[Tensor, Tensor]:
