@@ -33,6 +33,7 @@ RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 MODELLED = ("300m", "1.3b", "2.7b", "6.7b")  # presets
 TOKENS_PER_RANK, TOKENS_IN_ALL = 16_384, 2**20
 CHUNK = 64
+MEMORY = 80e9  # bytes of a GPU
 LAYERS = 2  # of the model that is counted
 MEASURED: dict[str, Any] = dict(vocab_size=64, dim=16, num_layers=2, num_heads=2)  # the model whose memory is measured
 
@@ -65,6 +66,7 @@ def distributed(
     lengths = lengths or ([256, 1024] if quick else [4096, 16_384, 65_536, 262_144])
     _bytes_by_length(lengths, ranks)
     _throughput(Machine())
+    _longest_sequences()
     if memory:
         _memory(tokens, ranks)
 
@@ -177,6 +179,58 @@ SIDES: dict[str, Callable[[Machine, str, int, int], float]] = {
     "ring attention": lambda *of: _attention(*of, _ring, True),
     "all-gather attention": lambda *of: _attention(*of, _all_gather, False),
 }
+
+
+# --- longest sequence, modelled ---------------------------------------------------------------------------------------
+
+
+def _longest_sequences() -> None:
+    """Model the longest sequence whose training fits into the memory of so many GPUs."""
+    kept = _kept_by_a_block()
+    rows = []
+    for preset in MODELLED:
+        cells = []
+        for ranks in RANKS:
+            tokens = ranks * _fitting(preset, ranks, kept)
+            add({"kind": "longest", "preset": preset, "ranks": ranks, "memory": MEMORY, "tokens": tokens})
+            cells.append(f"{tokens / 1e6:,.4g}")
+        rows.append([preset, *cells])
+    title = (
+        f"Modelled: million tokens of the longest sequence that trains on GPUs of {MEMORY / 1e9:g} GB, batch 1, bf16, "
+        f"FSDP2, gradient checkpointing; {kept:.1f} values a token and channel inside a block"
+    )
+    show(title, ["preset", *(f"{ranks:,}" for ranks in RANKS)], rows)
+
+
+def _kept_by_a_block() -> float:
+    """The values that a block keeps for its backward pass, a token and channel, counted in this library."""
+    dim, length = 64, 256
+    block, found = RetNet(dim=dim, num_layers=1, num_heads=4).backbone.blocks[0], dict[int, int]()
+    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        memory = x.untyped_storage()
+        if memory.data_ptr() not in parameters:
+            found[memory.data_ptr()] = memory.nbytes()
+        alive.append(x)  # no other tensor gets its memory
+        return x
+
+    alive: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        block(torch.randn(1, length, dim, requires_grad=True))
+    return sum(found.values()) / 4 / length / dim
+
+
+def _fitting(preset: str, ranks: int, kept: float) -> int:
+    """The tokens of a process: weights, gradients and moments are in shards, 16 bytes a parameter in all.
+
+    Each token keeps the input of every block, and what one block keeps, with as much again for the gradients. Logits
+    are computed in parts.
+    """
+    layers, _, dim, count = _sizes(preset)
+    a_token = 2 * dim * (layers + 2 * kept)
+    whole_block = 2 * count / layers  # gathered for its pass
+    return max(int((MEMORY - 16 * count / ranks - whole_block) / a_token), 0)
 
 
 # --- memory, measured -------------------------------------------------------------------------------------------------

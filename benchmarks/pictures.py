@@ -144,6 +144,7 @@ def decode(lines: Sequence[Line]) -> Iterator[Picture]:
     kinds = {
         "layers": "layers of width 512, 8 heads",
         "models": "RetNet of 28 M parameters, GPT-2 of 25 M and its learnt positions",
+        "replaced": "Llama of 135 M parameters, with attention and with retention",
     }
     rows = {
         kind: [_step_time(lines, kind, batch) for batch in batches] + [_cache_size(lines, kind, batches[-1])]

@@ -328,13 +328,23 @@ def swap(
             "at each."
         ),
     ] = None,
+    longer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Length of longer sequences, on which the second stage goes on at the end; repeat it, from short to "
+            "long. The number of sequences per step falls as the length grows."
+        ),
+    ] = None,
+    longer_steps: Annotated[int, typer.Option(help="Number of steps for each of --longer.")] = 200,
     tune: Annotated[
         str,
         typer.Option(
-            help="Weights that the second stage trains: all, or those of the replaced layers. With layers, the "
-            "original shares all other weights with the model, which saves memory and time."
+            help="Weights that the second stage trains: all; layers, those of the replaced layers only; or lora, these "
+            "and low-rank updates of all other linear layers. With layers and lora, the original shares the other "
+            "weights with the model, which saves memory and time."
         ),
     ] = "all",
+    rank: Annotated[int, typer.Option(help="Rank of the updates with --tune lora.")] = 16,
     patience: Annotated[
         int | None,
         typer.Option(
@@ -366,7 +376,7 @@ def swap(
     """Replace the attention of a language model by retention, and train it to the quality of the original.
 
     Training has two stages: each new layer is first fitted to the output of the attention it replaces; then the whole
-    model is distilled from the original.
+    model is distilled from the original. With --longer, the second stage goes on with longer sequences.
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint before the command ends; --resume continues from it. The command runs
     on one process.
@@ -381,7 +391,7 @@ def swap(
             raise ValueError("swap runs on one process; start it without torchrun")
         settings = _kept(command, swapping.SwapSettings, out, _swap_options(command.params))
         done = swapping.swap(settings, out, resume=resume)
-    typer.echo(f"{done.report}\n{done.recovery}\nthe model is in {out}, the losses in {out / swapping.PLOT}")
+    typer.echo(f"{done}\nthe model is in {out}, the losses in {out / swapping.PLOT}")
     if sample:
         _sample(done, out, sample, seed)
 
@@ -594,7 +604,8 @@ def _swap_options(given: dict[str, Any]) -> dict[str, Any]:
     gate = None if given["gate"] == "none" else given["gate"]
     kept = {"window": 64, "sinks": 4} if given["features"] else {"window": 0, "sinks": 0}
     window, sinks = (kept[name] if given[name] is None else given[name] for name in ("window", "sinks"))
-    return {"layers": layers, "model": model, "files": files, "gate": gate, "window": window or None, "sinks": sinks}
+    options = {"layers": layers, "model": model, "files": files, "gate": gate, "longer": given["longer"] or []}
+    return options | {"window": window or None, "sinks": sinks}
 
 
 def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]) -> K:

@@ -38,7 +38,7 @@ EXTRAS = {
     "integrations": (),
     "integrations/checkpoints.py": ("transformers",),
     "integrations/weights.py": ("transformers",),
-    "integrations/transformers": ("cli", "datasets"),  # which includes the extra transformers
+    "integrations/transformers": ("cli", "datasets", "lora"),  # which includes the extra transformers
     "integrations/timm": ("timm",),
     "benchmarks": ("bench",),
     "benchmarks/gpu": ("bench", "triton", "fla"),

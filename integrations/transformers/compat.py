@@ -35,6 +35,7 @@ from transformers.modeling_layers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
+from transformers.pytorch_utils import Conv1D
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerState
 from transformers.utils import logging
@@ -55,6 +56,7 @@ __all__ = [
     "BaseModelOutputWithPast",
     "CacheLayerMixin",
     "CausalLMOutputWithPast",
+    "Conv1D",
     "ExportableState",
     "GenericForSequenceClassification",
     "GenericForTokenClassification",

@@ -75,7 +75,7 @@ def test_the_plot_names_the_model_and_shows_all_parts(host, text, tmp_path, monk
     assert result.exit_code == 0, result.output
     parts, tokens_per_step, unit, file, title = drawn[-1]
     assert (tokens_per_step, unit, file) == (2 * 32, "bytes", tmp_path / "out/losses.png")
-    losses = [[entry["step"] for entry in stage if "loss" in entry] for part in parts for stage in part]
+    losses = [[entry["step"] for entry in stage if "loss" in entry] for part in parts.values() for stage in part]
     assert losses == [[1, 2, 3, 4], [1, 2]] * 2
     assert re.fullmatch(r"host, [\d,]+ parameters, with retention in 2 layers; training on 768 bytes", title)
 
@@ -94,6 +94,51 @@ def test_layers_are_replaced_in_parts(host, text, tmp_path):
     assert [(block.attn.retention.window, block.attn.retention.sinks) for block in model.transformer.h] == [(9, 0)] * 2
     for name, weight in model.state_dict().items():
         assert name == "lm_head.weight" or torch.equal(weight, best[f"model.{name}"]), name
+
+
+@pytest.mark.slow
+def test_longer_sequences_follow_and_their_losses_are_told_and_plotted(host, text, tmp_path, monkeypatch):
+    drawn, out = [], tmp_path / "out"
+    monkeypatch.setattr(swapping, "draw_recovery", lambda *args: drawn.append(args))
+    options = ["--longer", "48", "--longer", "64", "--longer-steps", "2", "--tune", "lora", "--rank", "2"]
+    result = run(host, text, "--out", out, *QUIET, *options, "--sample", 0)
+    assert result.exit_code == 0, result.output
+    told = dict(re.findall(r"^(?:context (\d+): )?teacher .* after ([\d,]+) tokens$", result.output, re.MULTILINE))
+    assert told == {"": "768", "48": "96", "64": "128"}
+    assert "1 sequences x 48 bytes = 48 bytes a step" in result.stderr + result.output
+    losses = json.loads((out / "recovery.json").read_text())
+    assert losses["longer"]["64"]["tuned"] <= losses["longer"]["64"]["replaced"]
+    parts, tokens_per_step, *_, title = drawn[-1]
+    assert {name: [entry["step"] for entry in tuning if "loss" in entry] for name, (_, tuning) in parts.items()} == {
+        "part 1": [1, 2, 3, 4],
+        "context 48": [0.75, 1.5],  # steps of the axis, which has 64 bytes a step
+        "context 64": [1, 2],
+    }
+    assert tokens_per_step == 64
+    assert title.endswith("training on 768 bytes, then on sequences of 48, then on sequences of 64")
+    model = load_swapped(out)
+    assert {type(module).__module__.split(".")[0] for module in model.modules()} == {
+        "torch",
+        "transformers",
+        "retention",
+    }
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [
+        ((64, 48), "longer must be different contexts, from short to long; got longer [64, 48]"),
+        ((48, 48), "longer must be different contexts, from short to long; got longer [48, 48]"),
+        ((32,), "longer must be above context, 32; got longer 32"),
+        ((48, 65), "longer must be at most 64, the positions of "),
+    ],
+)
+def test_lengths_that_cannot_follow_are_refused_before_anything_is_written(lengths, message, host, text, tmp_path):
+    longer = [word for length in lengths for word in ("--longer", length)]
+    result = run(host, text, "--out", tmp_path / "out", *QUIET, *longer)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -21,10 +22,10 @@ SIZES = dict(vocab_size=32, hidden_size=32, intermediate_size=64, num_hidden_lay
 class Countdown(torch.utils.data.Dataset):
     """Rows that count on in steps of their own: an attention layer finds out the step."""
 
-    def __init__(self, rows):
+    def __init__(self, rows, length=24):
         chance = torch.Generator().manual_seed(rows)
         start, step = (torch.randint(low, high, (rows, 1), generator=chance) for low, high in ((0, 32), (1, 5)))
-        self.tokens = (start + step * torch.arange(24)) % 32
+        self.tokens = (start + step * torch.arange(length)) % 32
 
     def __len__(self):
         return len(self.tokens)
@@ -287,8 +288,73 @@ def test_with_layers_alone_to_tune_the_teacher_shares_all_other_weights(teacher,
         model.model.layers[0].self_attn.q_proj.weight, teacher.model.layers[0].self_attn.q_proj.weight
     )
     assert all(weight.requires_grad for weight in model.parameters())
-    with pytest.raises(ValueError, match="tune must be one of 'all', 'layers'; got tune 'some'"):
+    with pytest.raises(ValueError, match="tune must be one of 'all', 'layers', 'lora'; got tune 'some'"):
         recover(model, tmp_path / "none", tune="some")
+
+
+def test_low_rank_updates_train_the_other_linear_layers_and_become_part_of_them(teacher, tmp_path):
+    model, before = copy.deepcopy(teacher), copy.deepcopy(teacher.state_dict())
+    options = dict(transfer_steps=5, tuning_steps=8, batch=8, transfer_lr=4e-2, tuning_lr=1e-3, tune="lora", rank=3)
+    quiet = dict(use_cpu=True, disable_tqdm=True, eval_strategy="steps", eval_steps=4)
+    data = Countdown(200), Countdown(32)
+    again = copy.deepcopy(model)
+    parts = distill.replace_in_parts(model, [[1], [0]], *data, out=tmp_path, **options, **quiet)
+    assert [part.teacher for part in parts] == [pytest.approx(parts[0].teacher)] * 2  # no update reached the teacher
+    assert parts[1].tuned < parts[1].transferred
+    assert torch.equal(teacher.lm_head.weight, before["lm_head.weight"])
+    for name, weight in model.state_dict().items():
+        change = None if ".self_attn." in name else weight - before[name]
+        if change is not None and "mlp" in name:  # each part adds an update
+            assert 0 < torch.linalg.matrix_rank(change) <= 6, name
+        else:
+            assert change is None or not change.any(), name
+    assert {type(module).__module__.split(".")[0] for module in model.modules()} == {
+        "torch",
+        "transformers",
+        "retention",
+    }
+    assert all(weight.requires_grad for weight in model.parameters())
+    distill.replace_in_parts(again, [[1], [0]], *data, out=tmp_path, **options, **quiet)  # reads what is in the folder
+    for name, weight in again.state_dict().items():
+        torch.testing.assert_close(weight, model.state_dict()[name])
+
+
+@pytest.mark.parametrize("tune", ["layers", "lora"])
+def test_a_teacher_that_shares_frozen_weights_stays_as_it_was(tune, teacher, replaced, tmp_path):
+    with distill._learning(replaced, ["model.layers.0.self_attn", "model.layers.1.self_attn"], tune):
+        mine = distill.teacher_of(replaced)
+    recover(replaced, tmp_path, teacher=mine, tune=tune, transfer_steps=0, tuning_steps=3)
+    tokens = Countdown(4).tokens
+    torch.testing.assert_close(mine(tokens).logits, teacher(tokens).logits)
+
+
+def test_low_rank_updates_need_linear_layers_and_a_rank(replaced, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="rank must be an integer of at least 1; got rank 0"):
+        recover(replaced, tmp_path / "none", tune="lora", rank=0)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match='tune "lora" needs the library peft; pip install'):
+        recover(replaced, tmp_path / "none", tune="lora")
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_second_stage_goes_on_with_longer_sequences(teacher, tmp_path):
+    model, seen = copy.deepcopy(teacher), []
+
+    class Lengths(TrainerCallback):
+        def on_train_begin(self, args, state, control, train_dataloader, **kwargs):
+            rows = next(iter(train_dataloader))["input_ids"].shape
+            seen.append((args.output_dir.removeprefix(f"{tmp_path}/"), *rows))
+
+    options = dict(transfer_steps=2, tuning_steps=2, batch=6, transfer_lr=4e-2, tuning_lr=1e-3, callbacks=[Lengths()])
+    quiet = dict(use_cpu=True, disable_tqdm=True)
+    longer = [(Countdown(99, length=n), Countdown(9, length=n)) for n in (48, 200)]
+    found = distill.replace_in_parts(
+        model, [[0, 1]], Countdown(99), Countdown(9), out=tmp_path, longer=longer, longer_steps=3, **options, **quiet
+    )
+    first = [("part-1/transfer", 6, 24), ("part-1/tuning", 6, 24)]
+    assert seen == [*first, ("context-48/tuning", 3, 48), ("context-200/tuning", 1, 200)]
+    assert [recovery.tokens for recovery in found] == [4 * 6 * 24, 3 * 3 * 48, 3 * 200]
+    assert all(recovery.tuned <= recovery.transferred == recovery.replaced for recovery in found[1:])
 
 
 def test_the_first_stage_does_not_run_the_teachers_head(teacher, replaced):

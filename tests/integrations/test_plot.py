@@ -50,7 +50,7 @@ def test_a_single_training_loss_is_seen(figures, tmp_path):
 @pytest.mark.slow
 def test_a_panel_shows_one_kind_of_loss_with_its_unit_and_labelled_ticks(figures, tmp_path):
     part = ([*log(range(10, 60, 10)), *log((50,), "eval_loss")], [*log(range(10, 60, 10)), *log((50,), "eval_loss")])
-    draw_recovery([part], 64, "tokens", tmp_path / "a.png", "my_model, 8 parameters")
+    draw_recovery({"part 1": part}, 64, "tokens", tmp_path / "a.png", "my_model, 8 parameters")
     assert figures[0].get_suptitle() == "my_model, 8 parameters"
     assert [axes.get_ylabel() for axes in figures[0].axes] == [
         "relative squared error",
@@ -68,18 +68,20 @@ def test_a_panel_shows_one_kind_of_loss_with_its_unit_and_labelled_ticks(figures
 
 @pytest.mark.slow
 def test_parts_follow_each_other(figures, tmp_path):
-    draw_recovery([(log([1, 4]), log([2])), (log([2, 4]), log([2])), ([], [])], 10, "bytes", tmp_path / "a.png")
+    draw_recovery(
+        dict(a=(log([1, 4]), log([2])), b=(log([2, 4]), log([2])), c=([], [])), 10, "bytes", tmp_path / "a.png"
+    )
     fit, divergence, quality = figures[0].axes
     assert [list(line.get_xdata()) for line in lines(fit, "training, smoothed")] == [[10, 40], [60, 80]]
     assert [list(line.get_xdata()) for line in lines(divergence, "training, smoothed")] == [[20], [40]]
-    assert [text.get_text().strip() for text in fit.texts] == ["part 1", "part 2", "part 3"]
+    assert [text.get_text().strip() for text in fit.texts] == ["a", "b", "c"]
     assert [text.get_text() for text in quality.texts] == ["not measured yet"]
 
 
 @pytest.mark.slow
 def test_losses_that_are_all_zero_or_below_by_rounding_are_drawn_without_a_logarithm(figures, tmp_path):
     nothing = [{"step": step, "loss": -1e-9} for step in (1, 2)]
-    draw_recovery([(nothing, nothing)], 10, "bytes", tmp_path / "a.png")
+    draw_recovery({"part 1": (nothing, nothing)}, 10, "bytes", tmp_path / "a.png")
     assert [axes.get_yscale() for axes in figures[0].axes[:2]] == ["linear", "linear"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +77,14 @@ class Corpus:
     vocabulary: int
     bytes_per_token: float | None
     digest: str
+
+    def cut(self, context: int) -> Corpus:
+        """Return the same corpus in examples of another length, from the same texts for training and validation."""
+        train, valid = (
+            Blocks(name, blocks.pieces, context, self.unit)
+            for name, blocks in (("training", self.train), ("validation", self.valid))
+        )
+        return replace(self, train=train, valid=valid)
 
     def report(self, loss: float) -> str:
         """Describe a validation loss, given in nats per byte or token."""

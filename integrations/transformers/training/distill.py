@@ -5,7 +5,8 @@ teacher's inputs, all layers in one pass. The second distils the whole model fro
 optionally, the labels.
 
 Source: Zhang et al. 2024, arXiv:2410.10254 (LoLCATs). Differs: retention replaces linear attention, the second stage
-    trains all weights instead of LoRA, and the layers may be replaced in parts, one after another.
+    trains all weights unless it is told otherwise, the layers may be replaced in parts, one after another, and further
+    stages train on longer sequences.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,16 +34,30 @@ from ...files import read_json
 from ...swap import Swapped, plan_replacement, replace_attention, restore_attention
 from ..compat import TRAINER_STATE_NAME, TrainerState
 from .best import Best
+from .lora import low_rank_updates, peft
 from .progress import progress_bar
 from .rates import STEPS, Group, search_rates
 from .resumable import ResumableTrainer, log_every
 from .saving import last_checkpoint, step_of, write_text
 
-__all__ = ["TRANSFER", "TUNE", "TUNING", "AttentionTransfer", "Recovery", "recover", "replace_in_parts", "teacher_of"]
+__all__ = [
+    "CONTEXT",
+    "TRANSFER",
+    "TUNE",
+    "TUNING",
+    "AttentionTransfer",
+    "Recovery",
+    "recover",
+    "replace_in_parts",
+    "sequences_per_step",
+    "teacher_of",
+]
 
 TRANSFER, TUNING = "transfer", "tuning"  # names of the stages and of their folders
-TUNE = _ALL, _LAYERS = "all", "layers"  # what the second stage trains
+TUNE = _ALL, _LAYERS, _LORA = "all", "layers", "lora"  # what the second stage trains
+CONTEXT = "context"  # "context-T" is the folder of the training on examples of length T
 _RATES, _BEST = "rates.json", "best.pt"  # in the folder of a stage
+_BATCH = 4  # examples per step, unless the caller says otherwise
 
 
 @dataclass
@@ -95,12 +110,14 @@ def replace_in_parts(
     *,
     out: str | Path,
     options: dict[str, Any] | None = None,
+    longer: Sequence[tuple[Dataset, Dataset]] = (),
+    longer_steps: int = 200,
     **arguments: Any,
 ) -> list[Recovery]:
     """Replace some layers, train, replace further layers, train, and so on.
 
     Each part thus learns while later layers still compute attention. Each part is calibrated on the first 8 training
-    examples.
+    examples. At the end the second stage goes on with longer sequences, if there are any.
 
     Args:
         model: a transformers model; it is changed in place.
@@ -108,8 +125,11 @@ def replace_in_parts(
         train_data, valid_data: as in `recover`.
         out: folder; part n trains in its subfolder "part-n".
         options: options of `replace_attention` for all parts.
+        longer: training and validation data with longer examples, from short to long; those of length T train in the
+            subfolder "context-T". The batch shrinks as the length grows, to one example at least.
+        longer_steps: optimiser steps for each of `longer`.
         arguments: arguments of `recover` for each part.
-    Returns: one `Recovery` per part; the last one describes the final model.
+    Returns: one `Recovery` per part, then one for each of `longer`; the last one describes the final model.
     Raises: TypeError or ValueError as `replace_attention` does, before any training; and as `recover` does.
     Example:
         found = replace_in_parts(model, [[2, 3], [0, 1]], train, valid, out="runs/parts", options={"window": 64})
@@ -119,6 +139,7 @@ def replace_in_parts(
     check_is("out", out, str | Path, "a folder")
     check_is("options", options, dict | None, "options of replace_attention by name, or None")
     out = Path(out)
+    check_whole("longer_steps", longer_steps)
     tune = arguments.get("tune", _ALL)
     check_choice("tune", tune, TUNE)
     chosen = plan_replacement(model, layers=[i for part in parts for i in part], **options or {}).replaced
@@ -133,7 +154,18 @@ def replace_in_parts(
             new = [name for name in report.replaced if name not in there]
             folder = out / f"part-{number}"
             found.append(recover(model, train_data, valid_data, out=folder, teacher=teacher, taught=new, **arguments))
+        tokens = arguments.get("batch", _BATCH) * _length(train_data)
+        for train, valid in longer:
+            context = _length(train)
+            sizes = {"transfer_steps": 0, "tuning_steps": longer_steps, "batch": sequences_per_step(tokens, context)}
+            folder = out / f"{CONTEXT}-{context}"
+            found.append(recover(model, train, valid, out=folder, teacher=teacher, **arguments | sizes))
     return found
+
+
+def sequences_per_step(tokens: int, context: int) -> int:
+    """Return how many sequences of length `context` are trained on in a step of about so many tokens; at least 1."""
+    return max(tokens // context, 1)
 
 
 def recover(
@@ -146,10 +178,11 @@ def recover(
     taught: Sequence[str] | None = None,
     transfer_steps: int = 600,
     tuning_steps: int = 1400,
-    batch: int = 4,
+    batch: int = _BATCH,
     transfer_lr: float | None = None,
     tuning_lr: float | None = None,
     tune: str = "all",
+    rank: int = 16,
     patience: int | None = None,
     label_weight: float = 0.0,
     callbacks: Sequence[TrainerCallback] = (),
@@ -174,8 +207,11 @@ def recover(
             Default: each layer gets the one of 1e-3, 3e-3, 1e-2 and 4e-2 with which its error is lowest after 8 steps.
         tuning_lr: learning rate of the second stage. Default: the one of 3e-5, 1e-4, 3e-4 and 1e-3 with which the
             model's loss is lowest after 8 steps.
-        tune: what the second stage trains, "all" or "layers": all weights, or those of the replaced layers only. With
-            "layers", teacher and model share all other weights, and the optimiser needs memory for the layers only.
+        tune: what the second stage trains: "all" weights, or those of the replaced "layers" only. With "layers",
+            teacher and model share all other weights, and the optimiser needs memory for the layers only. "lora" is
+            like "layers", and all other linear layers but the head learn by low-rank updates, which are added to
+            their weights at the end; it needs the library peft.
+        rank: rank of these updates.
         patience: number of evaluations without a lower loss after which a stage ends. Default: none does.
         label_weight: factor of the labels' cross-entropy, which is added to the divergence from the teacher.
         callbacks: callbacks of transformers' Trainer, for both stages.
@@ -201,8 +237,11 @@ def recover(
         if rate is not None:
             check_factor(name, rate)
     check_choice("tune", tune, TUNE)
+    check_whole("rank", rank)
     check_whole("patience", patience, optional=True)
     check_eps("label_weight", label_weight)
+    if tune == _LORA:
+        peft()
     out = Path(out)
     layers: dict[str, Any] = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
     if not layers:
@@ -254,7 +293,8 @@ def recover(
             for name, layer in taught_layers.items():
                 layer.load_state_dict(start[name])
         del start
-        tuner.run()
+        with low_rank_updates(model, layers, rank) if tune == _LORA else nullcontext():
+            tuner.run()
         tuned = tuner.best.losses["model"] if tuning_steps else transferred
         return Recovery(as_teacher, replaced, transferred, tuned, stage.tokens + tuner.tokens)
 
@@ -264,15 +304,15 @@ def _learning(model: PreTrainedModel, layers: Iterable[str], tune: str) -> Itera
     """Within the block, freeze all parameters that `tune` leaves out; `layers` are the names of the replaced layers."""
     ours = tuple(f"{name}." for name in layers)
     frozen = [
-        p for name, p in model.named_parameters() if tune == _LAYERS and p.requires_grad and not name.startswith(ours)
+        name for name, p in model.named_parameters() if tune != _ALL and p.requires_grad and not name.startswith(ours)
     ]
     try:
-        for p in frozen:
-            p.requires_grad_(False)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(False)
         yield
     finally:
-        for p in frozen:
-            p.requires_grad_(True)
+        for name in frozen:
+            model.get_parameter(name).requires_grad_(True)
 
 
 class AttentionTransfer(nn.Module):
@@ -376,7 +416,7 @@ class _Stage(ResumableTrainer):
         self._measure()
         self.best.restore()
         examples = (done + kept["steps"]) * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        self.tokens = examples * len(cast(Any, self.train_dataset)[0]["input_ids"])
+        self.tokens = examples * _length(self.train_dataset)
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         """Evaluate; during training, also keep the weights of each part that is better than before."""
@@ -515,6 +555,11 @@ def _layers_shown(model: PreTrainedModel, names: Sequence[str], *, hidden: bool)
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _length(data: Any) -> int:
+    """Return the length of the examples of a dataset."""
+    return len(data[0]["input_ids"])
 
 
 def _first(data: Any, count: int) -> dict[str, Tensor]:

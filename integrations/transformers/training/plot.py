@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
@@ -49,20 +49,20 @@ def draw(history: History, tokens_per_step: int, unit: str, file: Path, title: s
 
 
 def draw_recovery(
-    parts: Sequence[tuple[History, History]], tokens_per_step: int, unit: str, file: Path, title: str = ""
+    parts: Mapping[str, tuple[History, History]], tokens_per_step: int, unit: str, file: Path, title: str = ""
 ) -> None:
     """Plot the losses of both stages of a replacement against the number of tokens seen, as a PNG.
 
     The parts follow each other along the axis, as they do in time.
 
     Args:
-        parts: for each part of the layers, the logs of the Trainers of both stages; a log may be empty.
+        parts: the logs of the Trainers of both stages, by the name of a part of the training; a log may be empty.
         tokens_per_step, unit, file, title: as in `draw`.
     """
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     figure.suptitle(title)
     fit, divergence, quality = figure.subplots(1, 3)
-    transfers, tunings = [part[0] for part in parts], [part[1] for part in parts]
+    transfers, tunings = ([part[stage] for part in parts.values()] for stage in (0, 1))
     nats = f"nats per {unit.removesuffix('s')}"
 
     _training(fit, transfers, tokens_per_step)
@@ -75,7 +75,7 @@ def draw_recovery(
     _validation(quality, tunings, tokens_per_step)
     _finish(quality, unit, "second stage: loss on the validation text", f"cross-entropy, {nats}")
     for axes, histories in ((fit, transfers), (divergence, tunings), (quality, tunings)):
-        _name_parts(axes, histories, tokens_per_step)
+        _name_parts(axes, list(parts), histories, tokens_per_step)
     _save(figure, file)
 
 
@@ -126,14 +126,14 @@ def _finish(axes: Axes, unit: str, title: str, loss: str, *, log: bool = False) 
     axes.legend(named.values(), named, loc="upper right")  # losses fall; names of parts are below
 
 
-def _name_parts(axes: Axes, histories: Sequence[History], tokens_per_step: int) -> None:
+def _name_parts(axes: Axes, names: Sequence[str], histories: Sequence[History], tokens_per_step: int) -> None:
     if len(histories) < 2 or not axes.lines:
         return
-    for number, begin in enumerate(_begins(histories), start=1):
+    for name, begin in zip(names, _begins(histories), strict=True):
         seen = begin * tokens_per_step
         axes.axvline(seen, color="grey", linewidth=0.8, linestyle=":")
         place = axes.get_xaxis_transform()
-        axes.text(seen, 0.02, f" part {number}", transform=place, color="dimgrey", fontsize="small")
+        axes.text(seen, 0.02, f" {name}", transform=place, color="dimgrey", fontsize="small")
 
 
 def _save(figure: Figure, file: Path) -> None:

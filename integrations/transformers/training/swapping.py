@@ -24,7 +24,8 @@ from ..replaced_config import marked_layers
 from .choosing import LayerCosts, choose_layers
 from .codec import Codec
 from .corpus import Corpus, read_corpus
-from .distill import TRANSFER, TUNE, TUNING, Recovery, replace_in_parts
+from .distill import CONTEXT, TRANSFER, TUNE, TUNING, Recovery, replace_in_parts, sequences_per_step
+from .lora import peft
 from .opening import bars_of_transformers, open_model
 from .plot import draw_layers, draw_recovery
 from .progress import PLOT, Batch, Progress, SaveOnInterrupt, progress_bar
@@ -62,9 +63,12 @@ class SwapSettings(Kept):
     tuning_steps: int = 1400
     batch: int = 4
     context: int | None = None  # in tokens; None: 256, or fewer if the model has fewer positions
+    longer: list[int] = field(default_factory=list)  # contexts of further stages, in tokens
+    longer_steps: int = 200  # for each of them
     transfer_lr: float | None = None  # None: found by a short search, as is tuning_lr
     tuning_lr: float | None = None
     tune: str = "all"
+    rank: int = 16  # of low-rank updates, with tune "lora"
     patience: int | None = None  # in evaluations; None: no early stop
     label_weight: float = 0.0
     seed: int = 0
@@ -93,7 +97,7 @@ class SwapSettings(Kept):
                 f"choose and layers must not both be given; got choose {self.choose}, layers {self.layers}"
             )
         check_whole("choose", self.choose, optional=True)
-        self.check_counts("parts", "batch", "eval_every", "save_every")
+        self.check_counts("parts", "batch", "eval_every", "save_every", "longer_steps", "rank")
         for name in ("transfer_steps", "tuning_steps"):
             if getattr(self, name) < 0 or getattr(self, name) % self.parts:
                 raise ValueError(
@@ -101,7 +105,11 @@ class SwapSettings(Kept):
                 )
         if self.context is not None and self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
+        if self.longer != sorted(set(self.longer)):
+            raise ValueError(f"longer must be different contexts, from short to long; got longer {self.longer}")
         check_choice("tune", self.tune, TUNE)
+        if self.tune == "lora":
+            peft()
         check_whole("patience", self.patience, optional=True)
         for name in ("transfer_lr", "tuning_lr"):
             if getattr(self, name) is not None:
@@ -121,6 +129,7 @@ class Swap:
         corpus: the data it was trained on.
         report: the report of the replacement.
         recovery: the losses.
+        longer: the losses of each further stage by its context.
     """
 
     model: Any
@@ -128,6 +137,12 @@ class Swap:
     corpus: Corpus
     report: SwapReport
     recovery: Recovery
+    longer: dict[int, Recovery]
+
+    def __str__(self) -> str:
+        lines = [f"{self.report}", f"{self.recovery}"]
+        lines += [f"context {context}: {found}" for context, found in self.longer.items()]
+        return "\n".join(lines)
 
 
 def swap(settings: SwapSettings, out: Path, *, resume: bool = False) -> Swap:
@@ -159,7 +174,8 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
     if settings.parts > layers:
         raise ValueError(f"parts must be at most {layers}, the layers to replace; got parts {settings.parts}")
     context = _context(settings, model)
-    corpus = read_corpus(settings.files, codec, context, column=settings.text_column, skip=out)
+    longest = max([context, *settings.longer])
+    corpus = read_corpus(settings.files, codec, longest, column=settings.text_column, skip=out)
     if corpus.vocabulary > model.config.vocab_size:
         raise ValueError(
             f"{settings.model} must know all {corpus.vocabulary} tokens of the corpus; it knows "
@@ -170,17 +186,20 @@ def _swap(settings: SwapSettings, out: Path, stop: SaveOnInterrupt, resume: bool
         settings.check_same(**found)
     replace(settings, **found).write(out)
 
+    contexts = {length: corpus.cut(length) for length in (context, *settings.longer)}
     set_seed(settings.seed)
     if settings.choose is not None:
-        settings = replace(settings, layers=_chosen(model, settings, corpus, out))
+        settings = replace(settings, layers=_chosen(model, settings, contexts[context], out))
         plan = plan_replacement(model, layers=settings.layers, **settings.replacement)
-    recovery = _recovered(model, settings, plan, corpus, out, stop)
+    first, *others = _recovered(model, settings, plan, contexts, out, stop)
+    longer = dict(zip(settings.longer, others, strict=True))
     with written_whole(out, "the model") as folder, bars_of_transformers():
         model.save_pretrained(folder)
         if codec.tokenizer is not None:
             codec.tokenizer.save_pretrained(folder)
-        (folder / _RECOVERY).write_text(json.dumps(asdict(recovery), indent=2) + "\n")
-    return Swap(model, codec, corpus, plan, recovery)
+        losses = asdict(first) | {"longer": {context: asdict(found) for context, found in longer.items()}}
+        (folder / _RECOVERY).write_text(json.dumps(losses, indent=2) + "\n")
+    return Swap(model, codec, corpus, plan, first, longer)
 
 
 def _digest(model: Any) -> str:
@@ -195,14 +214,17 @@ def _digest(model: Any) -> str:
 
 
 def _context(settings: SwapSettings, model: Any) -> int:
+    """Return the context of the first two stages. Raises: ValueError for one that the model does not have."""
     longest = getattr(model.config, "max_position_embeddings", math.inf)
-    if settings.context is None:
-        return int(min(256, longest))
-    if settings.context > longest:
-        raise ValueError(
-            f"context must be at most {longest}, the positions of {settings.model}; got context {settings.context}"
-        )
-    return settings.context
+    context = int(min(256, longest)) if settings.context is None else settings.context
+    for name, length in [("context", context), *(("longer", length) for length in settings.longer)]:
+        if length > longest:
+            raise ValueError(
+                f"{name} must be at most {longest}, the positions of {settings.model}; got {name} {length}"
+            )
+    if settings.longer and settings.longer[0] <= context:
+        raise ValueError(f"longer must be above context, {context}; got longer {settings.longer[0]}")
+    return context
 
 
 def _chosen(model: Any, settings: SwapSettings, corpus: Corpus, out: Path) -> list[int]:
@@ -218,13 +240,17 @@ def _chosen(model: Any, settings: SwapSettings, corpus: Corpus, out: Path) -> li
 
 
 def _recovered(
-    model: Any, settings: SwapSettings, plan: SwapReport, corpus: Corpus, out: Path, stop: SaveOnInterrupt
-) -> Recovery:
-    batch = Batch(settings.batch, 1, 1, corpus.train.context, corpus.unit)
+    model: Any, settings: SwapSettings, plan: SwapReport, contexts: dict[int, Corpus], out: Path, stop: SaveOnInterrupt
+) -> list[Recovery]:
+    """Replace and train in all stages; return the losses of the first context, then those of each longer one."""
+    context, *longer = contexts
+    corpus = contexts[context]
+    batch = Batch(settings.batch, 1, 1, context, corpus.unit)
     layers = range(len(plan.replaced)) if settings.layers is None else settings.layers
     size = f"{model.num_parameters():,} parameters, with retention in {len(plan.replaced)} layers"
     seen = f"{batch.tokens * (settings.transfer_steps + settings.tuning_steps):,} {batch.unit}"
     title = f"{Path(settings.model).name}, {size}; training on {seen}"
+    title += "".join(f", then on sequences of {length}" for length in longer)
     found = replace_in_parts(
         model,
         [part.tolist() for part in np.array_split(np.array(layers), settings.parts)],
@@ -232,12 +258,15 @@ def _recovered(
         corpus.valid,
         out=out,
         options=settings.replacement | {"backend": settings.backend, "form": settings.form},
+        longer=[(contexts[length].train, contexts[length].valid) for length in longer],
+        longer_steps=settings.longer_steps,
         transfer_steps=settings.transfer_steps // settings.parts,
         tuning_steps=settings.tuning_steps // settings.parts,
         batch=settings.batch,
         transfer_lr=settings.transfer_lr,
         tuning_lr=settings.tuning_lr,
         tune=settings.tune,
+        rank=settings.rank,
         patience=settings.patience,
         label_weight=settings.label_weight,
         callbacks=[StageProgress(batch, corpus), Picture(batch, out, title), stop],
@@ -250,11 +279,19 @@ def _recovered(
         seed=settings.seed,
         **device_arguments(settings.device, settings.dtype),
     )
-    return replace(found[-1], replaced=found[0].replaced, tokens=sum(part.tokens for part in found))
+    parts, others = found[: settings.parts], found[settings.parts :]
+    whole = replace(parts[-1], replaced=parts[0].replaced, tokens=sum(part.tokens for part in parts))
+    return [whole, *others]
 
 
 class StageProgress(Progress):
     """The progress bar and report lines of each stage."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Open the bar, for the batch of this stage."""
+        context = len(kwargs["train_dataloader"].dataset[0]["input_ids"])
+        self.batch = replace(self.batch, sequences=args.train_batch_size, context=context)
+        super().on_train_begin(args, state, control, model, **kwargs)
 
     def headline(self, args: Any, model: Any) -> str:
         """Return the first line of a stage: its name, its number of trained parameters, its batch."""
@@ -276,9 +313,18 @@ class Picture(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Draw the plot."""
-        parts = sorted(self.out.glob("part-*"), key=lambda part: int(part.name.split("-")[1]))
-        histories = [(_history(part / TRANSFER), _history(part / TUNING)) for part in parts]
-        draw_recovery(histories, self.batch.tokens, self.batch.unit, self.out / PLOT, self.title)
+        parts = {}
+        for number, folder in _numbered(self.out, "part"):
+            parts[f"part {number}"] = _history(folder / TRANSFER), _history(folder / TUNING)
+        for context, folder in _numbered(self.out, CONTEXT):
+            tokens = sequences_per_step(self.batch.tokens, context) * context
+            parts[f"context {context}"] = [], _history(folder / TUNING, tokens / self.batch.tokens)
+        draw_recovery(parts, self.batch.tokens, self.batch.unit, self.out / PLOT, self.title)
+
+
+def _numbered(out: Path, name: str) -> list[tuple[int, Path]]:
+    """Return the folders "name-1", "name-2", ... with their numbers, in order."""
+    return sorted((int(folder.name.split("-")[1]), folder) for folder in out.glob(f"{name}-*"))
 
 
 def _stage(args: Any) -> str:
@@ -286,9 +332,13 @@ def _stage(args: Any) -> str:
     return "/".join(Path(args.output_dir).parts[-2:])
 
 
-def _history(stage: Path) -> list[dict[str, Any]]:
-    """Return the log of the newest readable checkpoint, complete or not, as it is only plotted."""
+def _history(stage: Path, length: float = 1.0) -> list[dict[str, Any]]:
+    """Return the log of the newest readable checkpoint, complete or not, as it is only plotted.
+
+    length: of a step, in steps of the plot.
+    """
     for checkpoint in checkpoints(stage):
         with suppress(OSError, ValueError, TypeError):
-            return TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
+            log = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).log_history
+            return [entry | {"step": entry["step"] * length} for entry in log]
     return []
