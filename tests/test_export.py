@@ -113,7 +113,7 @@ def test_a_program_suits_every_batch_and_length(options, state, masked):
 def test_a_program_with_a_grid_suits_every_batch():
     """A number of rows at a time, as the parallel form takes on a grid, would depend on the batch."""
     model = Retain(causal=False, grid=(2, 5))
-    program = export(model, qkv(), dynamic_shapes=(*[{0: BATCH}] * 3, None, None))
+    program = export(model, qkv(), dynamic_shapes=({0: BATCH},) * 3)
     for batch in (1, 5):
         given_ = qkv(batch)
         torch.testing.assert_close(program.module()(*given_), model(*given_))
