@@ -73,7 +73,7 @@ def _versions(model: nn.Module) -> dict[str, nn.Module]:
 
 def _retnet(dim: int, layers: int) -> RetNet:
     torch.manual_seed(0)
-    return RetNet(VOCAB, dim, layers, dim // 128, tie_embeddings=False).eval()
+    return RetNet(VOCAB, dim, layers, dim // 64, ffn_dim=4 * dim, tie_embeddings=False).eval()
 
 
 def _llama(dim: int, layers: int) -> LlamaForCausalLM:

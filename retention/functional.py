@@ -318,7 +318,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
 
 
 for _function in (retain, step, scores):
-    _function.__prepare_scriptable__ = refuse_torchscript  # type: ignore[attr-defined] # torch.jit.script asks for it
+    _function.__prepare_scriptable__ = refuse_torchscript  # type: ignore[union-attr] # torch.jit.script asks for it
 
 
 def _run(call: Call, inputs: Inputs, options: Options) -> tuple[Tensor, RetentionState | None]:

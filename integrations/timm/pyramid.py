@@ -116,8 +116,8 @@ class ManhattanAttention(nn.Module):
 
 def _attend_in_lines(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
     """Attend inside each line of cells: q, k, v (B, lines, H, n, D); bias (H, n, n). Returns the shape of v."""
-    lines = (z.flatten(0, 1) for z in (q, k, v))  # ONNX and fused kernels take four dimensions
-    return F.scaled_dot_product_attention(*lines, attn_mask=bias, scale=scale).view_as(v)
+    q, k, flat = (z.flatten(0, 1) for z in (q, k, v))  # ONNX and fused kernels take four dimensions
+    return F.scaled_dot_product_attention(q, k, flat, attn_mask=bias, scale=scale).view_as(v)
 
 
 @register_notrace_module
