@@ -28,6 +28,8 @@ COMMANDS = {
     "parity": "parity",
     "stream": "stream",
     "distributed": "distributed",
+    "export": "export",
+    "quantised": "quantised",
     "floor": "floor",
     "gate": "gate",
     "gpu-compile": "gpu.compiled",

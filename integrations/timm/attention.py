@@ -74,7 +74,7 @@ class Tokens:
         prefix = self.model.num_prefix_tokens
         if self.grid is None:
             raise ShapeError("the grid of the image is not known; run the whole model, on images of one size")
-        rows, columns = map(int, self.grid)
+        rows, columns = self.grid  # sizes, symbolic while a program for all of them is exported
         if prefix + rows * columns != x.shape[1]:
             raise ShapeError(
                 f"tokens must be {prefix} and a grid of {rows} x {columns}; got {x.shape[1]} tokens; "

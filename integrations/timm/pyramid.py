@@ -108,11 +108,11 @@ class ManhattanAttention(nn.Module):
         """
         rows, columns = (self._bias(n, q) for n in grid)
         if self.by_axis:
-            q, k, v = (z.unflatten(2, grid) for z in (q, k, v))
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=columns[:, None], scale=scale)
-            q, k, y = (z.transpose(2, 3) for z in (q, k, y))
-            y = F.scaled_dot_product_attention(q, k, y, attn_mask=rows[:, None], scale=scale)
-            return y.transpose(2, 3).flatten(2, 3).transpose(1, 2), None
+            q, k, v = (z.unflatten(2, grid).transpose(1, 2) for z in (q, k, v))  # (B, rows, H, columns, D)
+            y = _attend_in_lines(q, k, v, columns, scale)
+            q, k, y = (z.transpose(1, 3) for z in (q, k, y))  # (B, columns, H, rows, D)
+            y = _attend_in_lines(q, k, y, rows, scale)
+            return y.transpose(1, 3).transpose(2, 3).flatten(1, 2), None
         bias = (rows[:, :, None, :, None] + columns[:, None, :, None, :]).flatten(3, 4).flatten(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale).transpose(1, 2), None
 
@@ -121,6 +121,12 @@ class ManhattanAttention(nn.Module):
         index = torch.arange(n, device=q.device)
         rate = self.decay(q.device, state_dtype(q.dtype))
         return (rate[:, None, None] * (index[:, None] - index).abs()).to(q.dtype)
+
+
+def _attend_in_lines(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """Attend inside each line of cells: q, k, v (B, lines, H, n, D); bias (H, n, n). Returns the shape of v."""
+    q, k, flat = (z.flatten(0, 1) for z in (q, k, v))  # ONNX and fused kernels take four dimensions
+    return F.scaled_dot_product_attention(q, k, flat, attn_mask=bias, scale=scale).view_as(v)
 
 
 @register_notrace_module
