@@ -253,9 +253,10 @@ def size_of(line: Line) -> str:
 def losses(lines: Sequence[Line]) -> list[str]:
     """Return the losses relative to the teacher's after a tenth of its training, without and with a window."""
     rows = {row[0]: row[-1] for row in next(line["rows"] for line in lines if line["kind"] == "table")}
-    near = next(name for name in rows if re.fullmatch(r"all layers, window \d+", name))
-    window = near.removeprefix("all layers, window ")
+    alone = next(name for name in rows if re.fullmatch(r"all layers(, sinks \d+)?", name))
+    near = next(name for name in rows if re.fullmatch(r"all layers, window \d+(, sinks \d+)?", name))
+    window = re.findall(r"\d+", near)[0]
     return [
-        f"{rows['all layers']}; beside exact attention to the last {window} tokens {rows[near]}",
+        f"{rows[alone]}; beside exact attention to the last {window} tokens {rows[near]}",
         "0 % (the teacher)",
     ]

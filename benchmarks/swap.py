@@ -34,6 +34,7 @@ from retention.integrations.transformers.decoding import stream
 from retention.integrations.transformers.training.codec import load_codec
 from retention.integrations.transformers.training.corpus import Corpus, read_corpus
 from retention.integrations.transformers.training.distill import TRANSFER, Recovery, recover
+from retention.integrations.transformers.training.evaluation import without_retention
 from retention.integrations.transformers.training.progress import Batch, Progress, SaveOnInterrupt
 from retention.integrations.transformers.training.resumable import ResumableTrainer
 from retention.integrations.transformers.training.saving import last_checkpoint, step_of
@@ -58,13 +59,17 @@ def swap(
     window: Annotated[
         int, typer.Option(help="Number of the last tokens that keep exact attention, in the models with a window.")
     ] = 64,
+    sinks: Annotated[
+        int, typer.Option(help="Number of the first tokens that keep exact attention, in all replaced models.")
+    ] = 4,
     out: Annotated[
         Path, typer.Option(help="Folder for checkpoints. Finished trainings in it are not repeated.")
     ] = Path("runs/benchmarks/swap"),
 ) -> None:
     """Train a transformer, replace all or half of its attention, without and with a window, and distil the result.
 
-    The tables compare the losses, the generated texts and the decoding of all models.
+    For comparison, exact attention to the window and the sinks alone, without retention, is trained equally. The tables
+    compare the losses, the generated texts and the decoding of all models.
     """
     quiet()
     corpus = read_corpus([], load_codec(""), CONTEXT)
@@ -74,7 +79,8 @@ def swap(
     models = {"teacher": teacher.requires_grad_(False).eval()}
     steps_of = few * TEACHER_BATCH // BATCH
     recoveries: dict[str, Recovery] = {}
-    for options in ({}, {"window": window}):
+    kinds = ({"sinks": sinks}, {"window": window, "sinks": sinks})
+    for options in kinds:
         found = both_ways(teacher, corpus, steps_of, out, options)
         models |= {name: model for name, (model, _) in found.items()}
         recoveries |= {name: recovery for name, (_, recovery) in found.items()}
@@ -84,20 +90,22 @@ def swap(
         replace_attention(models[name], **options)
         losses[name] = learn(models[name], corpus, few, out / f"scratch{folder_of(options)}")
 
+    name = f"all layers{kind_of(kinds[1])}, without retention"
+    models[name], recoveries[name] = exact(teacher, corpus, steps_of, out, kinds[1])
+    losses[name] = recoveries[name].tuned
     show_losses(host, losses, recoveries, steps, few)
     show_texts(host, models, corpus)
-    show_decoding(host, window)
+    show_decoding(host, kinds)
 
 
 def both_ways(
     teacher: Any, corpus: Corpus, steps: int, out: Path, options: dict[str, Any]
 ) -> dict[str, tuple[Any, Recovery]]:
     """Replace all layers of the teacher, and half of them, and distil each model for `steps` steps."""
-    kind = "".join(f", {name} {value}" for name, value in options.items())
-    folder = folder_of(options)
-    transfer, tuning, taught = steps * 3 // 10, steps * 7 // 10, out / f"all{folder}"
+    kind, folder = kind_of(options), folder_of(options)
+    transfer, tuning, taught = *stages(steps), out / f"all{folder}"
     every = with_retention(teacher, range(4), corpus, options)
-    lr = 1.5e-4 if options else 3e-4  # with a window, less is left to learn
+    lr = 1.5e-4 if "window" in options else 3e-4  # with a window, less is left to learn
     recovery = recovered(every, teacher, corpus, transfer, tuning, lr, taught)
     half = easiest(teacher, corpus, options, taught)
     some = with_retention(teacher, half, corpus, options, taught)  # from the first stage of `every`
@@ -105,6 +113,24 @@ def both_ways(
         f"all layers{kind}": (every, recovery),
         f"half, {half}{kind}": (some, recovered(some, teacher, corpus, 0, tuning, 1.5e-4, out / f"half{folder}")),
     }
+
+
+def exact(teacher: Any, corpus: Corpus, steps: int, out: Path, options: dict[str, Any]) -> tuple[Any, Recovery]:
+    """Replace all layers of the teacher by exact attention to window and sinks alone, and distil the model."""
+    model = copy.deepcopy(teacher).requires_grad_(True)
+    replace_attention(model, **options)  # not calibrated: exact attention is of the right size as it is
+    without_retention(model)
+    return model, recovered(model, teacher, corpus, *stages(steps), 1.5e-4, out / f"exact{folder_of(options)}")
+
+
+def stages(steps: int) -> tuple[int, int]:
+    """Return the steps of the first and of the second stage."""
+    return steps * 3 // 10, steps * 7 // 10
+
+
+def kind_of(options: dict[str, Any]) -> str:
+    """Return the part of a model's name that tells its options."""
+    return "".join(f", {name} {value}" for name, value in options.items())
 
 
 def folder_of(options: dict[str, Any]) -> str:
@@ -251,6 +277,8 @@ def show_losses(host: str, losses: dict[str, float], recoveries: dict[str, Recov
     columns = ["", "bytes trained on", "replaced, layers taught", "validation, nats per byte", "against the teacher"]
     show(f"{host}, 4 layers, width 128, context {CONTEXT}, on Python's source", columns, rows)
     for name in recoveries:
+        if name.endswith("without retention"):
+            continue
         most = 1.02 if name.startswith("all") else 1.01
         verdict = "met" if losses[name] <= most * teacher else "MISSED"
         typer.echo(f"{name} within {100 * most - 100:.0f} % of the teacher: {verdict}")
@@ -336,10 +364,13 @@ def agreement(texts: Tensor, others: Tensor) -> str:
 # --- decoding ---------------------------------------------------------------------------------------------------------
 
 
-def show_decoding(host: str, window: int, context: int = 8192, batch: int = 8, rounds: int = 15) -> None:
+def show_decoding(
+    host: str, kinds: Iterable[dict[str, Any]], context: int = 8192, batch: int = 8, rounds: int = 15
+) -> None:
     """Time a decoding step after `context` tokens with and without retention; untrained weights do for that."""
     models = {"attention": new_host(host, positions=context + 1000).eval()}
-    for options, kind in (({}, ""), ({"window": window}, f", window {window}")):
+    for options in kinds:
+        kind = kind_of(options)
         for name, layers in (("half the layers", [0, 1]), ("all layers", None)):
             models[name + kind] = model = copy.deepcopy(models["attention"])
             replace_attention(model, layers=layers, **options)

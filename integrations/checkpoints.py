@@ -1,4 +1,4 @@
-"""Load checkpoints of other RetNet implementations, and write them in this library's or torchscale's format.
+"""Load checkpoints of other RetNet implementations, and write them in the format of this library, torchscale or fla.
 
 `formats` lists the supported formats. Loading is strict: each tensor must have a parameter of its shape, and each
 parameter a tensor. All of it is checked before anything is written, and existing files are not overwritten.
@@ -6,13 +6,13 @@ parameter a tensor. All of it is checked before anything is written, and existin
 
 from __future__ import annotations
 
-import inspect
+import json
 import os
 import re
 import shutil
 import tempfile
 import warnings
-from dataclasses import fields
+from collections import Counter
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -20,39 +20,33 @@ from typing import Any
 import torch
 
 from retention.arguments import number
-from retention.layer import MultiScaleRetention
 
 from . import torchscale
 from .files import listed, one_line, read_json, refused
-from .formats import FORMATS, TORCHSCALE, Format, Tensors, constants, described, detect, flat, tied
+from .foreign import NONE_DROPPED, Model, fla_options, fla_tensors, torchscale_options, torchscale_tensors
+from .formats import FORMATS, Format, Tensors, described, detect, tied
 from .transformers import RetNetConfig, RetNetForCausalLM, RetNetModel
 from .transformers.sharing import CODE
 from .weights import SUFFIXES, read, write
 
-__all__ = ["Model", "convert", "load", "read_json", "torchscale_options", "torchscale_tensors"]
+__all__ = [
+    "Model",
+    "convert",
+    "fla_options",
+    "fla_tensors",
+    "load",
+    "read_json",
+    "torchscale_options",
+    "torchscale_tensors",
+]
 
-Model = RetNetForCausalLM | RetNetModel
-_TARGETS = ("retention", "torchscale")
-
-# Options with which torchscale, in evaluation, drops no token at its experts, as this library.
-_NONE_DROPPED = {"moe_eval_capacity_token_fraction": 1.0, "moe_second_expert_policy": "all"}
+_TENSORS = {"torchscale": torchscale_tensors, "fla": fla_tensors}
+_TARGETS = ("retention", *_TENSORS)
 
 # Files beside the weights: those with weights of other formats are not copied, as they could contradict the new ones.
 _WEIGHTS = {*SUFFIXES, ".h5", ".msgpack", ".onnx", ".gguf", ".npz"}
 _FOLDERS = ("additional_chat_templates",)
 _TOKENIZER = re.compile(r"^(tokenizer.*|special_tokens_map|added_tokens|vocab.*|merges|.*\.(model|spm|tiktoken)$)")
-
-# torchscale's fixed choices for options of this library. Most are those of the paper, like the layer's defaults.
-_FREE = ("value_dim", "decay", "dropout", "init_gain", "init_scale", "backend", "form", "chunk_size")
-_LAYER = {
-    f"retention.{name}": option.default
-    for name, option in inspect.signature(MultiScaleRetention).parameters.items()
-    if name not in ("dim", "num_heads", "device", "dtype", *_FREE)
-}
-_THEIRS: dict[str, Any] = {
-    **dict(norm="rms", gated=True, ffn_bias=False, activate_output=False, final_norm=True, lm_head_bias=False),
-    **{name: TORCHSCALE.defaults.get(name, default) for name, default in _LAYER.items()},
-}
 
 
 def load(source: str | Path, format: str | None = None, config: dict[str, Any] | None = None) -> Model:
@@ -87,11 +81,12 @@ def convert(
             weights and hidden files; of a folder without config.json around a single file, those of a tokenizer.
         out: the folder or file to write; it must not exist.
         format: the source's format, as in `load`.
-        target: "retention", a folder for `from_pretrained`; or "torchscale", a file of tensors, .safetensors or .pt.
-            Default: "torchscale" if the source is in this library's format, else "retention".
+        target: "retention", a folder for `from_pretrained`; "fla", a folder for its `from_pretrained`, without the
+            source's README.md; or "torchscale", a file of tensors, .safetensors or .pt. Default: "torchscale" if the
+            source is in this library's format, else "retention".
         config: as in `load`.
     Returns: the model.
-    Raises: as `load`; FileExistsError if `out` exists; ValueError for a model that torchscale cannot compute.
+    Raises: as `load`; FileExistsError if `out` exists; ValueError for a model that the target cannot compute.
     Warns: as `load`.
     Example:
         convert("torchscale.pt", "runs/converted", config={"decoder_retention_heads": 4})
@@ -104,66 +99,25 @@ def convert(
     model, found = _load(source, format, config)
     if target is None:
         target = "torchscale" if found.name == "retention" else "retention"
-    tensors = torchscale_tensors(model) if target == "torchscale" else None
-    if tensors is not None and out.suffix not in (".safetensors", ".pt"):
+    tensors = _TENSORS[target](model) if target in _TENSORS else None
+    if target == "torchscale" and out.suffix not in (".safetensors", ".pt"):
         raise ValueError(f"torchscale's weights go into a file, .safetensors or .pt; got {out.name}")
-    beside = _files_beside(source) if tensors is None else []
+    beside = [] if target == "torchscale" else _files_beside(source)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
         made = Path(folder, out.name)
         if tensors is None:
             model.save_pretrained(made)
-            _copy(beside, made)
-        else:
+        elif target == "torchscale":
             write(tensors, made)
+        else:
+            made.mkdir()
+            write(tensors, made / "model.safetensors")
+            (made / "config.json").write_text(json.dumps(fla_options(model), indent=2) + "\n")
+            beside = [file for file in beside if file.name != "README.md"]  # it tells how to load the source
+        _copy(beside, made)
         os.rename(made, out)  # the rename is atomic
     return model
-
-
-def torchscale_tensors(model: Model) -> Tensors:
-    """Return the state dict of torchscale's RetNetDecoder for this model.
-
-    Raises: ValueError for a model that torchscale cannot compute.
-    """
-    _check_torchscale_can(model.config)
-    base: Any = getattr(model, "model", model)
-    layer = base.backbone.blocks[0].retention
-    ours = _tensors(model) | constants(layer.head_key_dim, layer.decay.values)
-    return {str(TORCHSCALE.to_theirs(key)): x.contiguous() for key, x in ours.items()}
-
-
-def torchscale_options(model: Model) -> dict[str, Any]:
-    """Return the options of torchscale's RetNetConfig for this model that differ from its defaults."""
-    said = {name: value for name, value in flat(model.config.to_dict()).items() if value is not None}
-    ours = described(_tensors(model)) | said
-    told = {
-        name: TORCHSCALE.value_to_theirs(name, ours.get(targets[0]))
-        for name, targets in TORCHSCALE.options.items()
-        if targets
-    }
-    told |= {field.name: ours[field.name] for field in fields(torchscale.RetNetConfig) if field.name in ours}
-    told |= {"subln": bool(ours["subln"]), "share_decoder_input_output_embed": ours["tie_word_embeddings"]}
-    if told["moe_freq"]:
-        told |= _NONE_DROPPED
-    usual = {field.name: field.default for field in fields(torchscale.RetNetConfig)}
-    return {name: value for name, value in told.items() if value is not None and value != usual[name]}
-
-
-def _tensors(model: Model) -> Tensors:
-    return {key.removeprefix("model."): x for key, x in model.state_dict().items()}
-
-
-def _check_torchscale_can(config: RetNetConfig) -> None:
-    ours = _LAYER | flat(config.to_dict())
-    wanted = _THEIRS | {"retention.norm_eps": config.norm_eps}
-    wanted["subln"] = config.subln if config.moe_every and config.subln in (True, "layer") else False
-    wrong = [f"{name} must be {value!r}, is {ours[name]!r}" for name, value in wanted.items() if ours[name] != value]
-    if config.activation not in torchscale.ACTIVATIONS.values():
-        wrong.append(f"activation must be gelu, relu or silu, is {config.activation!r}")
-    if config.moe_every and config.moe_top_k not in (1, 2):
-        wrong.append(f"moe_top_k must be 1 or 2, is {config.moe_top_k}")
-    if wrong:
-        raise ValueError(f"torchscale's RetNet cannot compute what this model does: {'; '.join(wrong)}")
 
 
 def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple[Model, Format]:
@@ -176,6 +130,12 @@ def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple
     tensors = found.prepare(tensors)
     ours = {known: x for key, x in tensors.items() if (known := found.to_ours(key)) is not None}
     unknown = [key for key in tensors if found.to_ours(key) is None]
+    has_head = any(key.startswith("model.") for key in tensors)
+    if len(ours) + len(unknown) < len(tensors):
+        places = Counter(map(found.to_ours, tensors))
+        twice = [key for key in tensors if (place := found.to_ours(key)) is not None and places[place] > 1]
+        raise ValueError(f"these weights have two tensors for one place: {listed(sorted(twice))}")
+    del tensors  # so that `_filled` frees the tensors that it converts
     if found.name != "retention":
         told = {**found.known(beside), **(given or {})}
         config = RetNetConfig.from_dict(found.config(ours, told))
@@ -187,7 +147,7 @@ def _load(source: Path, name: str | None, given: dict[str, Any] | None) -> tuple
         )
     else:
         config = RetNetConfig.strictly_from(beside, source)
-        _check_own(config, ours, has_head=any(key.startswith("model.") for key in tensors))
+        _check_own(config, ours, has_head=has_head)
     return _filled(config, ours, unknown, found), found
 
 
@@ -207,17 +167,17 @@ def _check_own(config: RetNetConfig, ours: Tensors, *, has_head: bool) -> None:
 
 
 def _warn_of_dropped_tokens(config: RetNetConfig, found: Format, told: dict[str, Any]) -> None:
-    if not config.moe_every or not _NONE_DROPPED.keys() <= found.options.keys():
+    if not config.moe_every or not NONE_DROPPED.keys() <= found.options.keys():
         return
     usual = torchscale.RetNetConfig()
-    theirs = {name: told.get(name, getattr(usual, name)) for name in _NONE_DROPPED}
+    theirs = {name: told.get(name, getattr(usual, name)) for name in NONE_DROPPED}
     fraction, policy = theirs.values()
     if number(fraction) >= 1 and (policy == "all" or config.moe_top_k == 1):
         return
     warnings.warn(
         f"these experts had {_spelt(theirs)}{'' if told.keys() & theirs.keys() else ', by default'}, with which "
         f"{found.name} leaves tokens out, by their number or by chance; here none is left out: the logits are those "
-        f"of {found.name}, in evaluation, with {_spelt(_NONE_DROPPED)}",
+        f"of {found.name}, in evaluation, with {_spelt(NONE_DROPPED)}",
         stacklevel=4,
     )
 
@@ -255,7 +215,8 @@ def _copy(files: list[Path], folder: Path) -> None:
 
 def _filled(config: RetNetConfig, ours: Tensors, unknown: list[str], found: Format) -> Model:
     """Build the model of `config` with these tensors as parameters, in the widest dtype among them."""
-    ours = {key: x for key, x in ours.items() if not key.startswith("constant.")}
+    for key in [key for key in ours if key.startswith("constant.")]:
+        del ours[key]
     config.dtype = reduce(torch.promote_types, {x.dtype for x in ours.values()})
     with refused("the config makes no model"), torch.device("meta"):  # the initial weights are replaced
         model: Model = (RetNetForCausalLM if "lm_head.weight" in ours else RetNetModel)(config)
@@ -270,7 +231,8 @@ def _filled(config: RetNetConfig, ours: Tensors, unknown: list[str], found: Form
     for what, names in (("unknown tensors", unknown), ("missing tensors", missing), ("wrong shapes", misfits)):
         if names:
             raise ValueError(f"these weights are not a whole {found.name} checkpoint: {what}: {listed(sorted(names))}")
-    state = {places[key][0]: x.to(config.dtype) for key, x in ours.items()}
+    # Each tensor is released as soon as it is converted: a large model is never held in two dtypes.
+    state = {places[key][0]: ours.pop(key).to(config.dtype) for key in list(ours)}
     model.load_state_dict(state, assign=True)
     model.tie_weights()
     return model.eval()

@@ -50,10 +50,19 @@ def read(source: Path) -> tuple[Tensors, dict[str, Any]]:
 def write(tensors: Tensors, file: Path) -> None:
     """Write tensors as safetensors if the file's suffix is .safetensors, else with torch.save."""
     if file.suffix == ".safetensors":
-        # safetensors refuses tensors that share memory.
-        save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})
+        save_file(_apart(tensors), file, metadata={"format": "pt"})
     else:
         torch.save(tensors, file)
+
+
+def _apart(tensors: Tensors) -> Tensors:
+    """Return the tensors with a copy of each that shares memory with another, as safetensors refuses these."""
+    places, apart = set(), {}
+    for name, x in tensors.items():
+        place = x.untyped_storage().data_ptr()
+        apart[name] = x.clone() if place in places else x
+        places.add(place)
+    return apart
 
 
 def _file_in(folder: Path) -> Path:

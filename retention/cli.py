@@ -492,6 +492,12 @@ def evaluate(
     items: Annotated[int, typer.Option(min=2, help="Number of sequences of each test. More give a finer result.")] = 32,
     batch: Annotated[int, typer.Option(min=1, help="Number of sequences at a time. Lower it if memory runs out.")] = 4,
     device: Device = "auto",
+    tasks: Annotated[
+        str, typer.Option(help="Tasks of lm-eval to run too, separated by commas. They need the extra eval.")
+    ] = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with YAML files of further tasks of lm-eval, for --tasks.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="File for the results as JSON.")] = None,
 ) -> None:
     """Judge a model beside the one it came from, on text that was held out from training.
@@ -515,6 +521,8 @@ def evaluate(
             count=items,
             batch=batch,
             device=device,
+            tasks=[name for name in tasks.split(",") if name],
+            include_path=include_path,
         )
         if json is not None:
             evaluation.write(found, json)
@@ -529,7 +537,8 @@ def convert(
     out: Annotated[
         Path,
         typer.Argument(
-            help="Result to write: a folder for a model of this library; a .safetensors or .pt file for torchscale."
+            help="Result to write: a folder for a model of this library or of fla; a .safetensors or .pt file for "
+            "torchscale."
         ),
     ],
     format: Annotated[
@@ -542,7 +551,7 @@ def convert(
         str | None,
         typer.Option(
             "--to",
-            help="retention or torchscale. Default: torchscale for a checkpoint of this library, else retention.",
+            help="retention, torchscale or fla. Default: torchscale for a checkpoint of this library, else retention.",
         ),
     ] = None,
     config: Annotated[
@@ -552,7 +561,7 @@ def convert(
         ),
     ] = None,
 ) -> None:
-    """Convert a checkpoint of torchscale, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch or this library.
+    """Convert checkpoints of torchscale, fla, syncdoth, yet-another-retnet, jamie-stirling, retnet-pytorch and our own.
 
     Other files beside the weights, such as the tokenizer, are copied if the result is a folder. For a mixture of
     experts, the command prints the options with which torchscale gives the same logits: those that drop no token.

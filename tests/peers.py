@@ -262,3 +262,56 @@ def retnet_pytorch(w, x, *, heads, gate=F.gelu, eps=1e-5):
         y = layer(x, eps, w[f"{net}0.weight"], w[f"{net}0.bias"])
         x = x + F.gelu(linear(w, f"{net}2.1", F.gelu(linear(w, f"{net}1.1", y))))
     return x
+
+
+# fla's RetNetForCausalLM: decays, rotation and scale are fixed; the sizes of the heads follow from the weights.
+
+
+def fla_weights(
+    *, vocab, dim, ffn, layers, heads, expand_k=1, expand_v=2, kv_heads=None, gate=True, affine=True, tied=False
+):
+    key, value, shared = int(dim * expand_k), int(dim * expand_v), (kv_heads or heads) / heads
+    shapes = {"model.embeddings.weight": (vocab, dim), "model.norm.weight": (dim,)}
+    shapes |= {} if tied else {"lm_head.weight": (vocab, dim)}
+    for i in range(layers):
+        at = f"model.layers.{i}."
+        shapes |= {f"{at}attn_norm.weight": (dim,), f"{at}mlp_norm.weight": (dim,)}
+        shapes |= {f"{at}attn.q_proj.weight": (key, dim), f"{at}attn.k_proj.weight": (int(key * shared), dim)}
+        shapes |= {f"{at}attn.v_proj.weight": (int(value * shared), dim), f"{at}attn.o_proj.weight": (dim, value)}
+        shapes |= {f"{at}attn.g_proj.weight": (value, dim)} if gate else {}
+        shapes |= {f"{at}attn.g_norm{'_swish_gate' * gate}.weight": (value // heads,)} if affine else {}
+        shapes |= {f"{at}mlp.{name}_proj.weight": (ffn, dim) for name in ("gate", "up")}
+        shapes[f"{at}mlp.down_proj.weight"] = (dim, ffn)
+    weights = drawn(shapes)
+    for i in range(layers):  # keys lean toward queries: the norm magnifies the rounding error of a lone score near 0
+        q, k = (weights[f"model.layers.{i}.attn.{name}_proj.weight"] for name in "qk")
+        k.add_(q.view(-1, heads // (kv_heads or heads), key // heads, dim)[:, 0].reshape(k.shape))
+    return weights
+
+
+def fla(w, tokens, *, heads, eps=1e-6):
+    n, embedding = torch.arange(tokens.shape[1], dtype=torch.float64), w["model.embeddings.weight"]
+    x = embedding[tokens]
+    for i in range(sum(name.endswith("q_proj.weight") for name in w)):
+        at = f"model.layers.{i}."
+        y = rms(x, eps, w[f"{at}attn_norm.weight"])
+        q, k = (linear(w, f"{at}attn.{name}_proj", y) for name in "qk")
+        half = q.shape[-1] // heads // 2
+        turns = torch.exp(1j * n[:, None] * 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half))
+        # The two halves of a head's channels are the real and the imaginary parts.
+        q, k = (torch.complex(*z.unflatten(-1, (-1, 2, half)).unbind(-2)).transpose(1, 2) * turns for z in (q, k))
+        v = split(linear(w, f"{at}attn.v_proj", y), k.shape[1])
+        group = torch.arange(heads) // (heads // k.shape[1])  # each key head serves neighbouring query heads
+        r = (q @ k[:, group].mH).real * (2 * half) ** -0.5 * decayed(paper_gammas(heads), len(n))
+        out = rms(r @ v[:, group], eps)
+        for name in ("g_norm", "g_norm_swish_gate"):
+            out = out * w.get(f"{at}attn.{name}.weight", 1.0)
+        out = joined(out)
+        if f"{at}attn.g_proj.weight" in w:
+            out = out * F.silu(linear(w, f"{at}attn.g_proj", y))
+        x = x + linear(w, f"{at}attn.o_proj", out)
+        y = rms(x, eps, w[f"{at}mlp_norm.weight"])
+        x = x + linear(
+            w, f"{at}mlp.down_proj", F.silu(linear(w, f"{at}mlp.gate_proj", y)) * linear(w, f"{at}mlp.up_proj", y)
+        )
+    return rms(x, eps, w["model.norm.weight"]) @ w.get("lm_head.weight", embedding).T

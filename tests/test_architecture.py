@@ -46,6 +46,7 @@ DOORS = {
     "xformers": "library",
     "triton": "triton",
     "fla": "fla",
+    "lm_eval": "tasks",
 }
 
 

@@ -19,6 +19,7 @@ from .facts import Tensors, constants, described, same
 from .format import Format, flat
 
 __all__ = [
+    "FLA",
     "FORMATS",
     "TORCHSCALE",
     "Format",
@@ -38,8 +39,8 @@ def _todays(tensors: Tensors) -> Tensors:
         raise ValueError("this is a mixture of experts with X-MoE routing (use_xmoe), which has no counterpart here")
     if any(key.endswith("q_proj.bias") for key in tensors):
         raise ValueError(
-            "these weights have biases in their projections: they are of torchscale before 2023-09-28, whose layers "
-            "compute something else; train anew, or run them with the torchscale of that time"
+            "these weights have biases in their projections, as those of torchscale before 2023-09-28 and of models "
+            "made from it, whose layers compute something else; train anew, or run them with the code that wrote them"
         )
     return dict(tensors)
 
@@ -54,9 +55,9 @@ def _gated(tensors: Tensors) -> Tensors:
     return _todays(tensors)
 
 
-def tied(tensors: Tensors) -> Tensors:
-    """Add the head that shares the embedding's weight and is therefore not in the file."""
-    embedding = tensors.get("model.embed_tokens.weight")
+def tied(tensors: Tensors, name: str = "model.embed_tokens.weight") -> Tensors:
+    """Add the head that shares the weight of the embedding `name` and is therefore not in the file."""
+    embedding = tensors.get(name)
     return dict(tensors) if embedding is None else {"lm_head.weight": embedding, **tensors}
 
 
@@ -80,6 +81,14 @@ def _one_matrix_for_all_heads(tensors: Tensors) -> Tensors:
         elif ".group_norm." in key and len(x) % (n := count.get(key.partition("group_norm.")[0], 1)) == 0:
             whole[key] = x.view(n, -1)
     return whole
+
+
+def _of_plain_retention(tensors: Tensors) -> Tensors:
+    """Refuse fla's models with layers that a RetNet does not have; then add a tied head."""
+    for part, layers in (("_conv1d.", "short convolutions"), ("_res_proj.", "attention over residuals")):
+        if any(part in key for key in tensors):
+            raise ValueError(f"these weights have {layers}, which have no counterpart here")
+    return tied(tensors, "model.embeddings.weight")
 
 
 _BLOCK = "backbone.blocks.*."
@@ -254,6 +263,64 @@ _RETNET_PYTORCH = Format(
     },
 )
 
+_OF_FLA = (
+    ("embeddings.*", "embed_tokens.*"),
+    ("layers.*.attn_norm.*", _BLOCK + "retention_norm.*"),
+    *((f"layers.*.attn.{letter}_proj.*", f"{_BLOCK}retention.{letter}_proj.*") for letter in "qkvg"),
+    ("layers.*.attn.o_proj.*", _BLOCK + "retention.out_proj.*"),
+    ("layers.*.attn.g_norm_swish_gate.*", _BLOCK + "retention.norm.*"),
+    ("layers.*.attn.g_norm.*", _BLOCK + "retention.norm.*"),  # the name if the gate is not fused with the norm
+    ("layers.*.mlp_norm.*", _BLOCK + "ffn_norm.*"),
+    ("layers.*.mlp.gate_proj.*", _BLOCK + "ffn.fc1.*"),
+    ("layers.*.mlp.up_proj.*", _BLOCK + "ffn.gate.*"),
+    ("layers.*.mlp.down_proj.*", _BLOCK + "ffn.fc2.*"),
+    ("norm.*", "backbone.norm.*"),
+)
+
+FLA = Format(
+    "fla",
+    marks=("model.layers.*.attn.o_proj.weight", "layers.*.attn.o_proj.weight"),
+    rules=(
+        ("lm_head.*", "lm_head.*"),
+        *((f"model.{theirs}", ours) for theirs, ours in _OF_FLA),
+        *_OF_FLA,  # for a checkpoint of its RetNetModel, which has no prefix
+    ),
+    defaults={
+        "norm_eps": 1e-6,
+        "activation": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "retention.decay": "paper",
+        "retention.rotary": "rope",
+        "retention.interleaved": False,
+        "retention.gate": "silu",
+        "retention.norm": "rms",
+        "retention.norm_eps": 1e-6,
+    },
+    options={
+        "hidden_size": ("dim",),
+        "intermediate_size": ("ffn_dim",),
+        "num_hidden_layers": ("num_layers",),
+        "num_heads": ("num_heads",),
+        "num_kv_heads": ("retention.num_kv_heads",),
+        "norm_eps": ("norm_eps", "retention.norm_eps"),
+        "hidden_act": ("activation",),
+        "use_output_gate": ("retention.gate",),
+        "elementwise_affine": ("retention.norm_affine",),
+        "tie_word_embeddings": ("tie_word_embeddings",),
+        **dict.fromkeys(("model_type", "expand_k", "expand_v", "hidden_ratio", "fuse_norm"), ()),
+        **dict.fromkeys(("feature_map", "use_short_conv", "attn", "attnres_block_size"), ()),
+    },
+    allowed={
+        "model_type": ("retnet",),
+        "hidden_act": ("swish", "silu"),
+        "use_short_conv": (False,),
+        **dict.fromkeys(("feature_map", "attn", "attnres_block_size"), ()),  # None is an option that is not given
+    },
+    values={"use_output_gate": {True: "silu", False: None}, "elementwise_affine": {True: "shared", False: False}},
+    prepare=_of_plain_retention,
+)
+
 _RETENTION = Format(
     "retention",
     marks=("model.backbone.blocks.*.retention.q_proj.weight", "backbone.blocks.*.retention.q_proj.weight"),
@@ -268,7 +335,7 @@ _RETENTION = Format(
 
 FORMATS = {
     known.name: known
-    for known in (TORCHSCALE, _SYNCDOTH, _YET_ANOTHER_RETNET, _JAMIE_STIRLING, _RETNET_PYTORCH, _RETENTION)
+    for known in (TORCHSCALE, _SYNCDOTH, FLA, _YET_ANOTHER_RETNET, _JAMIE_STIRLING, _RETNET_PYTORCH, _RETENTION)
 }
 
 

@@ -13,7 +13,7 @@ from retention.rotary import frequencies, pair_decays
 
 from ..files import listed
 
-__all__ = ["Tensors", "constants", "described", "positions", "same"]
+__all__ = ["Tensors", "constants", "described", "positions", "same", "shared_heads"]
 
 Tensors = dict[str, Tensor]
 
@@ -26,8 +26,9 @@ def described(tensors: Tensors) -> dict[str, Any]:
     Raises: ValueError unless they are the tensors of a RetNet.
     """
     _check_dimensions(tensors)
-    norm, v_proj = _shapes(tensors, r"retention_norm\.weight"), _shapes(tensors, r"retention\.v_proj\.weight")
-    if not (norm and v_proj and _shapes(tensors, r"ffn\..*fc1\.weight")):
+    norm = _shapes(tensors, r"retention_norm\.weight")
+    q_proj, out_proj = (_shapes(tensors, rf"retention\.{name}_proj\.weight") for name in ("q", "out"))
+    if not (norm and q_proj and out_proj and _shapes(tensors, r"ffn\..*fc1\.weight")):
         raise ValueError(f"these tensors have no norm, retention or feed-forward that is known; got {listed(tensors)}")
     embedding, head = tensors.get("embed_tokens.weight"), tensors.get("lm_head.weight")
     affine = _shapes(tensors, r"retention\.norm\.weight")
@@ -40,13 +41,26 @@ def described(tensors: Tensors) -> dict[str, Any]:
         "norm_before": True,
         "final_norm": "backbone.norm.weight" in tensors,
         "norm_embedding": "backbone.embedding_norm.weight" in tensors,
-        "retention.value_dim": v_proj[0][0],
+        "retention.key_dim": q_proj[0][0],
+        "retention.value_dim": out_proj[0][-1],  # v_proj is narrower if heads share their values
         "retention.bias": bool(_shapes(tensors, r"retention\.q_proj\.bias")),
         "retention.norm_affine": "channel" if per_channel else "shared" if affine else False,
         "tie_word_embeddings": embedding is not None and head is not None and _equal(embedding, head),
         "lm_head_bias": "lm_head.bias" in tensors,
     }
-    return facts | _feed_forward(tensors) | ({"num_heads": affine[0][0]} if per_channel else {})
+    if affine:
+        facts["num_heads"] = affine[0][0] if per_channel else out_proj[0][-1] // affine[0][0]
+    if not _shapes(tensors, r"retention\.g_proj\.weight"):
+        facts["retention.gate"] = None
+    return facts | _feed_forward(tensors)
+
+
+def shared_heads(tensors: Tensors, num_heads: Any) -> dict[str, int]:
+    """Return the number of key and value heads, as an option, if the weights have fewer of them than of queries."""
+    (q, *_), (k, *_) = (_shapes(tensors, rf"retention\.{name}_proj\.weight")[0] for name in "qk")
+    if k == q or not isinstance(num_heads, int) or num_heads * k % q:
+        return {}
+    return {"retention.num_kv_heads": num_heads * k // q}
 
 
 def _feed_forward(tensors: Tensors) -> dict[str, Any]:
@@ -83,7 +97,7 @@ def positions(tensors: Tensors, facts: dict[str, Any], usual: str) -> dict[str, 
             decays.add(_decay(x.flatten(), usual, gammas=kind == "gammas"))
         elif kind is not None:
             key_dim = x.numel() * (2 if kind == "pair_scales" else 1)
-            heads.add(facts["dim"] // key_dim)
+            heads.add(facts["retention.key_dim"] // key_dim)
             if not same(x.flatten(), _rotation(kind, key_dim)):
                 raise ValueError(f"the rotation in these weights is another than ours; got {kind} {x.flatten()[:4]}")
     if len(heads) > 1 or len(decays) > 1:

@@ -14,7 +14,7 @@ from retention.layer import MultiScaleRetention
 from retention.model import FORMER, FORMER_FLAGS, RetNetBackbone
 
 from ..files import one_line
-from .facts import Tensors, described, positions
+from .facts import Tensors, described, positions, shared_heads
 
 __all__ = ["OPTIONS", "Format", "flat"]
 
@@ -38,7 +38,8 @@ class Format:
             compared with this library's computed values.
         defaults: options that the weights do not determine: fixed choices and defaults of the implementation.
         options: their names of options and the corresponding names here; () if an option has no effect or follows from
-            the weights.
+            the weights. None under their name means that the option is not given.
+        allowed: the values that this library can compute, by their name, of options that have other values too.
         values: the values here of those options that have other values there, by their name and their value.
         prepare: brings their tensors into the layout that the rules expect; raises ValueError for a checkpoint that is
             not supported.
@@ -49,6 +50,7 @@ class Format:
     rules: _Rules
     defaults: dict[str, Any] = field(default_factory=dict)
     options: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    allowed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     values: dict[str, dict[Any, Any]] = field(default_factory=dict)
     prepare: Callable[[Tensors], Tensors] = dict
 
@@ -89,8 +91,11 @@ class Format:
         Args:
             tensors: its tensors under this library's names.
             given: options that the weights do not determine, under their names or this library's.
-        Raises: ValueError for an unknown option, one that contradicts the weights, or a missing one.
+        Raises: ValueError for an unknown option, one that contradicts the weights or has no counterpart here, or a
+            missing one.
         """
+        given = {name: value for name, value in given.items() if value is not None or name not in self.options}
+        self._check_allowed(given)
         facts = described(tensors)
         facts |= positions(tensors, facts, self.defaults.get("retention.decay", "paper"))
         if not facts.pop("final_norm") and self.defaults.get("final_norm", True):
@@ -107,6 +112,7 @@ class Format:
                     raise ValueError(f"{name} {got} contradicts the weights, which have {ours} {facts[ours]!r}")
         merged = {**self.defaults, **told, **facts}
         self._check_complete(merged)
+        merged = shared_heads(tensors, merged["num_heads"]) | merged
         layer = {name[10:]: value for name, value in merged.items() if name.startswith("retention.")}
         return {name: merged[name] for name in merged if not name.startswith("retention.")} | {"retention": layer}
 
@@ -122,6 +128,14 @@ class Format:
             return (name,)
         known = ", ".join(sorted({*self.options} | OPTIONS))
         raise ValueError(f"unknown option {name!r} for {self.name}; known are {known}")
+
+    def _check_allowed(self, given: dict[str, Any]) -> None:
+        for name, values in self.allowed.items():
+            if name in given and not any(_equal(value, given[name]) for value in values):
+                raise ValueError(
+                    f"{name} of {self.name} must be {' or '.join(map(repr, values)) or 'None'}, as nothing else has a "
+                    f"counterpart here; got {one_line(repr(given[name]))}"
+                )
 
     def _check_complete(self, config: dict[str, Any]) -> None:
         if "num_heads" not in config:

@@ -207,8 +207,15 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Build the config from a dict, such as the contents of config.json; as in transformers, with stricter checks.
 
-        Raises: ValueError for an option of a wrong type, an unknown option of `retention`, or an impossible size.
+        Raises: ValueError for a config of another model, an option of a wrong type, an unknown option of `retention`,
+            or an impossible size.
         """
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"model_type must be {cls.model_type!r}; this config is of a {one_line(repr(kind))}; a RetNet of "
+                "another library is loaded by retention.integrations.checkpoints.load or `retention convert`"
+            )
         warn_of_former(kwargs, FORMER)
         kwargs = current_options(kwargs, FORMER, FORMER_FLAGS)
         with refused("the config makes no RetNet"):
@@ -234,11 +241,8 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
         Args:
             options: the contents of a config.json.
             source: the place of the options, for errors.
-        Raises: ValueError as `from_dict`, and for unknown options or another model_type.
+        Raises: ValueError as `from_dict`, and for unknown options.
         """
-        kind = options.get("model_type", cls.model_type)
-        if kind != cls.model_type:
-            raise ValueError(f"model_type must be {cls.model_type!r}; {source} is of a {one_line(repr(kind))}")
         with refused(f"{source} has an option that cannot be"):
             config: RetNetConfig = cls.from_dict(dict(options))
         if unknown := sorted(config.to_dict().keys() - cls().to_dict().keys()):

@@ -34,6 +34,7 @@ from .opening import open_model
 from .progress import progress_bar
 from .saving import write_text
 from .settings import check_device
+from .tasks import find_tasks, run_tasks
 
 __all__ = ["Items", "Judged", "evaluate", "judge", "make_items", "table", "without_retention", "write"]
 
@@ -118,6 +119,8 @@ def evaluate(
     count: int = 32,
     batch: int = 4,
     device: str = "auto",
+    tasks: Sequence[str] = (),
+    include_path: Path | None = None,
 ) -> dict[str, Judged]:
     """Judge a saved model beside its teacher and others on held-out text.
 
@@ -133,13 +136,20 @@ def evaluate(
         count: number of items of each test.
         batch: sequences at a time.
         device: auto, cpu, cuda or mps.
+        tasks, include_path: tasks of lm-eval to run too, and a folder with further ones, as in `find_tasks`.
     Returns: the results by name, first the teacher's.
-    Raises: ValueError for a model that cannot be opened, another tokenizer, or too little text.
+    Raises: ValueError for a model that cannot be opened, another tokenizer, too little text, an unknown task, or tasks
+        for a model without a tokenizer; ImportError for tasks without lm-eval.
     """
     check_device(device)
+    if include_path is not None and not tasks:
+        raise ValueError(f"include_path has tasks of lm-eval, so that tasks must name some; got {include_path} alone")
+    manager = find_tasks(tasks, include_path) if tasks else None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     place = (accelerator or "cpu") if device == "auto" else device
     student, codec = open_model(model)
+    if tasks and codec.tokenizer is None:
+        raise ValueError(f"tasks of lm-eval need a model with a tokenizer; {model} reads bytes")
     models: dict[str, Any] = {}
     if teacher:
         models[teacher] = _opened_beside(model, codec, teacher)
@@ -151,7 +161,11 @@ def evaluate(
     items = make_items(cast(Any, corpus.valid), count)
     for opened in models.values():
         opened.to(place)
-    return judge(models, items, teacher=teacher, batch=batch)
+    found = judge(models, items, teacher=teacher, batch=batch)
+    if tasks:
+        for name, metrics in run_tasks(models, codec.tokenizer, tasks, manager, batch=batch).items():
+            found[name].values |= metrics
+    return found
 
 
 def _opened_beside(model: str, codec: Codec, name: str) -> PreTrainedModel:
@@ -284,7 +298,7 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 
 def _shown(name: str, value: float) -> str:
-    if name.startswith("loss"):
+    if name.startswith(("loss", "task")):
         return f"{value:.4f}"
     return f"{value:.1f}" if name.startswith("tokens") else f"{100 * value:.1f} %"
 

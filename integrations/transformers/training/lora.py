@@ -58,7 +58,7 @@ def low_rank_updates(model: PreTrainedModel, layers: Collection[str], rank: int)
         yield
     finally:
         for module in linear.values():
-            weight = module.weight
+            weight = module.get_parameter("weight")
             module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         updated.merge_and_unload(progressbar=False)
 
