@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ __all__ = [
     "check_token_ids",
     "describe",
     "described",
+    "refuse_torchscript",
     "weight_of",
 ]
 
@@ -98,6 +99,14 @@ def described(inputs: Inputs, options: Options) -> Call:
     )
 
 
+def refuse_torchscript() -> NoReturn:
+    """Raises: TypeError that names what takes the place of TorchScript."""
+    raise TypeError(
+        "TorchScript cannot hold retention, whose program depends on lengths; got torch.jit.script or torch.jit.trace; "
+        "use torch.export.export, or torch.onnx.export with dynamo=True"
+    )
+
+
 def check_form(form: object) -> None:
     """Check that form is "auto" or one of FORMS. Raises: ValueError if not."""
     if not isinstance(form, str) or (form != "auto" and form not in FORMS):
@@ -121,6 +130,8 @@ def check_input(name: str, x: object, dim: int, weight: Tensor | None = None, *,
     weight: the weight that multiplies x, if it is known; x must have its device, and its dtype unless autocast is on.
     Raises: TypeError, ShapeError, or ValueError for another device.
     """
+    if torch.jit.is_tracing():
+        refuse_torchscript()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor; got {name} {shown(x)}")
     shape = f"(batch, length, dim {dim})" if tokens else f"(..., dim {dim})"
@@ -143,6 +154,8 @@ def check_token_ids(tokens: object, vocab_size: int | None = None, name: str = "
     checks them.
     Raises: TypeError, ShapeError or ValueError.
     """
+    if torch.jit.is_tracing():
+        refuse_torchscript()
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int64 or int32 tensor (batch, length); got {name} {shown(tokens)}")
     if tokens.dim() != 2:
@@ -201,6 +214,8 @@ def _transformed() -> bool:
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> None:
+    if torch.jit.is_tracing():
+        refuse_torchscript()
     for name, x in (("q", q), ("k", k), ("v", v), ("log_decay", log_decay)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor; got {name} {type(x).__name__}")

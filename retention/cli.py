@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -179,6 +179,28 @@ def train(
             help="Compute activations again in the backward pass instead of keeping them: less memory, more time.",
         ),
     ] = False,
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Number of processes that each hold a part of every sequence: less memory per process for a long "
+            "--context. It divides the number of processes of torchrun."
+        ),
+    ] = 1,
+    tensor_parallel: Annotated[
+        int,
+        typer.Option(
+            help="Number of processes that each hold some of the heads of every layer. It divides the number of heads. "
+            "If it is below the number of processes, add --fsdp."
+        ),
+    ] = 1,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp",
+            help="Shard weights, gradients and the state of the optimiser among the processes (FSDP2), instead of a "
+            "copy on each.",
+        ),
+    ] = False,
     device: Device = "auto",
     dtype: TrainingDtype = "float32",
     backend: Backend = "auto",
@@ -192,7 +214,9 @@ def train(
 
     Ctrl-C, SIGTERM and SIGHUP save a checkpoint before the command ends; --resume continues from it.
 
-    On several devices: torchrun --nproc_per_node N -m retention.cli train ...
+    On several devices: torchrun --nproc_per_node N -m retention.cli train ... Each process has --batch sequences of its
+    own, or with --context-parallel each group of processes. --resume may have another number of processes, if they can
+    share the same batch; --context-parallel may change too.
     """
     _say("loading the libraries", err=True)
     with _told(), _stopping("train", out):
@@ -633,9 +657,9 @@ def _kept(command: typer.Context, kind: type[K], out: Path, read: dict[str, Any]
         return kind(**options)
     begun = kind.read(out)
     for name, value in asdict(begun).items():
-        if _is_given(command, name) and options[name] != value:
+        if _is_given(command, name) and options[name] != value and name not in kind.FREE:
             raise ValueError(f"a resumed run keeps its settings; got {name} {options[name]!r}, the run has {value!r}")
-    return begun
+    return replace(begun, **{name: options[name] for name in kind.FREE if _is_given(command, name)})
 
 
 def _is_given(command: typer.Context, name: str) -> bool:
@@ -710,11 +734,17 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (ValueError, ImportError, OSError, BackendError, FloatingPointError) as error:
-        if _process("LOCAL_RANK") > 0:  # the first process prints it; torchrun ends the others meanwhile
-            time.sleep(10)
-        else:
-            typer.secho(f"error: {error}", fg="red", err=True)
+        _tell(f"error: {error}")
         raise typer.Exit(1 if _is_failure(error) else 2) from error
+
+
+def _tell(message: str) -> None:
+    """Print an error. If all processes of torchrun have it, the first one prints it, and torchrun ends the others."""
+    rank = _process("LOCAL_RANK")
+    if rank:
+        time.sleep(10)
+        message = f"process {rank}: {message}"
+    typer.secho(message, fg="red", err=True)
 
 
 def _is_failure(error: Exception) -> bool:
@@ -730,10 +760,7 @@ def main() -> None:
     except Exception as error:
         if TRACEBACK in os.environ:
             raise
-        if _process("LOCAL_RANK") == 0:
-            typer.secho(
-                f"error: {type(error).__name__}: {error}\n{TRACEBACK}=1 shows where it comes from", fg="red", err=True
-            )
+        _tell(f"error: {type(error).__name__}: {error}\n{TRACEBACK}=1 shows where it comes from")
         raise SystemExit(1) from None
 
 

@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-from torch.distributed.tensor import Shard as Split
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from .errors import ShapeError
+from .decay import HeadDecay
 from .ffn import FeedForward
+from .heads import check_heads, divide_heads, divide_parameter
 from .layer import MultiScaleRetention
 from .model import RetNet
 from .norm import HeadNorm
@@ -174,15 +174,14 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     _check_mesh(mesh)
     layers = [module for module in model.modules() if isinstance(module, MultiScaleRetention)]
     if not layers:
-        raise ValueError(f"the model must have a retention layer; got {type(model).__name__} without one")
+        raise ValueError(
+            f"the model must have a retention layer; got {type(model).__name__} without one; a model of transformers "
+            "with replaced attention is divided by from_pretrained(folder, tp_plan='auto')"
+        )
     for layer in layers:
         if isinstance(layer.q_proj.weight, DTensor):
             raise ValueError("the model is divided already; call tensor_parallel once, and before fully_shard")
-        for name in ("num_heads", "num_kv_heads"):
-            if getattr(layer, name) % mesh.size():
-                raise ShapeError(
-                    f"the mesh must divide {name}; got {getattr(layer, name)} heads, {mesh.size()} processes"
-                )
+        check_heads(mesh.size(), num_heads=layer.num_heads, num_kv_heads=layer.num_kv_heads)
     plan: dict[str, ParallelStyle] = {}
     for name, module in model.named_modules():
         styles = _styles(module)
@@ -192,7 +191,11 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if tied and isinstance(model, RetNet):
         model.head.weight = model.embedding.weight
     for layer in layers:
-        _divide_heads(layer, mesh)
+        for module in layer.modules():
+            divide_heads(module, mesh)
+            for name, _ in list(module.named_parameters(recurse=False)):
+                if isinstance(module, HeadDecay | HeadNorm):
+                    divide_parameter(module, name, mesh)
     return model
 
 
@@ -211,22 +214,3 @@ def _styles(module: nn.Module) -> dict[str, ParallelStyle]:
     else:
         return {}
     return {**{name: ColwiseParallel() for name in inward}, outward: RowwiseParallel()}
-
-
-def _divide_heads(layer: MultiScaleRetention, mesh: DeviceMesh) -> None:
-    """Leave the layer the own heads, as its projections have them."""
-    size, rank = mesh.size(), mesh.get_local_rank()
-    for name in ("num_heads", "num_kv_heads", "key_dim", "value_dim"):
-        setattr(layer, name, getattr(layer, name) // size)
-    own = slice(rank * layer.num_heads, (rank + 1) * layer.num_heads)
-    decay = layer.decay
-    decay.values, decay.log_gaps = decay.values[own], decay.log_gaps[own]
-    _distribute(decay, mesh, by_head=True)
-    if isinstance(layer.norm, HeadNorm):
-        _distribute(layer.norm, mesh, by_head=layer.norm.affine == "channel")
-
-
-def _distribute(module: nn.Module, mesh: DeviceMesh, *, by_head: bool) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        divided = distribute_tensor(parameter, mesh, [Split(0) if by_head else Replicate()])
-        setattr(module, name, nn.Parameter(divided, parameter.requires_grad))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .arguments import describe
+from .arguments import describe, refuse_torchscript
 from .call import Call, Inputs, Options, ScoreNorm
 from .errors import ShapeError
 from .normalisers import score_divisor, total_decay
@@ -315,6 +315,10 @@ def explain(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, *, backend: str 
         raise TypeError(f"explain() takes the arguments of `retain`; got {', '.join(unknown)}")
     call = describe(Inputs(q, k, v, log_decay, **tensors), Options(**options))
     return backends.explain(call, backend)
+
+
+for _function in (retain, step, scores):
+    _function.__prepare_scriptable__ = refuse_torchscript  # type: ignore[union-attr] # torch.jit.script asks for it
 
 
 def _run(call: Call, inputs: Inputs, options: Options) -> tuple[Tensor, RetentionState | None]:

@@ -20,6 +20,7 @@ from .arguments import (
     check_places,
     check_state,
     described,
+    refuse_torchscript,
     weight_of,
 )
 from .call import FORMS, Inputs, Options, ScoreNorm
@@ -80,6 +81,10 @@ class HasBackend(nn.Module):
 
     backend: str
     form: str
+
+    def __prepare_scriptable__(self) -> None:
+        """Refuse `torch.jit.script`, which asks for this first. Raises: TypeError that names torch.export."""
+        refuse_torchscript()
 
 
 class MultiScaleRetention(HasBackend):
@@ -400,8 +405,8 @@ class MultiScaleRetention(HasBackend):
         """Make the state before the first token of `batch` rows, for `step`. Raises: ValueError unless causal."""
         self._check_causal()
         check_whole("batch", batch, 0)
-        weight = self.q_proj.weight
-        options: dict[str, Any] = dict(device=weight.device, dtype=state_dtype(weight.dtype))
+        device, dtype = _place(self.q_proj)
+        options: dict[str, Any] = dict(device=device, dtype=state_dtype(dtype))
         return initial_state(batch, *self._state_shape(), score_norm=bool(self.score_norm), **options)
 
     def rotation(
@@ -595,6 +600,16 @@ def set_backend(model: nn.Module, backend: str = "auto", form: str = "auto") -> 
         if isinstance(module, HasBackend):
             module.backend, module.form = backend, form
     return model
+
+
+def _place(module: nn.Module) -> tuple[torch.device | None, torch.dtype]:
+    """Return the device and the floating dtype of a module's tensors; float32 if no tensor is floating.
+
+    A quantised layer may hold integers, or no parameter at all, in place of a weight.
+    """
+    tensors = [*module.parameters(), *module.buffers()]
+    floating = (x.dtype for x in tensors if x.is_floating_point())
+    return tensors[0].device if tensors else None, next(floating, torch.float32)
 
 
 def _check_sizes(**sizes: int) -> None:

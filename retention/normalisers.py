@@ -43,4 +43,4 @@ def total_decay(call: Call, inputs: Inputs) -> Tensor:
 
 def score_divisor(total: Tensor, score_norm: ScoreNorm) -> Tensor:
     """Return max(|total|, 1), the divisor of the scores of a token; "absolute" has torchscale's upper bound 5e4 too."""
-    return total.abs().clamp(1, 5e4 if score_norm == "absolute" else None)
+    return total.abs().clamp(1.0, 5e4 if score_norm == "absolute" else None)

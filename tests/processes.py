@@ -20,10 +20,10 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class World:
-    """A process of the group: its meshes, and what a case compares with."""
+    """A process of the group: its meshes, and the folder with what the cases compare with."""
 
-    def __init__(self, rank, size):
-        self.rank, self.size = rank, size
+    def __init__(self, rank, size, folder):
+        self.rank, self.size, self.folder = rank, size, folder
         self.all = dist.init_device_mesh("cpu", (size,), mesh_dim_names=("cp",))
         self.square = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "cp")) if size == 4 else None
 
@@ -34,11 +34,12 @@ class World:
         return x
 
 
-def _work(rank, size, port, folder, cases):
+def _work(rank, size, port, folder, cases, shared):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(size))
+    os.environ["LOCAL_RANK"] = str(rank)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
-    world = World(rank, size)
+    world = World(rank, size, shared)
     for case in cases:
         torch.manual_seed(0)
         try:
@@ -52,20 +53,22 @@ def _work(rank, size, port, folder, cases):
 
 def selected(request, cases):
     """The cases whose tests pytest runs."""
-    names = {item.callspec.params["case"] for item in request.session.items if "errors" in item.fixturenames}
+    items = [item for item in request.session.items if "errors" in item.fixturenames and hasattr(item, "callspec")]
+    names = {item.callspec.params["case"] for item in items}
     return [case for case in cases if case.__name__ in names]
 
 
-def run(cases, size, preload):
+def run(cases, size, preload, shared=None):
     """Run the cases in `size` processes, which start from one that has imported the modules `preload`.
 
+    shared: a folder for all cases.
     Returns: for each name of a case, its error, empty if it passed.
     """
     multiprocessing.set_forkserver_preload(preload)
     with tempfile.TemporaryDirectory() as folder:
         ended = ""
         try:
-            mp.start_processes(_work, (size, free_port(), folder, cases), size, start_method="forkserver")
+            mp.start_processes(_work, (size, free_port(), folder, cases, shared), size, start_method="forkserver")
         except ProcessException as error:
             ended = f"the group ended before this case: {str(error).splitlines()[-1]}"
         return {case.__name__: _error(Path(folder), case.__name__, size, ended) for case in cases}
@@ -81,3 +84,8 @@ def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def wait():
+    """Wait for the other processes."""
+    dist.barrier()

@@ -27,7 +27,7 @@ LEVELS = (
     ("backends",),
     ("functional", "norm"),
     ("layer", "decoding", "former"),
-    ("ffn",),
+    ("ffn", "heads"),
     ("model",),
     ("distributed",),
     ("integrations",),

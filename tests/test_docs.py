@@ -56,6 +56,7 @@ def desk(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default:.*shares the same shape constraints with another axis:UserWarning")  # torch.onnx
 @pytest.mark.parametrize("document", WITH_SNIPPETS, ids=names(WITH_SNIPPETS))
 def test_snippets_run(document, desk, registry):
     exec(compile(program(text_of(document)), str(document), "exec"), {"__name__": document.stem})

@@ -8,6 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from retention.local import local
+
 __all__ = ["FeatureMap"]
 
 _SHARPNESS = 2.5  # factor of the initial identity; with 1 and with 5 the features approach the softmax more slowly
@@ -59,10 +61,10 @@ class FeatureMap(nn.Module):
 
     def forward(self, x: Tensor, factor: float = 1.0) -> Tensor:
         """Map factor * x, x (B, H, T, K), to features (B, H, num_decays, T, 2 K)."""
-        weight = rearrange(self.weight * factor, "h s k c -> h k (s c)")  # one product
+        weight = rearrange(local(self.weight) * factor, "h s k c -> h k (s c)")  # one product
         y = rearrange(x @ weight, "b h t (s k) -> b h t s k", s=self.weight.shape[1])
         y = rearrange(torch.stack([y, -y], dim=-2).flatten(-3).softmax(-1), "b h t (s k) -> b h s t k", s=y.shape[3])
         if self.importance is None:
             return y
-        importance = x @ (self.importance * factor).mT  # (B, H, T, num_decays)
+        importance = x @ (local(self.importance) * factor).mT  # (B, H, T, num_decays)
         return y * rearrange(importance.clamp(max=_MOST).exp(), "b h t s -> b h s t 1")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from retention.former import former_options
 from retention.options import check_choice, check_flags, check_is, shown
 
-from .adapter import Adapter
+from .adapter import Adapter, full_name
 from .calibration import calibrate
 from .retention import FORMER, HostedRetention
 from .swapped import Swapped, adapter_of, replaced_by, swapped_class
@@ -355,9 +356,16 @@ def _adapter(attention: nn.Module) -> Adapter:
     return found
 
 
+# Names that libraries give to classes of attention, among them convit's MHSA and mmseg's WindowMSA.
+_ALIKE = re.compile(r"attention|attn|mhs?a|msa(?![a-z])", re.IGNORECASE)
+
+
 def _nothing_found(model: nn.Module) -> str:
-    alike = {type(m).__name__: n for n, m in model.named_modules() if "attention" in type(m).__name__.lower()}
-    there = ", ".join(f"{kind} (as {name})" for kind, name in alike.items()) or "none"
+    alike: dict[str, str] = {}  # the first module of each class
+    for name, module in model.named_modules():
+        if _ALIKE.search(type(module).__name__):
+            alike.setdefault(full_name(type(module)), name)
+    there = ", ".join(f"{kind} (as {name})" if name else kind for kind, name in alike.items()) or "none"
     return (
         f"no attention of {type(model).__name__} has an adapter; modules that look like attention: {there}. "
         "retention.integrations.swap.register_adapter(CLASS, ADAPTER) adds one"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 
-from retention.arguments import check_contents, check_places
+from retention.arguments import check_contents, check_places, refuse_torchscript
 from retention.backends import FORMS, check_name
 from retention.decay import HeadDecay, log_decays
 from retention.errors import ShapeError
 from retention.former import former_options
 from retention.functional import retain, step
+from retention.heads import check_heads
 from retention.layer import ACTIVATIONS, HasBackend, HeadNorm
+from retention.local import local
 from retention.options import (
     check_choice,
     check_device,
@@ -169,6 +172,17 @@ class HostedRetention(HasBackend):
         self.activation = ACTIVATIONS[gate] if gate else None
         self.reset_parameters()
 
+    def divide_heads(self, processes: int) -> None:
+        """Leave the layer the heads of one of `processes` processes, which then pass it their own heads of q, k and v.
+
+        Parameters are not touched.
+        Raises: ShapeError for heads that cannot be divided.
+        """
+        heads = self.heads
+        check_heads(processes, num_heads=heads.num_heads, num_kv_heads=heads.num_kv_heads)
+        counts = {name: getattr(heads, name) // processes for name in ("num_heads", "num_kv_heads")}
+        self.heads = replace(heads, **counts)
+
     def state_bytes(self) -> dict[str, int]:
         """Return the memory in bytes of the state of one sequence, for each of its parts.
 
@@ -233,6 +247,8 @@ class HostedRetention(HasBackend):
         Returns: the output, and the state or None.
         Raises: TypeError, ValueError or ShapeError for arguments that do not fit.
         """
+        if torch.jit.is_tracing():
+            refuse_torchscript()
         self._check_shapes(x, q, k, v)
         check_number("scale", scale, abs(number(scale)) < math.inf, "finite")
         check_flags(causal=causal, return_state=return_state)
@@ -247,7 +263,7 @@ class HostedRetention(HasBackend):
         if prefix:
             refuse("a prefix token, which sees all tokens,", "split the batch instead")
         if self.rest is not None:
-            self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1)
+            self._check_exact(causal, state, q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
             if state is not None or cu_seqlens is not None:
                 refuse("a state before, or a packed batch, with a window or sinks", "use rows without a state")
         call = _Call(scale, causal, mask, cu_seqlens, state, return_state, grid, prefix)
@@ -257,7 +273,7 @@ class HostedRetention(HasBackend):
         else:
             y, after = self._retained(q, k, v, call)
             y = _divided(y) if self.features else y
-        y = self.norm(y.transpose(1, 2)).to(v.dtype) * self.gain
+        y = self.norm(y.transpose(1, 2)).to(v.dtype) * local(self.gain)
         if self.gate is not None and self.activation is not None:
             y = y * self.activation(self.gate(x)).view_as(y)
         return y, after
@@ -358,9 +374,9 @@ class HostedRetention(HasBackend):
 
         weight (B, T, H): logarithm of the factor of retention's scores.
         """
-        weight, mask, order = rearrange(weight, "b t h -> b h t 1"), call.mask, None
+        weight, mask, places = rearrange(weight, "b t h -> b h t 1"), call.mask, None
         if mask is not None:  # padding first: a window's tokens are adjacent
-            order = real_last(mask)
+            order, places = real_last(mask)
             q, k, v, weight = (in_order(_zero_at_padding(z, mask), order) for z in (q, k, v, weight))
             mask = mask.gather(1, order)
             call = call._replace(mask=mask)
@@ -377,8 +393,8 @@ class HostedRetention(HasBackend):
         sums, after = self._retained(q, k, v, call, taken)
         y, share = exact.attend(q, call.scale, score_of(sums[..., -1:], weight))
         y = torch.addcmul(y, share, _divided(sums)).to(v.dtype)
-        if mask is not None and order is not None:
-            y = in_order(_zero_at_padding(y, mask), order.argsort(dim=1))
+        if mask is not None and places is not None:
+            y = in_order(_zero_at_padding(y, mask), places)
         if after is not None and end is not None:
             return y, WindowState(kv=after.kv, time=after.time, keys=end.keys, values=end.values)
         return y, None if after is None else exact.state(after)

@@ -102,38 +102,50 @@ class Rows:
         Dtypes: both results are in `state_dtype`, float32 at least.
         """
         length, kv_heads, wide = self.length, self.keys.shape[1], state_dtype(q.dtype)
-        block = max(1, min(self.window or length, length))  # without a window, one block sees the sinks
-        missing = -length % block if length else block
-        blocks, group = (length + missing) // block, q.shape[1] // kv_heads
+        block, count = self._cut()
+        group = q.shape[1] // kv_heads
         with torch.autocast(q.device.type, enabled=False):
             # A channel is added: it holds `other` in the queries, 1 in the further key and value, 0 in all others.
-            q = F.pad(torch.cat([scale * q.to(wide), other.to(wide)], dim=-1), (0, 0, 0, missing))
-            q = rearrange(q, "b (n g) (j c) k -> (b j) n (g c) k", n=kv_heads, c=block)
-            k, v = (self._blocks(F.pad(x.to(wide), (0, 1, 0, missing)), block) for x in (self.keys, self.values))
-            seen = self._seen(block, missing).expand(k.shape[0] // blocks, -1, group, -1, -1)
+            q = _in_blocks(torch.cat([scale * q.to(wide), other.to(wide)], dim=-1), block, block, count)
+            q = rearrange(q, "b (n g) j k c -> (b j) n (g c) k", n=kv_heads)
+            k, v = (self._blocks(F.pad(x.to(wide), (0, 1)), block, count) for x in (self.keys, self.values))
+            seen = self._seen(block, count).expand(k.shape[0] // count, -1, group, -1, -1)
             seen = rearrange(seen, "b j g c l -> (b j) 1 (g c) l")
             y = F.scaled_dot_product_attention(q, k, v, seen, scale=1.0)
-        y = rearrange(y, "(b j) n (g c) v -> b (n g) (j c) v", j=blocks, c=block)
+        y = rearrange(y, "(b j) n (g c) v -> b (n g) (j c) v", j=count, c=block)
+        if torch.compiler.is_exporting():  # for a slice, the program would compare lengths
+            y = y[:, :, torch.arange(length, device=y.device)]
         y, share = y[:, :, :length].split([y.shape[-1] - 1, 1], dim=-1)
         return y, share
 
-    def _blocks(self, x: Tensor, block: int) -> Tensor:
+    def _cut(self) -> tuple[int, int]:
+        """Return the size and the number of the blocks of queries. Without a window, one block sees the sinks.
+
+        A program that is exported for all lengths has blocks of one size, and at least two of them.
+        """
+        exported = torch.compiler.is_exporting() and self.length > 1
+        if not self.window or not exported:
+            block = max(1, min(self.window or self.length, self.length))
+            return block, max(1, -(-self.length // block)) if self.window else 1
+        return self.window, (self.length + self.window - 1) // self.window + 1
+
+    def _blocks(self, x: Tensor, block: int, count: int) -> Tensor:
         """The keys or values that each block of queries can see, and the further one, (B J, Hkv, S + W + block + 1, D).
 
-        Shapes: x (B, Hkv, S + W + J block, D), whose last channel is 0.
+        Shapes: x (B, Hkv, S + W + T, D), whose last channel is 0; J is `count`.
         """
         near = x[:, :, self.sinks :]
         if self.window:
-            near = rearrange(near.unfold(2, self.window + block, block), "b n j d l -> b j n l d")
+            near = rearrange(_in_blocks(near, self.window + block, block, count), "b n j d l -> b j n l d")
         else:
             near = near[:, None, :, :0]
         first = x[:, None, :, : self.sinks].expand(-1, near.shape[1], -1, -1, -1)
         further = F.pad(x.new_zeros(x.shape[3] - 1), (0, 1), value=1.0).expand(*near.shape[:3], 1, -1)
         return torch.cat([first, near, further], dim=3).flatten(0, 1)
 
-    def _seen(self, block: int, missing: int) -> Tensor:
+    def _seen(self, block: int, count: int) -> Tensor:
         """Tell which keys of its block each query sees, (B or 1, blocks, 1, block, S + W + block + 1)."""
-        index = torch.arange(self.length + missing, device=self.first.device).unflatten(0, (-1, block))
+        index = _places(block, block, count, self.first.device)
         leaves = self.first[:, None, None] + index  # the position of the token that leaves the window at each query
         seen = torch.arange(self.sinks, device=index.device) <= leaves[..., None]
         if self.window:
@@ -223,7 +235,7 @@ def tiles(k: Tensor, v: Tensor, window: int, sinks: int, cu_seqlens: Tensor, sta
         cu_seqlens: (N + 1,), as in `retain`.
         state: the states after the tokens before, with N rows, or None.
     """
-    length, count, kept, device = k.shape[2], len(cu_seqlens) - 1, sinks + window, k.device
+    length, count, kept, device = k.shape[2], cu_seqlens.shape[0] - 1, sinks + window, k.device
     start, lengths = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     size = max(1, min(window or _TILE, length if traced() else int(lengths.max())))
     sequence, offset, places = _cut(cu_seqlens.long(), length, size)
@@ -303,7 +315,7 @@ def _cut(cu_seqlens: Tensor, length: int, size: int) -> tuple[Tensor, Tensor, Te
     Returns: the sequence of each tile and its offset there, both (M,), and the index of each token among the tokens of
         all tiles, (length,). M depends on shapes only; tiles that are too many have offsets beyond their sequence.
     """
-    count = len(cu_seqlens) - 1
+    count = cu_seqlens.shape[0] - 1
     ends = cu_seqlens.diff().add(size - 1).div(size, rounding_mode="floor").cumsum(0)  # in tiles
     first = F.pad(ends, (1, 0))[:-1]
     tile = torch.arange((length + count * (size - 1)) // size, device=cu_seqlens.device)
@@ -333,9 +345,31 @@ def _with(after: RetentionState, keys: Tensor, values: Tensor) -> WindowState:
     return WindowState(kv=after.kv, time=after.time, keys=keys, values=values)
 
 
-def real_last(mask: Tensor) -> Tensor:
-    """Return the order (B, T) of tokens that puts the padding of each row first; mask is True for real tokens."""
-    return mask.long().argsort(dim=1, stable=True)
+def _in_blocks(x: Tensor, size: int, step: int, count: int) -> Tensor:
+    """Cut x (B, H, T, D) into `count` blocks of `size` tokens, one every `step`, (B, H, count, D, size).
+
+    What a block has beyond the last token is without meaning.
+    """
+    if count > 1 and torch.compiler.is_exporting():  # views would compare lengths
+        return x[:, :, _places(size, step, count, x.device).clamp(max=x.shape[2] - 1)].mT
+    x = F.pad(x, (0, 0, 0, (count - 1) * step + size - x.shape[2]))
+    return x.mT[:, :, None] if count == 1 else x.unfold(2, size, step)
+
+
+def _places(size: int, step: int, count: int, device: torch.device) -> Tensor:
+    """Return the indices of the tokens of blocks as `_in_blocks` cuts them, (count, size)."""
+    return torch.arange(count, device=device)[:, None] * step + torch.arange(size, device=device)
+
+
+def real_last(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order (B, T) of tokens that puts the padding of each row first, and the place of each token in it.
+
+    mask: (B, T), True for real tokens.
+    """
+    padding = ~mask
+    places = torch.where(mask, padding.sum(1, keepdim=True) + mask.cumsum(1), padding.cumsum(1)) - 1
+    index = torch.arange(mask.shape[1], device=mask.device).expand_as(places)
+    return torch.empty_like(places).scatter(1, places, index), places
 
 
 def in_order(x: Tensor, order: Tensor) -> Tensor:

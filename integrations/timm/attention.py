@@ -29,7 +29,9 @@ from retention.former import former_options
 from retention.state import RetentionState
 
 from ..swap import Adapter, Heads, HostedRetention, Swapped, register_adapter, replaced_by
+from ..swap.adapter import full_name
 from ..swap.retention import FORMER
+from .refusals import register_refusals
 
 __all__ = ["RetentionAttention", "TimmAttention", "Tokens", "bind", "retention_layer"]
 
@@ -72,7 +74,7 @@ class Tokens:
         prefix = self.model.num_prefix_tokens
         if self.grid is None:
             raise ShapeError("the grid of the image is not known; run the whole model, on images of one size")
-        rows, columns = map(int, self.grid)
+        rows, columns = self.grid  # sizes, symbolic while a program for all of them is exported
         if prefix + rows * columns != x.shape[1]:
             raise ShapeError(
                 f"tokens must be {prefix} and a grid of {rows} x {columns}; got {x.shape[1]} tokens; "
@@ -94,7 +96,8 @@ class TimmAttention(Adapter):
         """Refuse layers outside of _HOSTS, whose grid is unknown."""
         if any(attention in set(host.modules()) for host in _hosts(model)):
             return []
-        return [f"stands in {type(model).__name__}, whose grid of tokens is not known; it is in {_KNOWN}"]
+        where = f"{full_name(type(attention))} stands in {type(model).__name__}"
+        return [f"{where}, whose grid of tokens is not known; that of {_KNOWN} is"]
 
     def both_ways(self, attention: Any) -> bool:
         """Return True: tokens of an image see each other."""
@@ -238,25 +241,9 @@ def _bind_when_built(model: nn.Module, name: str, child: nn.Module | None) -> No
         bind(model, layers)
 
 
-class _Refused(Adapter):
-    """Adapter that refuses a class of attention and gives the reason."""
-
-    def __init__(self, reason: str):
-        self.reason = reason
-
-    def why_not(self, attention: Any, model: nn.Module) -> list[str]:
-        return [self.reason]
-
-
 for _name in ("timm.layers.attention.Attention", "timm.layers.attention.AttentionRope", "timm.models.eva.EvaAttention"):
     register_adapter(_name, _adapter)
-for _name in ("swin_transformer", "swin_transformer_v2"):
-    register_adapter(
-        f"timm.models.{_name}.WindowAttention", _Refused("looks at windows of a few tokens, too few to gain")
-    )
-register_adapter(
-    vision_transformer.ParallelScalingBlock, _Refused("computes its attention inline, there is no layer to replace")
-)
+register_refusals()
 vision_transformer.ATTN_LAYERS["retention"] = RetentionAttention
 register_notrace_module(Swapped)  # type: ignore[arg-type]  # FX traces it as one node
 register_module_module_registration_hook(_bind_when_built)  # an attn_layer of timm does not know its model

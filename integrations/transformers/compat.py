@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, DynamicCache, EncoderDecoderCache
+from transformers import Cache, DynamicCache, EncoderDecoderCache, trainer
 from transformers.cache_utils import (
     STATIC_LAYER_TYPE_MAPPING,
     CacheLayerMixin,
     LinearAttentionCacheLayerMixin,
 )
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 from transformers.integrations import get_available_reporting_integrations
 from transformers.masking_utils import (
     LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING,
@@ -36,19 +37,22 @@ from transformers.modeling_layers import (
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.falcon.modeling_falcon import apply_rotary_pos_emb
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState, ProgressCallback, TrainerState
 from transformers.utils import logging
 from transformers.utils.generic import TransformersKwargs, can_return_tuple
 
 __all__ = [
+    "ALL_PARALLEL_STYLES",
     "CACHE",
     "CACHE_NAMES",
     "HARMLESS",
     "INPUT",
     "LAYER_ARGUMENTS",
     "LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING",
+    "MIXED_WEIGHTS",
     "OTHER_TOKENS",
+    "SCHEDULER_NAME",
     "STATIC_LAYER_TYPE_MAPPING",
     "TESTED",
     "TRAINER_STATE_NAME",
@@ -63,6 +67,7 @@ __all__ = [
     "GradientCheckpointingLayer",
     "LinearAttentionCacheLayerMixin",
     "ProgressCallback",
+    "TensorParallelLayer",
     "TrainerState",
     "apply_rotary_pos_emb",
     "as_output",
@@ -93,6 +98,9 @@ _KEYWORDS = {
     *TransformersKwargs.__optional_keys__,
     *("tokenizer", "assistant_tokenizer", "shift_labels", "cache_position", "token_type_ids"),
 }
+
+# Whether the optimiser of the Trainer takes weights that are divided among processes beside whole ones.
+MIXED_WEIGHTS = hasattr(trainer, "has_mixed_dtensor")
 
 INPUT = "hidden_states"  # the first argument of a layer's forward: its tokens
 OTHER_TOKENS = (  # arguments of a layer's forward that hold other tokens to attend to

@@ -22,6 +22,7 @@ from ..files import listed, one_line, refused
 from .cache import LAYER_TYPE
 from .compat import CACHE
 from .sharing import SaysHowToLoad
+from .tensor_parallel import plan_of_retnet
 
 __all__ = ["FORMER", "FORMER_FORM", "RetNetConfig"]
 
@@ -189,6 +190,7 @@ class RetNetConfig(SaysHowToLoad, PreTrainedConfig):
             options = copy.deepcopy({**(self.retention or {}), **given})
             self.retention = {name: x.tolist() if isinstance(x, Tensor) else x for name, x in options.items()}
         self._check_options()
+        self.base_model_tp_plan = plan_of_retnet(self)  # type: ignore[misc]
 
     def backbone_options(self) -> dict[str, Any]:
         """Return the options of `RetNetBackbone`, by name."""

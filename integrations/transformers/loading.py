@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from ..files import listed, one_line, read_json, refused
 from ..swap import replace_attention
 from ..swap.retention import FORMER, HostedRetention
+from ..swap.swapped import Swapped
 from .replaced_config import MARK, MODEL_TYPE, marked_class, marked_layers, name_in_base_model
+from .tensor_parallel import plan_of_replaced
 
 __all__ = ["RetentionInAttentionConfig", "load_swapped", "register_auto_classes"]
 
@@ -39,6 +42,7 @@ class _Rebuilt:
         model: Any = self
         model.__class__ = self.host_model
         _replace_again(model, marked_layers(config))
+        _plan_heads(model)
 
     @classmethod
     def from_pretrained(cls, folder: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -180,6 +184,14 @@ def _replace_again(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) ->
         chosen = {i for i, name in there.items() if name in names}
         with refused(f"the config has options for {names[0]} that cannot be"):
             replace_attention(model, where=_one_of(chosen), allow_lost=True, **layers[names[0]])
+
+
+def _plan_heads(model: Any) -> None:
+    """Enter the replaced layers in the model's plan of tensor parallel."""
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped):
+            layer = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+            model._tp_plan |= plan_of_replaced(layer, module.retention, model._tp_plan)
 
 
 def _one_of(chosen: set[int]) -> Callable[[str, nn.Module], bool]:

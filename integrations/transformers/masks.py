@@ -126,6 +126,6 @@ def _own_keys(attention_mask: Tensor, length: int, columns: Tensor | None) -> Te
 def _allowed(attention_mask: Tensor, keys: Tensor) -> Tensor:
     """Tell whether each query may attend to the key with its index in `keys` (T,), (B, T); indices are clamped."""
     seen = attention_mask[:, 0] if attention_mask.dtype == torch.bool else attention_mask[:, 0] == 0
-    seen = seen.expand(-1, len(keys), -1)  # a padding mask has one row for all queries
+    seen = seen.expand(-1, keys.shape[0], -1)  # a padding mask has one row for all queries
     keys = keys.clamp(0, seen.shape[-1] - 1)
     return seen.gather(-1, keys[None, :, None].expand(seen.shape[0], -1, 1))[..., 0]

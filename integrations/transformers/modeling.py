@@ -58,6 +58,7 @@ __all__ = [
     "RetNetModel",
     "RetNetModelOutput",
     "RetNetPreTrainedModel",
+    "shifted",
 ]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -334,6 +335,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
     accepts_loss_kwargs = True
 
     def __init__(self, config: RetNetConfig):
@@ -378,7 +380,7 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         out = self.model(input_ids, attention_mask, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(out.last_hidden_state[:, kept])
-        targets = _shifted(labels) if shift_labels is None else shift_labels
+        targets = shifted(labels) if shift_labels is None else shift_labels
         loss = None if targets is None else self._loss(logits, targets, num_items_in_batch, out.aux_loss)
         return RetNetCausalLMOutput(
             loss=loss,
@@ -399,17 +401,17 @@ class RetNetForCausalLM(RetNetPreTrainedModel, GenerationMixin):
         """The loss of logits with targets (B, T), the token that each logit predicts; -100 is ignored."""
         options = dict(vocab_size=self.config.vocab_size, shift_labels=targets, num_items_in_batch=items)
         loss = self.loss_function(logits=logits, labels=None, **options)
+        counted = targets.to(logits.device) != -100
+        count = counted.sum() if items is None else torch.as_tensor(items, device=loss.device)
         if self.config.z_loss_coeff:
-            counted = targets.to(logits.device) != -100
             log_z = logits.float().logsumexp(-1)[counted]
-            count = counted.sum() if items is None else torch.as_tensor(items, device=loss.device)
             loss = loss + self.config.z_loss_coeff * log_z.square().sum() / count
         if aux_loss is not None:
-            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+            loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device) * (counted.sum() / count)
         return loss
 
 
-def _shifted(labels: Tensor | None) -> Tensor | None:
+def shifted(labels: Tensor | None) -> Tensor | None:
     """Return the labels shifted by one token; the last one is -100."""
     return None if labels is None else nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
 

@@ -113,6 +113,8 @@ def _parallel(
 def _on_grid(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, grid: tuple[int, int]) -> Tensor:
     """Compute R v for some grid rows of queries at a time, so that the scores of all queries never exist at once."""
     rows, columns = grid_decays(log_decay, grid)  # (H, rows, rows), (H, columns, columns)
+    if torch.compiler.is_exporting():  # the number of parts would depend on the batch
+        return grid_scores(q, k, rows, columns) @ v
     at_once = max(1, SCORES_AT_ONCE // max(1, q.shape[0] * q.shape[1] * grid[1] * q.shape[2]))
     blocks = zip(q.split(at_once * grid[1], dim=2), rows.split(at_once, dim=1), strict=True)
     return torch.cat([grid_scores(q_i, k, rows_i, columns) @ v for q_i, rows_i in blocks], dim=2)

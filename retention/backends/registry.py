@@ -16,7 +16,7 @@ To add a backend, write an object like those in this folder and `register` it, o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -80,6 +80,7 @@ _backends: dict[str, Backend] = {
     "xformers": xformers.backend,
     "fla": fla.backend,
 }
+_PLAIN = ("chunked", "eager")  # backends that torch.export records as plain torch operations
 _plugins_loaded = False
 
 
@@ -212,7 +213,7 @@ def _kind(call: Call) -> str:
     if call.length == 1 and (call.has_state or call.return_state):
         return "token"
     if call.grid is not None:
-        return "small grid" if call.length <= _SMALL_GRID else "sequence"
+        return "small grid" if isinstance(call.length, int) and call.length <= _SMALL_GRID else "sequence"
     if call.packed or torch.compiler.is_exporting():  # an exported program must suit all lengths
         return "sequence"
     both_ways = not call.causal and not call.masked  # a mask costs the parallel form a decay matrix per row
@@ -224,5 +225,14 @@ def _answers(call: Call, backend: str) -> Iterator[tuple[str, Backend, Call, lis
     """Yield each backend and form to try, in order, with the reasons why it cannot run the call."""
     for form in _PREFERRED[_kind(call)] if call.form == "auto" else (call.form,):
         asked = call if call.form == form else call._replace(form=form)
-        for name in _backends if backend == "auto" else (backend,):
+        for name in _candidates(backend):
             yield name, _backends[name], asked, _backends[name].why_not(asked)
+
+
+def _candidates(backend: str) -> Iterable[str]:
+    """Return the names of the backends to try, in order."""
+    if backend != "auto":
+        return (backend,)
+    if torch.compiler.is_exporting():  # operators of other backends are unknown where the program runs
+        return dict.fromkeys((*(name for name in _PLAIN if name in _backends), *_backends))
+    return _backends

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..errors import BackendError
 from . import library
@@ -20,8 +21,8 @@ def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor
     given the operator that consists of torch operations, so there is one graph.
 
     Shapes: x (..., dim) -> (..., out_features of fc2).
-    Raises: BackendError if a layer is not a plain nn.Linear: xformers takes a weight and a bias, and would ignore what
-        an adapter or a quantiser adds to them.
+    Raises: BackendError if a layer is not a plain nn.Linear with a plain weight: xformers takes a weight and a bias,
+        and would ignore what an adapter or a quantiser adds to them.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     for name, layer in (("fc1", fc1), ("gate", gate), ("fc2", fc2)):
@@ -29,6 +30,11 @@ def swiglu(x: Tensor, fc1: nn.Linear, gate: nn.Linear, fc2: nn.Linear) -> Tensor
             raise BackendError(
                 f"xformers' swiglu needs an nn.Linear for {name}; got {name} {type(layer).__name__}; "
                 "use the backend 'torch' of the feed-forward"
+            )
+        if is_traceable_wrapper_subclass(layer.weight):
+            raise BackendError(
+                f"xformers' swiglu needs a plain weight for {name}; got a weight {type(layer.weight).__name__}, as "
+                "when it is quantised; use the backend 'torch' of the feed-forward"
             )
     weights = (fc1.weight, fc1.bias, gate.weight, gate.bias, fc2.weight, fc2.bias)
     compute, in_torch = library.swiglu()

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,10 @@ BAD = [
         "tokenizer must be a folder, a tokenizer.json, a GGUF file or a name on the hub; '/now",
     ),
     (["train", "--report-to", "paper"], "report_to must be one of none, all.*; got report_to 'paper'"),
+    (["train", "--tensor-parallel", "0"], "tensor_parallel must be at least 1; got tensor_parallel 0"),
+    (["train", "--context", "3", "--context-parallel", "4"], "context must have a token for each .*got context 3, con"),
+    (["train", "--context-parallel", "2"], "context_parallel times .* 2, tensor_parallel 1, 1 process; .*_node 2"),
+    (["train", "--fsdp"], "fsdp shards weights among .* tensor_parallel 1, 1 process; leave fsdp out, or start more"),
     (["train", "--resume"], "nothing to resume in runs/retnet: it has no training.json"),
     (["generate", "--model", "nowhere"], "no model in nowhere: it has no config.json"),
 ]
@@ -121,6 +126,17 @@ def test_bad_options_are_named_and_nothing_is_written(words, message, tmp_path, 
     assert result.exit_code == 2
     assert re.search(f"error: {message}", result.output, re.DOTALL), result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_later_process_alone_is_told_too(tmp_path, monkeypatch):
+    """Where the first has it too, torchrun ends the others while they wait."""
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    result = CliRunner().invoke(app, ["train", "--lr", "-1", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "process 3: error: lr must be above 0; got lr -1" in result.output
+    assert waited == [10]
 
 
 @pytest.mark.parametrize("place", ["run", "run/inside"])
@@ -355,15 +371,43 @@ def test_two_processes_train_stop_and_resume_as_one(text, tokenizer_folder, tmp_
     assert begun.count("stopped and saved") == 1
     (checkpoint,) = two.glob("checkpoint-*")
     assert 10 <= int(checkpoint.name.split("-")[1]) < 100
-    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(two)])
-    assert "keeps its number of processes, 2; got 1; start it with torchrun --nproc_per_node 2" in result.output
+    result = CliRunner().invoke(app, ["train", "--resume", "--out", str(two), "--context-parallel", "3"])
+    assert "must divide the number of processes; got context_parallel 3, tensor_parallel 1, 1 process;" in result.output
+    shutil.copytree(two, alone := tmp_path / "alone")
 
     ended = torchrun("--resume", "--out", two)
     whole = command("train", text, "--out", one, "--batch", 4, *options)
-    loss = lambda lines: float(re.findall(r"validation (\S+) nats per token.*; the model is in", lines)[0])  # noqa: E731
-    assert loss(ended) == pytest.approx(loss(whole), rel=5e-3)
-    logged = [
-        {entry["step"]: entry["loss"] for entry in json.loads(state.read_text())["log_history"] if "loss" in entry}
-        for state in (two / "checkpoint-100/trainer_state.json", one / "checkpoint-100/trainer_state.json")
-    ]
-    assert logged[0] == pytest.approx(logged[1], rel=5e-3)
+    resumed = command("train", "--resume", "--out", alone)
+    assert "4 sequences x 32 tokens = 128 tokens a step" in resumed
+    assert json.loads((alone / Settings.FILE).read_text())["processes"] == 2
+    for printed, out in ((ended, two), (resumed, alone)):
+        assert validation(printed) == pytest.approx(validation(whole), rel=1e-4)
+        assert losses(out / "checkpoint-100") == pytest.approx(losses(one / "checkpoint-100"), rel=1e-4)
+
+
+def validation(printed):
+    return float(re.findall(r"validation (\S+) nats\b.*; the model is in", printed)[0])
+
+
+def losses(checkpoint):
+    """The losses that a run has logged, those of evaluations too."""
+    history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
+    return {(entry["step"], name): entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry}
+
+
+@pytest.mark.slow
+def test_two_processes_with_parts_of_the_sequences_train_as_one(text, tmp_path):
+    config = tmp_path / "small.json"
+    config.write_text(json.dumps({"dim": 16, "num_layers": 2, "num_heads": 2, "z_loss_coeff": 1e-2}))
+    options = ["--config", config, "--steps", 12, "--batch", 3, "--accumulate", 2, "--context", 33, "--eval-every", 6]
+    options += ["--save-every", 6, "--lr", 1e-3, "--device", "cpu", "--sample", 0]
+    two, one = tmp_path / "two", tmp_path / "one"
+    printed = torchrun(text, "--out", two, "--context-parallel", 2, *options)
+    whole = command("train", text, "--out", one, *options)
+    assert printed.count("3 sequences x 2 accumulated x 33 bytes = 198 bytes a step") == 1, printed
+    assert losses(two / "checkpoint-12") == pytest.approx(losses(one / "checkpoint-12"), rel=1e-5)
+    assert validation(printed) == validation(whole)
+
+    shutil.rmtree(two / "checkpoint-12")  # as if it had ended before
+    command("train", "--resume", "--out", two, "--context-parallel", 1, "--sample", 0)
+    assert losses(two / "checkpoint-12") == pytest.approx(losses(one / "checkpoint-12"), rel=1e-5)

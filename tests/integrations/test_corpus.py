@@ -5,6 +5,7 @@ import sys
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -214,6 +215,16 @@ def test_a_dataset_with_splits(tokenizer, tmp_path, monkeypatch):
     again = read_corpus(files, TokenCodec(tokenizer), 7, column="body")  # other blocks of the same tokens
     assert tokens_of(again.train)[:70] == tokens_of(corpus.train)[:70]
     assert again.digest == corpus.digest
+
+
+def test_a_saved_dataset_is_not_read_into_memory(tmp_path):
+    rows = datasets.Dataset.from_dict({"input_ids": [list(range(1000))] * 400})
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "data")
+    before = pyarrow.total_allocated_bytes()
+    corpus = read_corpus([tmp_path / "data"], ByteCodec(), 50)
+    assert corpus.train.tokens == corpus.valid.tokens == 400_000
+    assert corpus.train[4321]["input_ids"].tolist() == list(range(50, 100))
+    assert pyarrow.total_allocated_bytes() - before < 100_000
 
 
 @pytest.mark.parametrize("codec", ["bytes", "tokens"])

@@ -1,14 +1,17 @@
 """Models of transformers with a sequence in parts equal those on one process: losses and gradients."""
 
+import tempfile
 from copy import deepcopy
+from pathlib import Path
 
 import processes
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from retention.distributed import context_parallel, tensor_parallel
+from retention.errors import ShapeError
 from retention.integrations.swap import Heads, HostedRetention, replace_attention
 from retention.integrations.transformers import RetNetConfig, RetNetForCausalLM, RetNetForSequenceClassification
 
@@ -54,10 +57,10 @@ def retnet(**options):
     )
 
 
-def llama(**options):
+def llama(kv_heads=1, **options):
     torch.manual_seed(1)
-    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=1, **sizes))
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2 * kv_heads)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_key_value_heads=kv_heads, **sizes))
     replace_attention(model, **options)
     return model
 
@@ -121,6 +124,56 @@ def heads_in_parts(world):
     assert found.tolist() == wanted.tolist()
 
 
+def saved(world, model):
+    """A folder that the first process has written for all."""
+    folders = [tempfile.mkdtemp() if world.rank == 0 else None]
+    torch.distributed.broadcast_object_list(folders)
+    if world.rank == 0:
+        model.save_pretrained(folders[0])
+    processes.wait()
+    return Path(folders[0])
+
+
+def check_loaded(world, model, **options):
+    """Compare a model that every process loads by its own heads, of transformers' tensor parallel, with the whole."""
+    for p in model.parameters():
+        if not p.numel() or p.std() == 0 or not p.std().isfinite():
+            torch.nn.init.normal_(p, std=0.1)  # a mixture of heads would not show where all have the same
+    folder = saved(world, model)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    divided = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **options)
+    tokens = torch.randint(40, (2, TOTAL))
+    found, wanted = (each(tokens, labels=tokens) for each in (divided, whole))
+    close(found.logits, wanted.logits)
+    found.loss.backward()
+    wanted.loss.backward()
+    for (name, p), q in zip(whole.named_parameters(), divided.parameters(), strict=True):
+        close(q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad, p.grad, 1e-6)  # losses are float32
+        assert isinstance(q, DTensor) == ("norm" not in name or "retention.norm" in name), name
+    words = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert divided.eval().generate(tokens, **words).tolist() == whole.eval().generate(tokens, **words).tolist()
+    divided.save_pretrained(folder / "again")
+    processes.wait()
+    again = AutoModelForCausalLM.from_pretrained(folder / "again", dtype=torch.float64)
+    assert all(map(torch.equal, again.state_dict().values(), whole.state_dict().values()))
+
+
+def heads_loaded_in_parts(world):
+    retention = {"learnable_decay": True, "norm_affine": "channel", "num_kv_heads": 2, "bias": True}
+    sizes = dict(vocab_size=40, dim=16, num_layers=2, num_heads=4)
+    check_loaded(world, RetNetForCausalLM(RetNetConfig(**sizes, retention=retention)), tp_plan="auto")
+    others = dict(retention={"norm_affine": "shared", "gate": None}, gated=False, tie_word_embeddings=False)
+    check_loaded(world, RetNetForCausalLM(RetNetConfig(**sizes, **others)), distributed_config={"tp_size": 2})
+
+
+def heads_of_replaced_layers_loaded_in_parts(world):
+    for options in (dict(window=4, sinks=2), dict(features=False, gate=None)):
+        check_loaded(world, llama(kv_heads=2, **options), tp_plan="auto")
+    folder = saved(world, llama(kv_heads=1))
+    with pytest.raises(ShapeError, match="must divide num_kv_heads; got 1 heads, 2 processes"):
+        AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+
+
 def refused(world):
     """Every process refuses what would be computed from its own part alone."""
     model, ids = retnet(), torch.ones(2, 4, dtype=torch.long)
@@ -142,7 +195,15 @@ def refused(world):
                 call()
 
 
-CASES = [retnets, replaced_layers, windows_with_padding, heads_in_parts, refused]
+CASES = [
+    retnets,
+    replaced_layers,
+    windows_with_padding,
+    heads_in_parts,
+    heads_loaded_in_parts,
+    heads_of_replaced_layers_loaded_in_parts,
+    refused,
+]
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Retention in timm's vision transformers: the softmax is replaced by the formula, and timm's doors stay open."""
 
 import copy
+import pkgutil
 
 import oracle
 import pytest
@@ -11,7 +12,8 @@ from torch.nn import functional as F
 
 from retention import ShapeError
 from retention.integrations.swap import Heads, HostedRetention, plan_replacement, replace_attention, restore_attention
-from retention.integrations.timm import RetentionAttention, classify_strips, retention_layer
+from retention.integrations.swap.adapter import find_adapter
+from retention.integrations.timm import RetentionAttention, classify_strips, refusals, retention_layer
 
 SIZES = dict(img_size=(48, 80), depth=2, num_classes=7)  # a grid of 3 x 5
 SMALL = dict(embed_dim=32, num_heads=2, mlp_ratio=1)
@@ -361,11 +363,37 @@ def test_images_of_several_sizes_are_refused():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("swin_tiny_patch4_window7_224", "layers.0.blocks.0.attn: looks at windows"),
-        ("swinv2_tiny_window8_256", "layers.0.blocks.0.attn: looks at windows"),
-        ("pit_ti_224", "stands in PoolingVisionTransformer, whose grid of tokens is not known"),
-        ("vit_base_patch16_xp_224", "blocks.0: computes its attention inline"),
-        ("beit_base_patch16_224", r"no attention of Beit has an adapter; .*Attention \(as"),
+        (
+            "swin_tiny_patch4_window7_224",
+            r"layers.0.blocks.0.attn: timm.models.swin_transformer.WindowAttention attends inside a window of 7 x 7",
+        ),
+        ("swinv2_tiny_window8_256", "timm.models.swin_transformer_v2.WindowAttention .*window of 8 x 8 tokens"),
+        (
+            "maxvit_tiny_tf_224",
+            "attn_block: .*maxxvit.PartitionAttentionCl attends inside a window of 7 x 7",
+        ),
+        (
+            "maxvit_tiny_tf_224",
+            "attn_grid: .*maxxvit.PartitionAttentionCl attends over a grid of 7 x 7 tokens",
+        ),
+        ("hiera_tiny_224", "timm.models.hiera.MaskUnitAttention attends inside a window of 64 tokens"),
+        ("hiera_tiny_224", "timm.models.hiera.MaskUnitAttention gets its tokens in the order of Hiera's windows"),
+        ("pvt_v2_b0", "timm.models.pvt_v2.Attention reduces its keys"),
+        ("tiny_vit_5m_224", "timm.models.tiny_vit.Attention attends inside a window of 7 x 7"),
+        (
+            "beit_base_patch16_224",
+            "blocks.0.attn: timm.models.beit.Attention adds learnt terms",
+        ),
+        (
+            "pit_ti_224",
+            "timm.layers.attention.Attention stands in PoolingVisionTransformer, whose grid of tokens is not known",
+        ),
+        ("vit_base_patch16_xp_224", "blocks.0: timm.models.vision_transformer.ParallelScalingBlock computes .* inline"),
+        (
+            "convit_tiny",
+            r"no attention of ConVit has an adapter; .*timm.models.convit.MHSA \(as blocks.10.attn\)\. ",
+        ),
+        ("cait_xxs24_224", r"timm.models.cait.TalkingHeadAttn \(as blocks.0.attn\)"),
     ],
 )
 def test_attention_that_cannot_be_replaced_is_refused(name, message):
@@ -373,6 +401,12 @@ def test_attention_that_cannot_be_replaced_is_refused(name, message):
         model = timm.create_model(name)
     with pytest.raises(ValueError, match=f"(?s){message}"):
         plan_replacement(model)
+
+
+def test_every_class_that_is_refused_is_there_and_gives_its_reason():
+    for name in refusals._REASONS:
+        kind = pkgutil.resolve_name(f"timm.models.{name}")
+        assert isinstance(find_adapter(kind), refusals.Refused)
 
 
 def test_dropout_of_the_weights_does_not_stand_in_the_way():

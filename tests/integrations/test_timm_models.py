@@ -1,14 +1,19 @@
-"""Retentive models in timm's registry: what timm's own model tests ask, and what their mixers compute."""
+"""Retentive models in timm's registry: timm's ways to build and run them, and what their mixers compute."""
+
+import sys
 
 import oracle
 import pytest
 import timm
 import torch
-from timm.models import create_feature_extractor
+from timm.models import create_feature_extractor, get_model_input_config
 from torch import nn
 
+import retention.integrations.timm
 from retention.integrations.swap import HostedRetention, Swapped
-from retention.integrations.timm.pyramid import ManhattanAttention, Mixer
+from retention.integrations.timm import retention_layer
+from retention.integrations.timm.__main__ import _main as run_script
+from retention.integrations.timm.pyramid import CellHead, ManhattanAttention, Mixer
 
 VITS = [f"vit_retention_{size}_patch16_224" for size in ("tiny", "small", "base")]
 PYRAMIDS = [
@@ -16,6 +21,9 @@ PYRAMIDS = [
 ]
 TINY = ["vit_retention_tiny_patch16_224", "pyramid_retention_tiny", "rmt_tiny"]
 MILLIONS = {"tiny": 14, "small": 27, "base": 54, "large": 95}
+
+
+SMALL = dict(dims=(16, 16, 32, 32), depths=(1, 1, 1, 1), num_heads=(2, 2, 4, 4), mlp_ratios=(2, 2, 2, 2))
 
 
 def build(name, **options):
@@ -28,6 +36,19 @@ def build(name, **options):
 
 def test_all_are_in_the_registry():
     assert set(VITS + PYRAMIDS) <= set(timm.list_models())
+
+
+def test_timm_lists_the_modules_of_the_models_under_names_of_their_own():
+    assert {"vit_retention", "pyramid_retention", "rmt"} <= set(timm.list_modules())
+    assert not {"models", "pyramid", "attention"} & set(timm.list_modules())
+    assert set(timm.list_models(module=["vit_retention", "pyramid_retention", "rmt"])) == set(VITS + PYRAMIDS)
+
+
+@pytest.mark.parametrize(("former", "name"), [("models", VITS[0]), ("pyramid", PYRAMIDS[0]), ("pyramid", PYRAMIDS[-1])])
+def test_the_former_modules_have_the_models_with_a_warning(former, name):
+    module = getattr(retention.integrations.timm, former)
+    with pytest.warns(DeprecationWarning, match=f"{name} is deprecated .* use retention.integrations.timm.*{name}"):
+        assert getattr(module, name) is timm.model_entrypoint(name)
 
 
 @pytest.mark.slow
@@ -105,7 +126,9 @@ def test_intermediates_are_those_on_the_way(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_fx_and_compile(name):
-    node, few = ("head", {"depth": 2}) if name.startswith("vit") else ("head.fc", {"depths": (1, 1, 1, 1)})
+    node, few = "head", {"depth": 2}
+    if not name.startswith("vit"):
+        node, few = "head.fc", {"depths": (1, 1, 1, 1), "drop_path_rate": 0.0}
     model, x = build(name, **few).eval(), torch.randn(1, 3, 64, 64)
     want = model(x)
     torch.testing.assert_close(create_feature_extractor(model, [node])(x)[node], want)
@@ -120,6 +143,114 @@ def test_parameters_group_by_depth(name):
 
     optimiser = create_optimizer_v2(build(name), "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.7)
     assert len({group["lr_scale"] for group in optimiser.param_groups}) > 4
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("more", [{}, {"conv_head": True, "use_aux_head": True, "feature_norms": True}], ids=len)
+def test_device_and_dtype_reach_every_parameter_and_buffer(name, more):
+    if name.startswith("vit"):
+        more = {"attn_layer": retention_layer(gate="silu")} if more else {}
+    model = timm.create_model(name, device="meta", dtype=torch.bfloat16, **more)
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    assert {x.device.type for x in tensors.values()} == {"meta"}
+    assert {x.dtype for n, x in tensors.items() if not n.endswith("num_batches_tracked")} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_img_size_is_what_timm_reports_and_other_sizes_still_work(name):
+    model = timm.create_model(name, device="meta", img_size=(64, 96)).eval()
+    assert get_model_input_config(model)["input_size"] == (3, 64, 96)
+    assert model(torch.empty(1, 3, 64, 96, device="meta")).shape == (1, 1000)
+    if name.startswith("vit"):
+        return
+    assert model(torch.empty(1, 3, 96, 32, device="meta")).shape == (1, 1000)
+    square = timm.create_model(name, device="meta", img_size=64)
+    assert get_model_input_config(square)["input_size"] == (3, 64, 64)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_proj_drop_rate_is_dropout_after_the_linear_layers_of_a_block(name):
+    model = timm.create_model(name, device="meta", proj_drop_rate=0.25)
+    rates = {n: m.p for n, m in model.named_modules() if isinstance(m, nn.Dropout) and "blocks.0." in n and m.p}
+    first = "blocks.0." if name.startswith("vit") else "stages.0.blocks.0."
+    parts = ("attn.proj_drop", "mlp.drop1", "mlp.drop2") if name.startswith("vit") else ("mixer.proj_drop", "mlp.drop")
+    assert {n: p for n, p in rates.items() if n.startswith(first)} == {first + part: 0.25 for part in parts}
+
+
+def test_dropout_drops_where_it_stands():
+    mixer = Mixer(8, 2, ManhattanAttention([-0.1, -0.2], True), proj_drop=0.5)
+    y = mixer(torch.randn(1, 8, 8, 8))
+    assert 0.2 < (y == 0).double().mean() < 0.8
+    assert not (mixer.eval()(torch.randn(1, 8, 8, 8)) == 0).any()
+    model = timm.create_model("rmt_tiny", proj_drop_rate=0.5, **SMALL)
+    dropped = []
+    model.stages[0].blocks[0].mlp.drop.register_forward_hook(lambda *call: dropped.append((call[2] == 0).any().item()))
+    model.train()(torch.randn(2, 3, 32, 32))
+    assert dropped == [True, True]
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("option", ["not_an_option", "attn_drop_rates", "num_decays", "decay"])
+def test_an_unknown_option_is_refused_by_its_name(name, option):
+    with pytest.raises(TypeError, match=rf"\b{option}\b") as error:
+        timm.create_model(name, device="meta", **{option: 1})
+    if not name.startswith("vit"):
+        assert f"a Pyramid has no option {option}; its options are softmax, by_axis, dims" in str(error.value)
+        assert ("those of its retention are" in str(error.value)) == name.startswith("pyramid")
+
+
+def test_options_of_rmts_attention_need_it():
+    with pytest.raises(TypeError, match="by_axis is for RMT's attention, softmax=True; got by_axis"):
+        timm.create_model("pyramid_retention_tiny", by_axis=(True,) * 4, device="meta")
+    with pytest.raises(ValueError, match="by_axis must be True or False for each of the four stages; got by_axis"):
+        timm.create_model("rmt_tiny", by_axis=(True,) * 3, device="meta")
+
+
+def test_the_published_classifier_is_an_option_of_both():
+    for name in ("pyramid_retention_tiny", "rmt_tiny"):
+        for conv_head in (False, True):
+            model = timm.create_model(name, conv_head=conv_head, **SMALL)
+            assert isinstance(model.head, CellHead) == conv_head
+    assert isinstance(timm.create_model("rmt_tiny", **SMALL).head, CellHead)
+    assert not isinstance(timm.create_model("pyramid_retention_tiny", **SMALL).head, CellHead)
+
+
+# --- timm's scripts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_script_of_timm_runs_with_the_models_and_its_own_options(tmp_path, monkeypatch):
+    (tmp_path / "beside.py").write_text("NAME = 'rmt_tiny'\n")
+    script = tmp_path / "validate.py"
+    script.write_text(
+        "import pathlib, sys, beside, timm\n"
+        "assert __name__ == '__main__' and timm.is_model(beside.NAME)\n"
+        "pathlib.Path('seen').write_text(repr(sys.argv))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["unchanged"])
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    run_script([str(script), "--model", "rmt_tiny", "-b", "2"])
+    assert (tmp_path / "seen").read_text() == repr([str(script), "--model", "rmt_tiny", "-b", "2"])
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("size", [None, 64])
+def test_the_scripts_way_to_build_a_model(name, size):
+    """What timm's validate.py and inference.py do with --img-size."""
+    given = dict(pretrained=False, num_classes=None, global_pool=None, scriptable=False)
+    options = timm.models.resolve_model_input_args(name, {"img_size": size}, **given)
+    model = timm.create_model(**options, device="meta").eval()
+    size = timm.data.resolve_input_data_config(model, {"img_size": size}, use_test_size=True)["input_size"]
+    assert model(torch.empty(1, *size, device="meta")).shape == (1, 1000)
+
+
+def test_the_runner_of_scripts_asks_for_a_script(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run_script(["none.py", "--model", "rmt_tiny"])
+    assert "script must be a file, such as timm's validate.py; got 'none.py'" in capsys.readouterr().err
 
 
 # --- what they are ----------------------------------------------------------------------------------------------------

@@ -294,6 +294,9 @@ def test_the_experts_loss_is_added():
     model, tokens = make(moe_every=2, moe_num_experts=4), torch.randint(256, (2, 9))
     out = model(tokens, labels=tokens)
     assert out.aux_loss.item() > 0.9
+    # A step of several batches or processes divides each by all tokens, and adds them up.
+    half = model(tokens, labels=tokens, num_items_in_batch=torch.tensor(2 * 2 * 8)).loss
+    torch.testing.assert_close(half, out.loss / 2)
     model.config.router_aux_loss_coef = 0.0
     torch.testing.assert_close(out.loss - 0.01 * out.aux_loss, model(tokens, labels=tokens).loss)
 

@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from ..compat import ExportableState, ProgressCallback
+from retention.local import local
+
+from ..compat import SCHEDULER_NAME, ExportableState, ProgressCallback
+from .parallel import SEQUENCE, split_sequence
 from .saving import ASIDE, remove_older, written_whole
+from .sharded import is_sharded, load_optimizer, load_weights, save_optimizer, whole_weights
 
 __all__ = ["LossSum", "ResumableTrainer", "log_every"]
 
@@ -45,19 +51,28 @@ class ResumableTrainer(Trainer):
     """A Trainer with atomic checkpoints, exact logs after a resume, and a stop when training diverges.
 
     Checkpoints are complete or absent. The first loss logged after a resume covers all its steps. A diverged training
-    stops before its weights are saved.
+    stops before its weights are saved. The model's parameters may be sharded already, by FSDP2 or by heads.
 
     Args:
         model, args, options: as in `transformers.Trainer`; load_best_model_at_end must be off.
         callbacks: a progress bar among them replaces that of transformers.
+        mesh: how the processes share a batch, see `meshes_of`. Default: each process has its own rows.
     Raises: ValueError for load_best_model_at_end.
     """
 
     def __init__(
-        self, model: Any, args: TrainingArguments, *, callbacks: Sequence[TrainerCallback] = (), **options: Any
+        self,
+        model: Any,
+        args: TrainingArguments,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        mesh: DeviceMesh | None = None,
+        **options: Any,
     ):
-        self.losses = LossSum()
+        self.losses, self.mesh, self.sharded = LossSum(), mesh, is_sharded(model)
         super().__init__(model, args, callbacks=[self.losses], **options)
+        if mesh is not None:  # the data loader reads it; ParallelismConfig refuses CPUs, and rows without FSDP
+            self.accelerator.state.device_mesh = mesh
         if self.args.load_best_model_at_end:
             raise ValueError("load_best_model_at_end must be False: a resumed run ends with its last step; got True")
         self.overflows = 0  # overflowing batches in a row
@@ -113,14 +128,65 @@ class ResumableTrainer(Trainer):
             self._check_weights(self.state.global_step)
         return super().evaluate(*args, **options)
 
+    def _prepare_context_parallel_inputs(self, model: Any, inputs: dict[str, Any]) -> Any:
+        """Give each process its part of the sequences. It is contiguous; Trainer's would suit the load of attention."""
+        if self.mesh is None or self.mesh[SEQUENCE].size() == 1:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        return split_sequence(self.mesh, self._prepare_inputs(inputs))
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: Any) -> Any:
+        """Return the number of tokens in the loss of a step, over all processes, each of which counts whole rows."""
+        count = super()._get_num_items_in_batch(batch_samples, device)
+        return count if count is None or self.mesh is None else count / self.mesh[SEQUENCE].size()
+
+    def _wrap_model(self, model: Any, training: bool = True, *args: Any, **options: Any) -> Any:
+        """Keep accelerate from wrapping a sharded model for data parallel; mixed precision is set up as usual."""
+        model = super()._wrap_model(model, training, *args, **options)
+        if not self.sharded or not training:
+            return model
+        return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as Trainer does; where its weights are sharded, all processes hand them to the first."""
+        if not self.sharded:
+            return super().save_model(output_dir, _internal_call)
+        weights = whole_weights(cast(nn.Module, self.model))
+        if self.args.should_save:
+            self._save(output_dir, weights)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.sharded:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, resume_from_checkpoint)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(cast(nn.Module, self.model), self._plain_optimizer(), output_dir)
+        if self.args.should_save:
+            torch.save(cast(Any, self.lr_scheduler).state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(cast(nn.Module, self.model), self._plain_optimizer(), checkpoint)
+        cast(Any, self.lr_scheduler).load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        """Return the optimiser inside of accelerate's."""
+        return cast(torch.optim.Optimizer, getattr(self.optimizer, "optimizer", self.optimizer))
+
     def _mean_over_processes(self) -> Tensor:
         return cast(Tensor, self.accelerator.reduce(self.losses.total, "mean"))
 
     def _check_weights(self, step: int, cause: Exception | None = None) -> None:
-        """Raises: FloatingPointError if a trained weight is not finite."""
-        for name, weight in cast(nn.Module, self.model).named_parameters():
-            if weight.requires_grad and not weight.isfinite().all():
-                raise self._diverged(step, f"{name} is not finite") from cause
+        """Raises: FloatingPointError if a trained weight is not finite; on all processes, unless there is a cause."""
+        weights = [(name, p) for name, p in cast(nn.Module, self.model).named_parameters() if p.requires_grad]
+        wrong = [name for name, p in weights if not local(p).isfinite().all()][:1]
+        if self.sharded and cause is None:
+            wrong = gather_object(wrong)
+        if wrong:
+            raise self._diverged(step, f"{wrong[0]} is not finite") from cause
 
     def _diverged(self, step: int, what: str) -> FloatingPointError:
         kept = f"{self.whole[-1]} is kept" if self.whole else "no checkpoint was written before"

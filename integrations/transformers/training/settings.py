@@ -15,7 +15,7 @@ from retention.former import current_options
 from retention.model import FORMER_FLAGS, PRESETS
 
 from ...files import read_json
-from ..compat import get_available_reporting_integrations
+from ..compat import MIXED_WEIGHTS, TESTED, get_available_reporting_integrations, versions
 from ..configuration import FORMER, RetNetConfig
 from .codec import ByteCodec, Codec, load_codec
 from .saving import write_text
@@ -43,8 +43,6 @@ _CHANGED = {
     "weights": "the weights of the model have changed since the run began; restore them, or begin a new run in another "
     "folder",
     "corpus": "the corpus has changed since the run began; restore its files, or begin a new run",
-    "processes": "a resumed run keeps its number of processes, {begun}; got {found}; "
-    "start it with torchrun --nproc_per_node {begun}",
 }
 
 
@@ -54,6 +52,7 @@ class Kept:
 
     FILE: ClassVar[str]
     FORMER: ClassVar[dict[str, str]] = {}  # former names of settings, and the new ones
+    FREE: ClassVar[tuple[str, ...]] = ()  # settings that a resumed run may change
 
     @classmethod
     def read(cls, out: Path) -> Self:
@@ -109,6 +108,7 @@ class Settings(Kept):
     """The settings of a training; each field is an option of `retention train`, whose help explains it."""
 
     FILE: ClassVar[str] = "training.json"
+    FREE: ClassVar[tuple[str, ...]] = ("context_parallel",)
 
     files: list[str] = field(default_factory=list)  # []: the source of the Python standard library
     text_column: str = "text"
@@ -126,6 +126,9 @@ class Settings(Kept):
     eval_every: int = 250
     save_every: int = 250
     gradient_checkpointing: bool = False
+    context_parallel: int = 1
+    tensor_parallel: int = 1
+    fsdp: bool = False
     device: str = "auto"
     dtype: str = "float32"
     backend: str = "auto"
@@ -135,7 +138,7 @@ class Settings(Kept):
     corpus: str = ""  # SHA-256 of the corpus
     vocabulary: str = ""  # SHA-256 of the tokenizer
     unit: str = ""  # unit of the corpus: bytes or tokens
-    processes: int = 0
+    processes: int = 0  # with different rows, when the run began; `batch` is that of one of them
 
     def check(self) -> None:
         """Raises: ValueError that names the option."""
@@ -143,14 +146,27 @@ class Settings(Kept):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got preset {self.preset!r}")
         check_dtype(self.dtype)
         self.check_counts("steps", "batch", "accumulate", "eval_every", "save_every")
+        self.check_counts("context_parallel", "tensor_parallel")
         if self.context < 2:
             raise ValueError(f"context must be at least 2; got context {self.context}")
+        if self.context < self.context_parallel:
+            raise ValueError(
+                "context must have a token for each process of context_parallel; "
+                f"got context {self.context}, context_parallel {self.context_parallel}"
+            )
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be above 0; got lr {self.lr}")
         if self.warmup is not None and not 0 <= self.warmup <= self.steps:
             raise ValueError(f"warmup must be between 0 and steps, {self.steps}; got warmup {self.warmup}")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be at least 0; got weight_decay {self.weight_decay}")
+        if self.dtype == "float16" and (self.fsdp or self.tensor_parallel > 1):
+            raise ValueError("fsdp and tensor_parallel need dtype float32 or bfloat16; got dtype 'float16'")
+        if self.tensor_parallel > 1 and not MIXED_WEIGHTS:
+            raise ValueError(
+                "tensor_parallel needs a transformers whose optimiser takes divided weights beside whole ones; "
+                f"got {versions()}; install {TESTED[-1]}, or leave tensor_parallel out"
+            )
         check_device(self.device)
         check_report_to(self.report_to)
 

@@ -9,19 +9,23 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import TrainingArguments, default_data_collator, set_seed
 
+from retention.distributed import context_parallel, tensor_parallel
 from retention.layer import set_backend
 
 from ..compat import TRAINER_STATE_NAME, TrainerState, logging
-from ..modeling import RetNetForCausalLM
+from ..modeling import RetNetForCausalLM, shifted
 from .codec import Codec, load_codec
 from .corpus import Corpus, read_corpus
+from .parallel import HEADS, ROWS, SEQUENCE, SHARDS, batch_per_process, check_epochs, meshes_of
 from .progress import PLOT, Batch, Plot, Progress, SaveOnInterrupt
 from .resumable import ResumableTrainer, log_every
 from .saving import alone_in, check_folder, last_checkpoint, step_of, written_whole
 from .settings import Settings
+from .sharded import reshard, shard
 
 __all__ = ["Run", "device_arguments", "quiet", "train"]
 
@@ -33,7 +37,7 @@ class Run:
     """The result of a training.
 
     Attributes:
-        model: the trained model.
+        model: the trained model; of one whose weights are shared among processes, the first has the whole.
         codec: encodes and decodes its text.
         corpus: its data.
         loss: validation loss, in nats per byte or token.
@@ -71,32 +75,49 @@ def train(settings: Settings, out: Path, *, resume: bool = False) -> Run:
 
 
 def _train(settings: Settings, args: TrainingArguments, out: Path, stop: SaveOnInterrupt, resume: bool) -> Run:
+    meshes = meshes_of(args, settings.context_parallel, settings.tensor_parallel, settings.fsdp)
+    mesh, weights = meshes or (None, None)
+    processes = 1 if mesh is None else mesh[ROWS].size()
+    begun = settings.processes or processes
+    batch = batch_per_process(settings.batch, begun, processes)
+    args.per_device_train_batch_size = args.per_device_eval_batch_size = batch
     codec = load_codec(settings.tokenizer)
     if resume:
-        settings.check_same(processes=args.world_size, vocabulary=codec.digest)
+        settings.check_same(vocabulary=codec.digest)
     with args.main_process_first(desc="reading the corpus"):  # the other processes read the cache
         corpus = read_corpus(settings.files, codec, settings.context, column=settings.text_column, skip=out)
     if resume:
         settings.check_same(corpus=corpus.digest)
+        check_epochs(begun, processes, len(corpus.train), batch * processes, settings.steps * settings.accumulate)
 
     checkpoint = _agreed(args, out) if resume else None
     finished = checkpoint if checkpoint and step_of(checkpoint) >= settings.steps else None
     set_seed(settings.seed)
     model = _model(settings, codec, corpus, finished)
-    trainer = _trainer(model, args, codec, corpus, out, stop)
+    if weights is not None and settings.tensor_parallel > 1:
+        tensor_parallel(model, weights[HEADS])
+    if weights is not None and settings.fsdp:
+        shard(model, weights[SHARDS])
+    else:
+        cast(nn.Module, model).to(args.device)
+    _try(model, corpus, mesh, args.device)
+    trainer = _trainer(model, args, mesh, codec, corpus, out, stop)
     args.distributed_state.wait_for_everyone()  # nothing is written if a process failed
     if args.process_index == 0:
-        found = dict(processes=args.world_size, vocabulary=codec.digest, corpus=corpus.digest, unit=corpus.unit)
+        found: dict[str, Any] = dict(processes=begun, vocabulary=codec.digest, corpus=corpus.digest, unit=corpus.unit)
         replace(settings, **found).write(out)
 
     if finished:
         trainer.state = TrainerState.load_from_json(str(finished / TRAINER_STATE_NAME))
     else:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if args.process_index == 0:
-        with written_whole(out, "the model") as folder:
-            trainer.save_model(str(folder))
-    return Run(model, codec, corpus, trainer.evaluate()["eval_loss"])
+    with written_whole(out, "the model") if args.process_index == 0 else nullcontext(out) as folder:
+        trainer.save_model(str(folder))  # the first process writes; the others hand it their shards
+    loss = trainer.evaluate()["eval_loss"]
+    if trainer.sharded and args.process_index == 0:  # it decodes alone
+        model = RetNetForCausalLM.from_pretrained(out)
+        set_backend(model, settings.backend, settings.form)
+    return Run(model, codec, corpus, loss)
 
 
 def _agreed(args: TrainingArguments, out: Path) -> Path | None:
@@ -114,31 +135,71 @@ def _model(settings: Settings, codec: Codec, corpus: Corpus, finished: Path | No
     if settings.gradient_checkpointing:  # transformers 5.16 has the old name only
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     set_backend(model, settings.backend, settings.form)
-    with torch.no_grad():
-        model(corpus.train[0]["input_ids"][None, :2])  # raises BackendError early
     return model
 
 
-class _Trainer(ResumableTrainer):
-    """Evaluates by cross-entropy only, while the training loss may include other terms, such as that of experts."""
+def _try(model: RetNetForCausalLM, corpus: Corpus, mesh: DeviceMesh | None, device: torch.device) -> None:
+    """Run the model once. Raises: BackendError or ValueError for what it cannot do, such as a sequence in parts."""
+    tokens = corpus.train[0]["input_ids"][None, :2].to(device)
+    in_parts = mesh is not None and mesh[SEQUENCE].size() > 1
+    with torch.no_grad(), context_parallel(mesh[SEQUENCE], length=2) if mesh and in_parts else nullcontext():
+        model(tokens)
+    reshard(model)
 
-    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[Tensor, None, None]:
-        inputs, plain = self._prepare_inputs(inputs), cast(RetNetForCausalLM, self.model)
-        with torch.no_grad(), self.compute_loss_context_manager():
+
+class _Trainer(ResumableTrainer):
+    """Evaluates by cross-entropy only, while the training loss may include other terms, such as that of experts.
+
+    The validation loss is the mean over the tokens, whatever the number of processes: the rows with which several of
+    them fill the last batch do not count.
+    """
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """Evaluate as Trainer does, and add the mean loss."""
+        self.sums: list[tuple[float, int]] = []  # the loss and the number of tokens of each batch
+        out: Any = super().evaluation_loop(*args, **options)
+        own = torch.tensor(self.sums, dtype=torch.float64).sum(0).to(self.args.device, torch.float32)
+        loss, count = self.accelerator.reduce(own, "sum").tolist()
+        out.metrics["eval_loss"] = loss / count
+        return out
+
+    def prediction_step(self, model: Any, inputs: Any, *_: Any, **__: Any) -> tuple[None, None, None]:
+        plain = cast(RetNetForCausalLM, self.model)
+        context, inputs = self._prepare_context_parallel_inputs(model, self._prepare_inputs(inputs))
+        with torch.no_grad(), context(), self.compute_loss_context_manager():
             logits = model(inputs["input_ids"], use_cache=False).logits
-            loss = plain.loss_function(logits, inputs["labels"], plain.config.vocab_size)
-        return loss, None, None
+            targets: Any = inputs["shift_labels"] if "shift_labels" in inputs else shifted(inputs["labels"])
+            targets = targets[: self._own_rows(len(targets))]
+            loss = plain.loss_function(
+                logits[: len(targets)], None, plain.config.vocab_size, shift_labels=targets, num_items_in_batch=1
+            )
+        self.sums.append((loss.item(), int((targets != -100).sum())))
+        return None, None, None
+
+    def _own_rows(self, rows: int) -> int:
+        """Return how many of the rows of a batch belong to this process; more may fill up the last batch."""
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return rows
+        first = 0 if self.mesh is None else self.mesh[ROWS].get_local_rank() * rows
+        return min(max(state.remainder - first, 0), rows)
 
 
 def _trainer(
-    model: RetNetForCausalLM, args: TrainingArguments, codec: Codec, corpus: Corpus, out: Path, stop: SaveOnInterrupt
+    model: RetNetForCausalLM,
+    args: TrainingArguments,
+    mesh: DeviceMesh | None,
+    codec: Codec,
+    corpus: Corpus,
+    out: Path,
+    stop: SaveOnInterrupt,
 ) -> ResumableTrainer:
-    batch = Batch(
-        args.train_batch_size, args.gradient_accumulation_steps, args.world_size, corpus.train.context, corpus.unit
-    )
+    processes = 1 if mesh is None else mesh[ROWS].size()
+    batch = Batch(args.train_batch_size, args.gradient_accumulation_steps, processes, corpus.train.context, corpus.unit)
     return _Trainer(
         model=model,
         args=args,
+        mesh=mesh,
         data_collator=default_data_collator,
         train_dataset=corpus.train,
         eval_dataset=corpus.valid,

@@ -15,7 +15,8 @@ stored.
 
 Each step consists of a few batched matrix products on views of the inputs. Its other tensors (scores, scaled q and k,
 S) have the size of a chunk and stay in the processor's cache. The loop over the chunks is an opaque operator, so that
-torch.compile and torch.export see one node instead of one per chunk. Retention on a grid is in the file `grid`.
+torch.compile sees one node instead of one per chunk. Retention on a grid is in the file `grid`. torch.export records
+the plain operations of the file `exported`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from ...call import Call
 from ...state import state_dtype
 from ..operators import differentiable, gradients, outputs
 from ..packing import ask_for_huge_pages, segment_borders
+from .exported import at_once, on_grid_at_once
 from .grid import on_grid, on_grid_anew
 from .loop import Decays, backward, forward
 
@@ -67,6 +69,8 @@ class Chunked:
         mask: Tensor | None,
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
+        if torch.compiler.is_exporting() and cu_seqlens is None:
+            return self._exported(call, q, k, v, log_decay, state, mask)
         if call.grid is not None:
             compute = on_grid_anew if call.needs_grad else on_grid
             side = isqrt(call.chunk_size or _GRID_CHUNK_SIZE)
@@ -77,6 +81,15 @@ class Chunked:
         run = _chunkwise if plain and not call.needs_grad else chunkwise
         out, final = run(q, k, v, log_decay, state, mask, cu_seqlens, *options)
         return out, final if call.return_state else None
+
+    def _exported(
+        self, call: Call, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, state: Tensor | None, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        if call.grid is not None:
+            return on_grid_at_once(q, k, v, log_decay, call.grid, call.scale).to(call.out_dtype), None
+        options = (call.scale, call.causal, call.chunk_size or CHUNK_SIZE, call.return_state)
+        out, final = at_once(q, k, v, log_decay, state, mask, *options)
+        return out.to(call.out_dtype), final
 
 
 backend = Chunked()
