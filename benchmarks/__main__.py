@@ -47,9 +47,14 @@ class Commands(TyperGroup):
         return name, None if command is None or name is None else _loaded(name), rest
 
 
+def function_of(name: str) -> Any:
+    """Return the function of a command, and import its file."""
+    return getattr(import_module(f"benchmarks.{COMMANDS[name]}"), name.replace("-", "_"))
+
+
 def _loaded(name: str) -> Any:
     alone = typer.Typer(**OPTIONS)
-    alone.command(name)(getattr(import_module(f"benchmarks.{COMMANDS[name]}"), name.replace("-", "_")))
+    alone.command(name)(function_of(name))
     return typer.main.get_command(alone)
 
 

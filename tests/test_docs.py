@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import retention
 from benchmarks import report
+from benchmarks.__main__ import COMMANDS as BENCHMARK_COMMANDS
 from benchmarks.__main__ import app as benchmarks_app
+from benchmarks.__main__ import function_of
 from retention.cli import app as retention_app
 
 ROOT = Path(__file__).parents[1]
@@ -81,9 +83,8 @@ def lines_of(text):
 COMMANDS = runpy.run_path(str(ROOT / "docs/commands.py"))
 
 
-def options_of(app):
-    """The options of each command, and those of the app itself under ""."""
-    functions = {command.name or command.callback.__name__: command.callback for command in app.registered_commands}
+def options_of(app, functions):
+    """The options of each command, by their functions, and those of the app itself under ""."""
     functions[""] = app.registered_callback and app.registered_callback.callback
     return {
         name: {"--help", *(option for names in COMMANDS["options"](function).values() for option in names)}
@@ -92,7 +93,11 @@ def options_of(app):
     }
 
 
-RETENTION, BENCHMARKS = options_of(retention_app), options_of(benchmarks_app)
+RETENTION = options_of(
+    retention_app,
+    {command.name or command.callback.__name__: command.callback for command in retention_app.registered_commands},
+)
+BENCHMARKS = options_of(benchmarks_app, {name: function_of(name) for name in BENCHMARK_COMMANDS})
 
 
 def unknown(line):
@@ -238,4 +243,4 @@ def test_the_table_of_replacement_options_is_complete():
 
 def test_the_tables_of_benchmarks_are_complete():
     named = {row[0] for row in first_column(text_of(ROOT / "docs/pages/benchmarks.md"))}
-    assert {name.replace("-", "_") for name in named} == BENCHMARKS.keys() - {""}
+    assert named == BENCHMARKS.keys() - {""}

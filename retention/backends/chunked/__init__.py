@@ -116,10 +116,10 @@ def _chunkwise(
     segments = _segments(mask, cu_seqlens, q.shape[2])
     for rows, tokens, states in _pieces(q, segments):
         before = None if state is None else state[states].clone()
-        *parts, y = (x[rows, :, tokens] for x in (q, k, v, out))
-        after = forward(*parts, y, state=before, decays=decays, return_state=return_state)
-        if isinstance(tokens, Tensor):  # y is a copy
-            out[rows, :, tokens] = y
+        parts = [x[rows, :, tokens] for x in (q, k, v, out)]
+        after = forward(*parts, state=before, decays=decays, return_state=return_state)
+        if isinstance(tokens, Tensor):  # the parts are copies
+            out[rows, :, tokens] = parts[3]
         if after is not None:
             final[states] = after
     _clear_padding(segments, out)
@@ -151,13 +151,11 @@ def chunkwise_backward(
     decays = Decays(log_decay, min(chunk_size, q.shape[2]), scale, causal, state_dtype(q.dtype))
     segments = _segments(mask, cu_seqlens, q.shape[2])
     for rows, tokens, states in _pieces(q, segments):
-        *parts, dq_, dk_, dv_ = (x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv))
+        parts = [x[rows, :, tokens] for x in (q, k, v, dout, dq, dk, dv)]
         before, dafter = (None if x is None else x[states].clone() for x in (state, dfinal))
-        dbefore, ddecay = backward(
-            *parts, dq_, dk_, dv_, state=before, dfinal=dafter, decays=decays, decay_grad=decay_grad
-        )
+        dbefore, ddecay = backward(*parts, state=before, dfinal=dafter, decays=decays, decay_grad=decay_grad)
         if isinstance(tokens, Tensor):  # the parts are copies
-            dq[rows, :, tokens], dk[rows, :, tokens], dv[rows, :, tokens] = dq_, dk_, dv_
+            dq[rows, :, tokens], dk[rows, :, tokens], dv[rows, :, tokens] = parts[4:]
         if dbefore is not None:
             dstate[states] = dbefore
         dlog_decay += ddecay
