@@ -368,7 +368,7 @@ def swap(
             "weights with the model, which saves memory and time."
         ),
     ] = "all",
-    rank: Annotated[int, typer.Option(help="Rank of the updates with --tune lora.")] = 16,
+    rank: Annotated[int, typer.Option(help="Number of rows of the low-rank updates, with --tune lora.")] = 16,
     patience: Annotated[
         int | None,
         typer.Option(
