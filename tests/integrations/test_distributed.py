@@ -149,7 +149,8 @@ def check_loaded(world, model, **options):
     wanted.loss.backward()
     for (name, p), q in zip(whole.named_parameters(), divided.parameters(), strict=True):
         close(q.grad.full_tensor() if isinstance(q.grad, DTensor) else q.grad, p.grad, 1e-6)  # losses are float32
-        assert isinstance(q, DTensor) == ("norm" not in name or "retention.norm" in name), name
+        if isinstance(whole, RetNetForCausalLM) or "layers." in name:  # other hosts decide on their embeddings
+            assert isinstance(q, DTensor) == ("norm" not in name or "retention.norm" in name), name
     words = dict(max_new_tokens=5, do_sample=False, pad_token_id=0)
     assert divided.eval().generate(tokens, **words).tolist() == whole.eval().generate(tokens, **words).tolist()
     divided.save_pretrained(folder / "again")
